@@ -1,0 +1,209 @@
+"""The nouns that every other part is written against. Nothing of ours is imported here.
+
+`Sequences` is what the decoding loop shares with a drafter; `TokenTree` is what a drafter hands
+back; `Truth` is what it is told after each verification.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Bad input from the user. The message names the file, key or value, and the remedy."""
+
+
+@dataclass
+class Draws:
+    """How the children of a node were *drawn*, for verifiers that use acceptance ratios.
+
+    The seeded rule and the deterministic rule test membership and never read this. A ratio rule
+    needs every draw, in order and with repeats (two equal draws share a node, never a round).
+
+    order: (B, N, R) int64, node index of the r-th draw below each node, -1 where there is none
+    mode: how the draws were made
+    log_q: (B, N, V) log-probabilities that the draws of each node were made from
+    """
+
+    order: Tensor
+    mode: Literal["iid", "without_replacement", "deterministic"]
+    log_q: Tensor
+
+
+@dataclass
+class TokenTree:
+    """A tree of guesses per row. A parent's index is smaller than its children's.
+
+    tokens: (B, N) int64; node 0 is the last emitted, not yet cached token
+    parent: (B, N) int64, index of the parent; the root is its own parent
+    depth:  (B, N) int64, 0 for the root
+    valid:  (B, N) bool; an invalid node is padding and is never accepted
+    log_q:  (B, N) float or None, the drafter's cumulative log-score of each node (root 0), for
+            pruning and reports only: exactness never depends on it
+    draws:  only where the tree was sampled for a ratio rule
+    """
+
+    tokens: Tensor
+    parent: Tensor
+    depth: Tensor
+    valid: Tensor
+    log_q: Tensor | None = None
+    draws: Draws | None = None
+
+    @property
+    def n_nodes(self) -> int:
+        return self.tokens.shape[1]
+
+
+@dataclass
+class Sequences:
+    """What is known of every row of the batch; owned by the loop, read by drafters.
+
+    ids:      (B, M) int64, prompt + emitted tokens, left-aligned; content past `length` is stale
+    length:   (B,) int64, tokens known (L), the root included; the cache holds L - 1 of them
+    prompt_length: (B,) int64
+    live:     (B,) bool, rows still generating
+    noise:    (B, K+1, V) float64, the Gumbel noise of this step: row k belongs to the token at
+              absolute position L + k, that is to the nodes of depth k + 1. None when greedy. A
+              drafter may propose with it.
+    temperature: what the target's logits are divided by (1.0 when greedy)
+    """
+
+    ids: Tensor
+    length: Tensor
+    prompt_length: Tensor
+    live: Tensor
+    noise: Tensor | None = None
+    temperature: float = 1.0
+
+    @property
+    def root(self) -> Tensor:
+        """(B,) int64, the last known token of every row."""
+        return self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+
+
+@dataclass
+class Truth:
+    """What one target forward established, handed to `Drafter.observe`.
+
+    tokens: (B, K+1) int64, the tokens emitted by this step, in order; the last of the first
+            `count` ones is the new root
+    count:  (B,) int64, how many of them are real (1..K+1); 0 for a row that is not live
+    hidden: (B, K+1, H) or None, hidden state (the tensor that feeds lm_head) whose logits
+            produced each of `tokens`; None if the drafter's `needs` lacks "hidden"
+    logits: (B, K+1, V) or None, the raw target logits that produced them
+    After the prefill, K = 0: `tokens[:, 0]` is the first root, and the prompt itself stands in
+    `Sequences.ids`.
+    """
+
+    tokens: Tensor
+    count: Tensor
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+
+    def last_hidden(self) -> Tensor:
+        """(B, H): the hidden state that produced the new root."""
+        last = (self.count - 1).clamp(min=0)[:, None, None]
+        return self.hidden.gather(1, last.expand(-1, -1, self.hidden.shape[-1]))[:, 0]
+
+
+class Drafter(ABC):
+    """Who proposes. One object serves one generation at a time; `begin` resets it.
+
+    The loop calls, per generation `begin`, `observe` (prefill), and then per step
+    `start`, `extend` once per level, `tree`, `observe`. See `drafters/dummy.py` for the
+    shortest complete one.
+    """
+
+    #: what `observe` must carry: any of "hidden", "logits"
+    needs: frozenset[str] = frozenset()
+    #: the most levels `extend` may be called for in one step (K)
+    max_depth: int = 0
+    #: the most nodes `tree` returns (N), the root counted
+    max_nodes: int = 1
+    #: names of the columns of the features that `extend` returns
+    feature_names: tuple[str, ...] = ()
+
+    def begin(self, seqs: Sequences) -> None:
+        """A new generation starts; `seqs` stays the same object to its end."""
+        self.seqs = seqs
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin the tree of this step at the root `seqs.root`."""
+
+    @abstractmethod
+    def extend(self, level: int) -> Tensor | None:
+        """Draft level `level` (1, 2, ...). Returns its features (B, F) for the lookahead, or
+        None if this drafter publishes none."""
+
+    @abstractmethod
+    def tree(self) -> TokenTree:
+        """The tree of all levels drafted in this step."""
+
+    def observe(self, truth: Truth) -> None:  # noqa: B027 - most table drafters need nothing
+        """Learn what the target said."""
+
+
+class Lookahead(ABC):
+    """Decides after each drafted level whether to go on."""
+
+    #: False where the answer is known without looking at the features
+    dynamic: bool = True
+
+    @abstractmethod
+    def __call__(self, features: Tensor | None, level: int) -> Tensor | bool:
+        """features: (B, F) of the level just drafted. Returns go_on, (B,) bool (or one bool)."""
+
+
+@dataclass
+class StepStats:
+    """Counts of one generation, kept per row; rates are derived in `evaluation/`.
+
+    steps:    (B,) target forwards that a live row took part in, the prefill not counted
+    emitted:  (B,) tokens emitted by those steps (the prefill's own first token not counted,
+              tokens past a stop not counted)
+    drafted_at[k], accepted_at[k]: row-steps that drafted at least depth k+1; whose first k+1
+              levels were all accepted (and emitted)
+    seconds:  host wall-clock by part: "prefill", "draft", "verify", "total"
+    """
+
+    steps: list[int]
+    emitted: list[int]
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    nodes_verified: int = 0
+    forwards: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """tau, pooled over the rows; None before the first step."""
+        steps = sum(self.steps)
+        return sum(self.emitted) / steps if steps else None
+
+
+@dataclass
+class Generation:
+    """What `plain` and `speculative` return.
+
+    tokens: new token ids per row, prompt excluded; an EOS that ended the row is included
+    finish: per row "eos", "stop_string", "criteria" or "length"
+    """
+
+    tokens: list[list[int]]
+    finish: list[str]
+    stats: StepStats
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def root_tree(root: Tensor) -> TokenTree:
+    """The tree of K = 0. root: (B,) int64."""
+    tokens = root[:, None]
+    zeros = torch.zeros_like(tokens)
+    return TokenTree(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool))

@@ -1,0 +1,137 @@
+"""A key-value cache with a length per row, allocated once.
+
+New keys and values are written behind each row's committed part; after verification the accepted
+ones are moved to their place and the length grows. Nothing else is ever copied, so the bytes
+moved per step are bounded by the tree's size, whatever the context's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+class RowCache(Cache):
+    """Pre-allocated (B, heads, M, d) per layer; `lengths` committed entries per row.
+
+    Before a forward over n new tokens call `prepare(n)`; after it `commit(...)`. A drafter that
+    borrows the cache simply never commits.
+
+    lengths: committed entries per row, known on the host (the loop reads them anyway)
+    bytes_moved: bytes written by the last `prepare` .. `commit` round
+    """
+
+    def __init__(self, n_layers: int, batch_size: int, capacity: int, device: torch.device):
+        self.n_layers = n_layers
+        self.capacity = capacity
+        self.device = device
+        self.lengths = [0] * batch_size
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.bytes_moved = 0
+        # Layers of one shape lie in one tensor, (2 * layers, B, heads, M, d): one move commits all.
+        self._groups: list[Tensor] = []
+        self._views: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+        self._slots: Tensor | None = None
+        self._start = self._width = 0
+        self._uniform = True
+
+    # -- what transformers asks of a cache -------------------------------------------------
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Write (B, heads, n, d) at every row's own offset; return all keys and values so far."""
+        keys, values = self._views[layer_idx] or self._allocate(key_states, layer_idx)
+        for store, new in ((keys, key_states), (values, value_states)):
+            if self._uniform:
+                store[:, :, self._start : self._start + new.shape[2]].copy_(new)
+            else:
+                index = self._slots.to(store.device)[:, None, :, None].expand_as(new)
+                store.scatter_(2, index, new)
+            self.bytes_moved += new.numel() * new.element_size()
+        return keys[:, :, : self._width], values[:, :, : self._width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.lengths)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.capacity
+
+    get_max_length = get_max_cache_shape
+
+    def get_mask_sizes(self, query_length, layer_idx: int = 0) -> tuple[int, int]:
+        return self._width, 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._views[0] is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.n_layers
+
+    # Windows are in the masks; every layer keeps every key.
+    is_linear = is_dummy = is_sliding
+
+    def __len__(self) -> int:
+        return self.n_layers
+
+    # -- what the loop does ----------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """S, keys that the next forward sees per row."""
+        return self._width
+
+    def prepare(self, n: int) -> None:
+        """The next forward brings n tokens per row."""
+        self._start, self._width = self.lengths[0], max(self.lengths) + n
+        if self._width > self.capacity:
+            raise RuntimeError(f"cache of {self.capacity} entries cannot hold {self._width}")
+        self._uniform = all(length == self._start for length in self.lengths)
+        self._slots = self.length[:, None] + torch.arange(n, device=self.device)
+        self.bytes_moved = 0
+
+    def commit(self, lengths: list[int], path: Tensor | None = None) -> None:
+        """Keep the nodes on `path`; `lengths` are the committed entries per row afterwards.
+
+        path: (B, P) int64, node that becomes the i-th new entry of its row; beyond the row's new
+              length its content is irrelevant. None where the entries already lie in order.
+        """
+        if path is not None and path.shape[1] > 1:
+            # Entry 0 (the root) is always in place.
+            target = self.length[:, None] + torch.arange(1, path.shape[1], device=self.device)
+            source = self.length[:, None] + path[:, 1:]
+            for store in self._groups:
+                shape = (*store.shape[:3], path.shape[1] - 1, store.shape[4])
+                where = source.to(store.device)[None, :, None, :, None].expand(shape)
+                # gather copies, so overlapping source and target are safe
+                moved = store.gather(3, where)
+                store.scatter_(
+                    3, target.to(store.device)[None, :, None, :, None].expand(shape), moved
+                )
+                self.bytes_moved += moved.numel() * moved.element_size()
+        self.lengths = list(lengths)
+        self.length = torch.tensor(lengths, device=self.device)
+
+    def data_ptrs(self) -> list[int]:
+        return [store.data_ptr() for store in self._groups]
+
+    def _allocate(self, states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        batch, heads, _, dim = states.shape
+        shape = (batch, heads, self.capacity, dim)
+        first = self._groups[0] if self._groups else None
+        if first is None:
+            first = states.new_zeros(2 * self.n_layers, *shape)
+            self._groups.append(first)
+        if first.shape[1:] == shape and first.device == states.device:
+            view = (first[2 * layer_idx], first[2 * layer_idx + 1])
+        else:  # a model that mixes head sizes or devices
+            own = states.new_zeros(2, *shape)
+            self._groups.append(own)
+            view = (own[0], own[1])
+        self._views[layer_idx] = view
+        return view

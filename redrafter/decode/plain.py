@@ -1,0 +1,102 @@
+"""Plain decoding: one token per target forward. The oracle that every drafter is tested against,
+and the baseline that speedups are quoted over; it shares nothing with the tree code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from redrafter.contracts import Drafter, Generation, Lookahead, Sequences, StepStats
+from redrafter.decode.cache import RowCache
+from redrafter.decode.request import Emitter, Prompts, Request
+from redrafter.decode.verify import choose
+from redrafter.target.model import Target
+
+
+@torch.inference_mode()
+def plain(
+    target: Target,
+    prompts: Prompts,
+    generation_config: GenerationConfig | None = None,
+    *,
+    seeds: int | Sequence[int] = 0,
+    drafter: Drafter | None = None,
+    lookahead: Lookahead | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    streamer=None,
+    attention_mask: Tensor | None = None,
+) -> Generation:
+    """Decode without drafting. Same signature and result as `speculative`.
+
+    prompts: rows of token ids, or (B, T) with `attention_mask` where padded
+    generation_config: transformers'; None takes the target's own
+    seeds: one for all rows or one per row; used where `do_sample` is set. A row's text depends on
+        its prompt, its seed and the sampling parameters, and on nothing else
+    drafter, lookahead: accepted so that the two loops can be swapped, and ignored
+    """
+    request = Request(
+        target, prompts, generation_config, seeds,
+        logits_processor, stopping_criteria, streamer, attention_mask,
+    )  # fmt: skip
+    n_rows = request.n_rows
+    stats = StepStats([0] * n_rows, [0] * n_rows)
+    emitter = Emitter(request)
+    seqs = request.sequences(slack=1)
+    cache, logits, _ = request.prefill(seqs, slack=0)
+    stats.seconds = {"prefill": time.perf_counter() - emitter.started, "draft": 0.0, "verify": 0.0}
+    zeros = torch.zeros(1, 1, 1, cache.capacity, dtype=target.dtype, device=target.device)
+    while True:
+        scores = request.warp.rows(logits, seqs)
+        noise = request.noise(seqs.length[:, None])
+        chosen = choose(scores, None if noise is None else noise[:, 0])
+        for row, token in enumerate(chosen.tolist()):
+            if emitter.finish[row] is None:
+                emitter.emit(row, [token])
+                stats.emitted[row] += 1
+        live, lengths = emitter.live, emitter.lengths
+        if not any(live):
+            break
+        _append(seqs, chosen, lengths)
+        clock = time.perf_counter()
+        logits = _forward(target, chosen, seqs, cache, lengths, zeros)
+        stats.seconds["verify"] += time.perf_counter() - clock
+        stats.forwards += 1
+        stats.nodes_verified += sum(live)
+        for row in range(n_rows):
+            stats.steps[row] += live[row]
+    # The prefill's own token is not a step's.
+    stats.emitted = [n - 1 for n in stats.emitted]
+    return emitter.result(stats)
+
+
+def _append(seqs: Sequences, chosen: Tensor, lengths: list[int]) -> None:
+    seqs.ids.scatter_(1, seqs.length[:, None], chosen[:, None])  # a finished row: stale, unseen
+    seqs.length = torch.tensor(lengths, device=seqs.ids.device)
+
+
+def _forward(
+    target: Target,
+    root: Tensor,
+    seqs: Sequences,
+    cache: RowCache,
+    lengths: list[int],
+    zeros: Tensor,
+) -> Tensor:
+    """One new token per row. Returns (B, V) logits."""
+    cache.prepare(1)
+    position = seqs.length[:, None] - 1
+    width = cache.width
+    single = len(target.windows) == 1 and None in target.windows.values()
+    if single and min(lengths) == max(lengths):
+        masks = zeros[..., :width]  # every row sees every key
+    else:
+        keys = torch.arange(width, device=root.device)[None]
+        masks = target.masks((keys <= position)[:, None], position, keys.expand(len(root), -1))
+    logits = target.forward(root[:, None], position, masks, cache).logits[:, 0]
+    cache.commit(lengths)
+    return logits

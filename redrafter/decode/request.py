@@ -1,0 +1,234 @@
+"""What is common to both loops: reading the request, the prefill, the stops, the result."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from redrafter.contracts import Generation, InputError, Sequences, StepStats
+from redrafter.decode.cache import RowCache
+from redrafter.decode.noise import gumbel
+from redrafter.decode.warp import Warp, build_processors
+from redrafter.target.model import Target
+
+# Fields of a GenerationConfig that this decoder would otherwise silently ignore, with the values
+# that mean "off".
+_REFUSED = {
+    "num_beams": (None, 1), "num_beam_groups": (None, 1), "num_return_sequences": (None, 1),
+    "diversity_penalty": (None, 0.0), "penalty_alpha": (None, 0), "dola_layers": (None,),
+    "constraints": (None,), "force_words_ids": (None,), "guidance_scale": (None, 1, 1.0),
+    "watermarking_config": (None,), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,), "begin_suppress_tokens": (None,),
+    "encoder_repetition_penalty": (None, 1.0), "encoder_no_repeat_ngram_size": (None, 0),
+    "prompt_lookup_num_tokens": (None,), "assistant_early_exit": (None,),
+    "token_healing": (None, False), "max_time": (None,), "top_h": (None,),
+}  # fmt: skip
+
+Prompts = Sequence[Sequence[int]] | Tensor
+
+
+class Request:
+    """A generation's fixed part: prompts, warping, limits, stops. Built once, used by both loops.
+
+    Raises InputError before any work where a value cannot be served.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        prompts: Prompts,
+        generation_config: GenerationConfig | None,
+        seeds: int | Sequence[int],
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        streamer,
+        attention_mask: Tensor | None,
+    ):
+        config = copy.deepcopy(generation_config or target.model.generation_config)
+        for name, off in _REFUSED.items():
+            if getattr(config, name, None) not in off:
+                value = getattr(config, name)
+                raise InputError(f"generation_config.{name}={value!r} is not supported; unset it")
+        self.target, self.config = target, config
+        self.prompts = as_rows(prompts, attention_mask, target)
+        self.n_rows = len(self.prompts)
+        self.eos = _eos(config, target)
+        self.limit = [self._limit(len(p)) for p in self.prompts]
+        self.criteria = list(stopping_criteria or [])
+        if config.stop_strings:
+            if target.tokenizer is None:
+                raise InputError("generation_config.stop_strings needs a target with a tokenizer")
+            self.criteria.append(StopStringCriteria(target.tokenizer, config.stop_strings))
+        if streamer is not None and self.n_rows > 1:
+            raise InputError("a streamer takes one prompt; this batch has " + str(self.n_rows))
+        self.streamer = streamer
+        self.sampled = bool(config.do_sample)
+        device = target.device
+        self.seeds = _seeds(seeds, self.n_rows).to(device) if self.sampled else None
+        minimum = [
+            max(config.min_new_tokens or 0, (config.min_length or 0) - len(p)) for p in self.prompts
+        ]
+        minimum = torch.tensor(minimum, device=device) if max(minimum) > 0 else None
+        processors = build_processors(config, minimum, self.eos, logits_processor)
+        self.warp = Warp(processors, target.vocab_size)
+
+    def _limit(self, prompt_length: int) -> int:
+        """The most tokens a row may have, prompt included."""
+        config, context = self.config, self.target.max_positions
+        if context is not None and prompt_length >= context:
+            raise InputError(
+                f"a prompt of {prompt_length} tokens leaves no room in the context of {context} "
+                f"tokens of {self.target.name}; shorten it"
+            )
+        if config.max_new_tokens is not None:
+            limit = prompt_length + config.max_new_tokens
+        elif config.max_length is not None:
+            limit = config.max_length
+        else:
+            raise InputError("generation_config sets neither max_new_tokens nor max_length")
+        if limit <= prompt_length:
+            raise InputError(
+                f"the length limit of {limit} tokens leaves no room after a prompt of "
+                f"{prompt_length}; raise max_new_tokens or max_length"
+            )
+        return limit if context is None else min(limit, context)
+
+    def noise(self, position: Tensor) -> Tensor | None:
+        """position: (B, P) absolute. (B, P, V) Gumbel noise, or None for greedy decoding."""
+        if not self.sampled:
+            return None
+        return gumbel(self.seeds, position, self.target.vocab_size)
+
+    def sequences(self, slack: int) -> Sequences:
+        """Prompts on the device, with room for every row's limit and `slack` more tokens."""
+        device = self.target.device
+        ids = torch.zeros(self.n_rows, max(self.limit) + slack, dtype=torch.long)
+        for b, prompt in enumerate(self.prompts):
+            ids[b, : len(prompt)] = torch.tensor(prompt)
+        length = torch.tensor([len(p) for p in self.prompts], device=device)
+        temperature = (self.config.temperature or 1.0) if self.sampled else 1.0
+        live = torch.ones(self.n_rows, dtype=torch.bool, device=device)
+        return Sequences(
+            ids.to(device), length, length.clone(), live, temperature=float(temperature)
+        )
+
+    def prefill(self, seqs: Sequences, slack: int) -> tuple[RowCache, Tensor, Tensor]:
+        """Right-padded prefill. Returns the cache, (B, V) logits and (B, H) hidden state of each
+        row's last prompt token."""
+        target, lengths = self.target, [len(p) for p in self.prompts]
+        width = max(lengths)
+        cache = RowCache(target.n_layers, self.n_rows, seqs.ids.shape[1] + slack, target.device)
+        position = torch.arange(width, device=target.device)[None]
+        causal = position[:, :, None] >= position[:, None, :]
+        cache.prepare(width)
+        out = target.forward(
+            seqs.ids[:, :width],
+            position.expand(self.n_rows, -1),
+            target.masks(causal, position, position),
+            cache,
+            keep=seqs.length - 1,
+        )
+        # What was written behind a shorter row's end is overwritten before it can be seen.
+        cache.commit(lengths)
+        return cache, out.logits[:, 0], out.hidden[:, 0]
+
+
+class Emitter:
+    """Judges tokens one by one on the host: stops, streaming, and the growing result."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.tokens: list[list[int]] = [[] for _ in request.prompts]
+        self.finish: list[str | None] = [None] * request.n_rows
+        self.started = time.perf_counter()
+        if request.streamer is not None:
+            request.streamer.put(torch.tensor([request.prompts[0]]))
+
+    def emit(self, row: int, new: list[int]) -> int:
+        """Append tokens to a live row until one of them stops it. Returns how many were kept."""
+        for kept, token in enumerate(new, start=1):
+            self.tokens[row].append(token)
+            if self.request.streamer is not None:
+                self.request.streamer.put(torch.tensor([token]))
+            self.finish[row] = self._stop(row, token)
+            if self.finish[row] is not None:
+                return kept
+        return len(new)
+
+    def _stop(self, row: int, token: int) -> str | None:
+        request = self.request
+        if token in request.eos:
+            return "eos"
+        if request.criteria:
+            ids = torch.tensor([request.prompts[row] + self.tokens[row]])
+            for criterion in request.criteria:
+                if bool(torch.as_tensor(criterion(ids, None)).any()):
+                    is_string = isinstance(criterion, StopStringCriteria)
+                    return "stop_string" if is_string else "criteria"
+        if len(request.prompts[row]) + len(self.tokens[row]) >= request.limit[row]:
+            return "length"
+        return None
+
+    @property
+    def live(self) -> list[bool]:
+        return [reason is None for reason in self.finish]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens known per row, prompt included."""
+        return [len(p) + len(t) for p, t in zip(self.request.prompts, self.tokens, strict=True)]
+
+    def result(self, stats: StepStats) -> Generation:
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+        stats.seconds["total"] = time.perf_counter() - self.started
+        return Generation(self.tokens, self.finish, stats)
+
+
+def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> list[list[int]]:
+    """Prompts as lists of token ids, padding (known by the mask alone) removed."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2:
+            raise InputError(f"prompts must be (B, T) token ids, not {tuple(prompts.shape)}")
+        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
+        prompts = [
+            row[keep.bool()].tolist() for row, keep in zip(prompts.cpu(), mask.cpu(), strict=True)
+        ]
+    rows = [[int(t) for t in row] for row in prompts]
+    if not rows:
+        raise InputError("no prompts were given")
+    for b, row in enumerate(rows):
+        if not row:
+            raise InputError(f"prompt {b} is empty; give at least the BOS token")
+        if not 0 <= min(row) <= max(row) < target.vocab_size:
+            raise InputError(
+                f"prompt {b} has token id {max(row) if min(row) >= 0 else min(row)}, outside the "
+                f"vocabulary of {target.vocab_size} of {target.name}; wrong tokenizer?"
+            )
+    return rows
+
+
+def _eos(config: GenerationConfig, target: Target) -> set[int]:
+    eos = config.eos_token_id
+    if eos is None:
+        return target.eos_token_ids
+    # transformers' users switch EOS off by -1
+    return {e for e in ([eos] if isinstance(eos, int) else eos) if e >= 0}
+
+
+def _seeds(seeds: int | Sequence[int], n_rows: int) -> Tensor:
+    """One seed for every row, or one each: a row's text depends on its own seed alone."""
+    rows = [seeds] * n_rows if isinstance(seeds, int) else [int(s) for s in seeds]
+    if len(rows) != n_rows:
+        raise InputError(f"seeds: {len(rows)} given for {n_rows} prompts")
+    return torch.tensor(rows, dtype=torch.long)

@@ -1,0 +1,182 @@
+"""Speculative decoding: draft, verify, accept, commit, repeat. One target forward per step for the
+whole batch; the text is `plain`'s, whatever the drafter proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from redrafter.contracts import (
+    Drafter,
+    Generation,
+    Lookahead,
+    Sequences,
+    StepStats,
+    TokenTree,
+    Truth,
+    root_tree,
+)
+from redrafter.decode.cache import RowCache
+from redrafter.decode.request import Emitter, Prompts, Request
+from redrafter.decode.stats import StepTimer, count_step
+from redrafter.decode.tree import ancestors
+from redrafter.decode.verify import Verdict, choose, verify
+from redrafter.target.model import Target, TargetOutput
+
+
+@torch.inference_mode()
+def speculative(
+    target: Target,
+    prompts: Prompts,
+    generation_config: GenerationConfig | None = None,
+    *,
+    seeds: int | Sequence[int] = 0,
+    drafter: Drafter | None = None,
+    lookahead: Lookahead | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    streamer=None,
+    attention_mask: Tensor | None = None,
+) -> Generation:
+    """Decode with a drafter. Same signature, result and text as `plain`.
+
+    drafter: None drafts nothing (K = 0), which is plain decoding by the tree code
+    lookahead: None always drafts `drafter.max_depth` levels
+    The other arguments are `plain`'s.
+    """
+    request = Request(
+        target, prompts, generation_config, seeds,
+        logits_processor, stopping_criteria, streamer, attention_mask,
+    )  # fmt: skip
+    depth = drafter.max_depth if drafter else 0
+    emitter, timer = Emitter(request), StepTimer(request.n_rows, depth)
+    seqs = request.sequences(slack=depth + 1)
+    limit = torch.tensor(request.limit, device=target.device)
+    step = torch.arange(depth + 1, device=target.device)
+    with timer("prefill"):
+        cache, logits, hidden = request.prefill(seqs, slack=drafter.max_nodes if drafter else 1)
+        noise = request.noise(seqs.length[:, None])
+        first = choose(request.warp.rows(logits, seqs), None if noise is None else noise[:, 0])
+        for row, token in enumerate(first.tolist()):
+            emitter.emit(row, [token])
+        _append(seqs, first[:, None], emitter)
+        if drafter:
+            drafter.begin(seqs)
+            one = torch.ones_like(first)
+            drafter.observe(Truth(first[:, None], one, hidden[:, None], logits[:, None]))
+
+    while any(emitter.live):
+        seqs.noise = request.noise(seqs.length[:, None] + step)
+        with timer("draft"):
+            tree = _draft(drafter, lookahead, seqs, limit)
+            seen = ancestors(tree, depth)
+        with timer("verify"):
+            out = _forward(target, tree, seen, seqs, cache, limit)
+        scores = request.warp.tree(out.logits, tree, seen, seqs)
+        verdict = verify(scores, tree, seqs.noise, seen, depth)
+        _accept(verdict, tree, seqs, cache, emitter, timer.stats)
+        if drafter:
+            with timer("draft"):
+                drafter.observe(_truth(verdict, out, seqs, drafter.needs))
+    return emitter.result(timer.stats)
+
+
+def _draft(
+    drafter: Drafter | None, lookahead: Lookahead | None, seqs: Sequences, limit: Tensor
+) -> TokenTree:
+    """Level by level until the depth or the lookahead ends it."""
+    if drafter is None:
+        return root_tree(seqs.root)
+    drafter.start()
+    levels = torch.zeros_like(seqs.length)  # per row, levels that the lookahead let stand
+    go_on = seqs.live
+    for level in range(1, drafter.max_depth + 1):
+        features = drafter.extend(level)
+        levels += go_on
+        if lookahead is None or level == drafter.max_depth:
+            continue
+        go_on = go_on & lookahead(features, level)
+        # Reading the host per level would stall an accelerator; there the surplus is masked off.
+        if (not lookahead.dynamic or go_on.device.type == "cpu") and not bool(go_on.any()):
+            break
+    tree = drafter.tree()
+    # A node that could only be emitted past a row's limit is never useful.
+    levels = torch.minimum(levels, limit - seqs.length)
+    tree.valid = tree.valid & (tree.depth <= levels[:, None])
+    return tree
+
+
+def _forward(
+    target: Target,
+    tree: TokenTree,
+    seen: Tensor,
+    seqs: Sequences,
+    cache: RowCache,
+    limit: Tensor,
+) -> TargetOutput:
+    """The step's one target forward, over every node of every row's tree."""
+    cache.prepare(tree.n_nodes)
+    # Invalid nodes may lie past the context: any position the model has will do for them.
+    position = torch.minimum(seqs.length[:, None] - 1 + tree.depth, limit[:, None] - 1)
+    keys = torch.arange(cache.width, device=position.device).expand(len(position), -1)
+    committed = cache.length[:, None]
+    # Columns: the row's committed prefix, then its nodes, then whatever longer rows need.
+    node = keys - committed
+    is_node = (node >= 0) & (node < tree.n_nodes)
+    node = node.clamp(0, tree.n_nodes - 1)
+    on_path = seen.gather(2, node[:, None].expand(-1, tree.n_nodes, -1))
+    allowed = (keys < committed)[:, None] | (on_path & is_node[:, None])
+    key_position = torch.where(is_node, position.gather(1, node), keys)
+    return target.forward(
+        tree.tokens, position, target.masks(allowed, position, key_position), cache
+    )
+
+
+def _accept(
+    verdict: Verdict,
+    tree: TokenTree,
+    seqs: Sequences,
+    cache: RowCache,
+    emitter: Emitter,
+    stats: StepStats,
+) -> None:
+    """Emit, stop, commit. The step's one read of the host."""
+    reached = torch.where(tree.valid, tree.depth, 0).amax(1, keepdim=True)
+    packed = torch.cat([verdict.count[:, None], reached, verdict.tokens, verdict.path], 1).tolist()
+    width = verdict.tokens.shape[1]
+    in_order = True
+    stats.forwards += 1
+    for row, (count, drafted, *rest) in enumerate(packed):
+        if emitter.finish[row] is not None:
+            continue
+        stats.nodes_verified += tree.n_nodes
+        kept = emitter.emit(row, rest[: count + 1])
+        count_step(stats, row, drafted, min(count, kept), kept)
+        in_order &= rest[width : width + count + 1] == list(range(count + 1))
+    _append(seqs, verdict.tokens, emitter)
+    # All but the new root: a finished row's cache is never looked at again.
+    cache.commit([n - 1 for n in emitter.lengths], None if in_order else verdict.path)
+
+
+def _append(seqs: Sequences, tokens: Tensor, emitter: Emitter) -> None:
+    """Write (B, K+1) tokens behind every row (what lies past its new length is stale)."""
+    live = torch.tensor(emitter.live, device=tokens.device)
+    where = seqs.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    seqs.ids.scatter_(1, where, tokens)
+    seqs.length = torch.tensor(emitter.lengths, device=tokens.device)
+    seqs.live = live
+
+
+def _truth(verdict: Verdict, out: TargetOutput, seqs: Sequences, needs: frozenset[str]) -> Truth:
+    def along(x: Tensor) -> Tensor:
+        return x.gather(1, verdict.path[:, :, None].expand(-1, -1, x.shape[-1]))
+
+    return Truth(
+        verdict.tokens,
+        torch.where(seqs.live, verdict.count + 1, 0),
+        along(out.hidden) if "hidden" in needs else None,
+        along(out.logits) if "logits" in needs else None,
+    )

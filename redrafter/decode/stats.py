@@ -1,0 +1,34 @@
+"""Counting what a step did. Rates are made of these counts elsewhere, never here."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+from redrafter.contracts import StepStats
+
+
+class StepTimer:
+    """Host wall-clock by part. On an accelerator the parts are the time to *launch* the work,
+    their sum is right only because each step reads the host once; `total` is always right."""
+
+    def __init__(self, n_rows: int, depth: int):
+        self.stats = StepStats(
+            [0] * n_rows, [0] * n_rows, [0] * depth, [0] * depth,
+            seconds={"prefill": 0.0, "draft": 0.0, "verify": 0.0},
+        )  # fmt: skip
+
+    @contextmanager
+    def __call__(self, part: str):
+        clock = time.perf_counter()
+        yield
+        self.stats.seconds[part] += time.perf_counter() - clock
+
+
+def count_step(stats: StepStats, row: int, drafted: int, accepted: int, emitted: int) -> None:
+    """One step of a live row: levels drafted, levels accepted and emitted, tokens emitted."""
+    stats.steps[row] += 1
+    stats.emitted[row] += emitted
+    for level in range(drafted):
+        stats.drafted_at[level] += 1
+        stats.accepted_at[level] += level < accepted

@@ -1,0 +1,218 @@
+"""The frozen language model: the only way to its forward pass, its embedding and its lm_head."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from redrafter.config import TargetConfig
+from redrafter.contracts import InputError
+from redrafter.target.masks import additive_masks
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+# The fingerprint samples at most this many values of each weight, so it is quick at any size.
+_FINGERPRINT_VALUES = 4096
+
+
+@dataclass
+class TargetOutput:
+    """logits: (B, N, V) raw; hidden: (B, N, H), the tensor that feeds lm_head."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Target:
+    """A Hugging Face causal language model, frozen, in evaluation mode.
+
+    Tree verification needs attention whose keys can be masked one by one: models with recurrent
+    or linear-attention layers, or with ALiBi, are refused when loaded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.backbone = model.base_model
+        self.lm_head = model.get_output_embeddings()
+        if self.lm_head is None:
+            raise InputError(f"{self.name}: {type(model).__name__} has no lm_head; not a causal LM")
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        unknown = kinds - {"full_attention", "sliding_attention"}
+        if unknown or self.config.model_type in ("bloom", "mpt", "mamba", "mamba2", "rwkv"):
+            raise InputError(
+                f"{self.name}: model_type {self.config.model_type!r} has layers whose keys cannot "
+                f"be masked one by one ({', '.join(sorted(unknown)) or 'ALiBi or recurrence'}); "
+                "a token tree cannot be verified on it"
+            )
+        self.windows = self._windows(kinds)
+        self.device = self.lm_head.weight.device
+        self.dtype = self.lm_head.weight.dtype
+        self.vocab_size = self.lm_head.weight.shape[0]
+        self.hidden_size = self.lm_head.weight.shape[1]
+        self.n_layers = self.config.num_hidden_layers
+        self.max_positions = getattr(self.config, "max_position_embeddings", None)
+        self._check_project()
+
+    def _windows(self, kinds: set[str]) -> dict[str, int | None]:
+        """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
+        window = getattr(self.config, "sliding_window", None)
+        if not kinds:
+            return {"full_attention": None} if window is None else {"sliding_attention": window}
+        return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
+
+    @torch.inference_mode()
+    def _check_project(self) -> None:
+        """A class may scale or cap its logits in ways `project` does not know: find out now."""
+        ids = torch.tensor([[0, min(1, self.vocab_size - 1)]], device=self.device)
+        whole = self.model(input_ids=ids, use_cache=False).logits
+        ours = self.project(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(whole.float(), ours.float(), rtol=1e-2, atol=1e-2):
+            raise InputError(
+                f"{self.name}: {type(self.model).__name__} changes its logits after lm_head in a "
+                "way this version does not know; the target cannot be used"
+            )
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, H), frozen."""
+        return self.lm_head.weight
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        eos = eos if eos is not None else self.config.eos_token_id
+        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(...) int64 -> (..., H), as the first layer sees it.
+
+        Gemma's scale is inside transformers' embedding module; Granite's is not.
+        """
+        e = self.model.get_input_embeddings()(tokens)
+        return e * getattr(self.config, "embedding_multiplier", 1.0)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap."""
+        logits = self.lm_head(hidden)
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: Tensor | dict[str, Tensor],
+        cache: Cache,
+        keep: Tensor | None = None,
+    ) -> TargetOutput:
+        """One forward of the target over new tokens; their keys and values enter the cache.
+
+        tokens, positions: (B, N) int64; masks: from `masks()`.
+        keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
+              prefill does not project every position; None wants all.
+        """
+        hidden = self.backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=masks,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        if keep is not None:
+            hidden = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
+        return TargetOutput(self.project(hidden), hidden)
+
+    def masks(
+        self, allowed: Tensor, query_position: Tensor, key_position: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """Additive attention masks, one per window type where the model mixes them.
+
+        allowed: (B, N, S) bool; query_position: (B, N); key_position: (B, S)
+        """
+        masks = additive_masks(allowed, query_position, key_position, self.windows, self.dtype)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @torch.inference_mode()
+    def states(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Teacher-forced hidden states (the tensor that feeds lm_head).
+
+        tokens: (B, T) int64, right-padded. Causal attention never looks right, so the padding
+        cannot reach a real position, and `lengths` is not needed. Returns (B, T, H); the states
+        at the padding mean nothing.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.backbone(
+            input_ids=tokens, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def fingerprint(self) -> str:
+        """sha256 over shapes, a sample of every weight (in bfloat16, so that the same checkpoint
+        loaded in float32 agrees) and the tokenizer's vocabulary. 16 hex digits."""
+        if not hasattr(self, "_fingerprint"):
+            digest = hashlib.sha256()
+            for name, p in sorted(self.model.named_parameters()):
+                flat = p.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // _FINGERPRINT_VALUES)]
+                digest.update(f"{name}{tuple(p.shape)}".encode())
+                digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+            if self.tokenizer is not None:
+                vocab = sorted(self.tokenizer.get_vocab().items())
+                digest.update(json.dumps(vocab).encode())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the accelerator torch knows of, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def load_target(config: TargetConfig | str) -> Target:
+    """Load a target and its tokenizer. Raises InputError naming the path when it is not one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = TargetConfig(path=config) if isinstance(config, str) else config
+    path = config.path
+    if os.sep in path and not os.path.isdir(path) and path.count("/") != 1:
+        raise InputError(f"target.path: folder {path!r} does not exist")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise InputError(f"target.path: {path!r} has no config.json; not a Hugging Face model")
+    device = pick_device(config.device)
+    dtype = config.dtype
+    if dtype == "auto":  # half precision has no fast path on most CPUs
+        dtype = "float32" if device.type == "cpu" else "auto"
+    kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, revision=config.revision, **kwargs
+        )
+    except Exception as error:
+        # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
+        # own class, KeyError, ...): the folder's name is what all of them lack.
+        raise InputError(f"target.path: cannot load {path!r} as a causal LM: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # token ids still work; commands that read text say what is missing
+    return Target(model.to(device), tokenizer, name=path)
