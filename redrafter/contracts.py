@@ -153,12 +153,10 @@ class Drafter(ABC):
 class Lookahead(ABC):
     """Decides after each drafted level whether to go on."""
 
-    #: False where the answer is known without looking at the features
-    dynamic: bool = True
-
     @abstractmethod
     def __call__(self, features: Tensor | None, level: int) -> Tensor | bool:
-        """features: (B, F) of the level just drafted. Returns go_on, (B,) bool (or one bool)."""
+        """features: (B, F) of the level just drafted. Returns go_on: (B,) bool, or one Python
+        bool where the answer is the same for all rows and known without reading the features."""
 
 
 @dataclass

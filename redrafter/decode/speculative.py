@@ -98,9 +98,14 @@ def _draft(
         levels += go_on
         if lookahead is None or level == drafter.max_depth:
             continue
-        go_on = go_on & lookahead(features, level)
+        answer = lookahead(features, level)
+        if isinstance(answer, bool):
+            if not answer:
+                break
+            continue
+        go_on = go_on & answer
         # Reading the host per level would stall an accelerator; there the surplus is masked off.
-        if (not lookahead.dynamic or go_on.device.type == "cpu") and not bool(go_on.any()):
+        if go_on.device.type == "cpu" and not bool(go_on.any()):
             break
     tree = drafter.tree()
     # A node that could only be emitted past a row's limit is never useful.

@@ -1,0 +1,101 @@
+"""Drafting with a recurrent head: beams grown level by level, verified as one tree.
+
+Scores are log-probabilities of the head, summed along the path. At temperature > 0 the verifier's
+own Gumbel noise is added first: the token that the target will pick at depth d is
+argmax(log p + noise_d), so softmax(log q + noise_d) is the drafter's belief about *that* token, and
+no longer about a random one. The text stays exact either way; only acceptance changes.
+Sources: beam search and recurrence, ReDrafter (arXiv 2403.09919); all-levels trees, EAGLE-2;
+proposing with the shared noise, Gumbel coupling (Daliri, Musco, Suresh 2024); its use in beams,
+ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redrafter.config import TreeConfig
+from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.decode.tree import best_nodes, final_beams
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.target.model import Target
+
+
+class RecurrentDrafter(Drafter):
+    """W beams of depth K from a `RecurrentHead`, as a tree of one of `TreeConfig`'s shapes."""
+
+    needs = frozenset({"hidden"})
+    feature_names = ("best_log_q",)
+
+    def __init__(self, head: RecurrentHead, target: Target, tree: TreeConfig | None = None):
+        tree = tree or TreeConfig()
+        if tree.width < 1 or tree.depth < 1:
+            raise InputError(f"tree: width {tree.width} and depth {tree.depth} must be positive")
+        if tree.shape == "best" and not tree.nodes:
+            raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
+        self.head, self.target, self.shape = head, target, tree
+        self.width = min(tree.width, head.draft_vocab_size)
+        self.max_depth = tree.depth
+        self.max_nodes = 1 + self.width * tree.depth
+        if tree.shape == "best":
+            self.max_nodes = min(self.max_nodes, tree.nodes)
+
+    def begin(self, seqs: Sequences) -> None:
+        super().begin(seqs)
+        rows = torch.zeros_like(seqs.length)[:, None]
+        self._zeros = rows
+        self._arange = torch.arange(self.width, device=rows.device).expand(len(rows), -1)
+
+    def observe(self, truth: Truth) -> None:
+        """Keep c (B, H): the hidden state whose logits produced the new root."""
+        self.context = truth.last_hidden()[:, None]
+
+    def start(self) -> None:
+        root = self.seqs.root[:, None]
+        self.tokens, self.parents = [root], [self._zeros]
+        self.log_q = [torch.zeros(root.shape, dtype=self.context.dtype, device=root.device)]
+        self.states: Tensor | None = None  # (B, w, H), of the parents of the frontier
+        noise = self.seqs.noise if self.shape.seeded else None
+        if noise is not None and self.head.config.draft_vocab_size is not None:
+            noise = noise[..., self.head.draft_ids]
+        self.noise = noise
+
+    def extend(self, level: int) -> Tensor:
+        """One step of the recurrence over the frontier (B, w), then its best W children."""
+        frontier = self.tokens[-1]
+        states = self.head.step(self.target.embed(frontier), self.states)
+        scores = self.head.logits(self.context, states)  # (B, w, Vd)
+        if self.noise is not None:
+            scores = scores / self.seqs.temperature
+            scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
+        # The best W of all children are among the best W of each parent.
+        top, ids = scores.topk(self.width, dim=-1)
+        total = top + (self.log_q[-1] - scores.logsumexp(-1))[:, :, None]
+        if frontier.shape[1] > 1:
+            best, index = total.flatten(1).topk(self.width, dim=-1)
+            beam = index // self.width
+            ids = ids.flatten(1).gather(1, index)
+            states = states.gather(1, beam[:, :, None].expand(-1, -1, states.shape[-1]))
+            parent = beam + (1 + (level - 2) * self.width)
+        else:
+            best, ids = total[:, 0], ids[:, 0]
+            states = states.expand(-1, self.width, -1)
+            parent = self._arange * 0 if level == 1 else self._arange + (level - 1)
+        self.states = states
+        self.tokens.append(self.head.to_vocab_ids(ids))
+        self.parents.append(parent)
+        self.log_q.append(best)
+        return best[:, :1]
+
+    def tree(self) -> TokenTree:
+        tokens = torch.cat(self.tokens, 1)
+        n, levels = tokens.shape[1], len(self.tokens) - 1
+        index = torch.arange(n, device=tokens.device)
+        depth = ((index + self.width - 1) // self.width).expand_as(tokens)
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        tree = TokenTree(tokens, torch.cat(self.parents, 1), depth, valid, torch.cat(self.log_q, 1))
+        if self.shape.shape == "best":
+            return best_nodes(tree, self.max_nodes)
+        if self.shape.shape == "beams" and self.width > 1:
+            return final_beams(tree, self.width, levels)
+        return tree
