@@ -1,0 +1,51 @@
+"""The one way commands read their arguments: a dataclass, a YAML file, `--section.key value`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from redrafter.contracts import InputError
+
+Config = TypeVar("Config")
+
+
+def parse(
+    cls: type[Config], argv: Sequence[str] | None, prog: str, description: str | None = None
+) -> Config:
+    """Build a frozen configuration dataclass from the command line.
+
+    `--config FILE.yaml` may stand anywhere and as often as wanted; whatever comes later on the
+    line wins. An unknown key, a wrong type or a missing value ends the program with status 2 and
+    a message that names it. `--help` shows the text under each field.
+
+    argv: arguments without the program's name; None takes those of this process
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
+    parser.add_class_arguments(cls)
+    values = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
+    values.pop("config", None)
+    return cls(**vars(values))
+
+
+def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorates a command's main(): an InputError becomes its message and status 2, no traceback.
+
+    Any other exception is a fault of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
