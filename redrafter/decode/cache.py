@@ -86,6 +86,12 @@ class RowCache(Cache):
         """S, keys that the next forward sees per row."""
         return self._width
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every row's next entries go to the same place. Token counts do not tell: a
+        finished row's last token may be committed where a live one's is not."""
+        return self._uniform
+
     def prepare(self, n: int) -> None:
         """The next forward brings n tokens per row."""
         self._start, self._width = self.lengths[0], max(self.lengths) + n

@@ -92,7 +92,7 @@ def _forward(
     position = seqs.length[:, None] - 1
     width = cache.width
     single = len(target.windows) == 1 and None in target.windows.values()
-    if single and min(lengths) == max(lengths):
+    if single and cache.uniform:
         masks = zeros[..., :width]  # every row sees every key
     else:
         keys = torch.arange(width, device=root.device)[None]
