@@ -35,6 +35,7 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     token = torch.arange(1, vocab_size + 1, device=position.device)
     stream = _mix(_mix(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN)
     bits = _mix(stream[:, :, None] + token * _GOLDEN)
-    # 53 bits, centred in their cell, so u is never 0 or 1
-    u = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits, centred in their cell, so u is never 0 or 1 (with 53 the largest would round to 1,
+    # and infinite noise on a token of probability 0 is nan)
+    u = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
     return u.log_().neg_().log_().neg_()
