@@ -1,0 +1,55 @@
+"""The console script: `redrafter SUBCOMMAND ...` runs the same `main` as the launcher of that name.
+
+For installations without the clone. Subcommands are imported only when asked for, so that
+`redrafter --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+#: module of `redrafter.cli`, which is also the subcommand: what it does, in one line
+SUBCOMMANDS = {
+    "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
+    "lossless": "prove that drafting changes no token (eval/lossless.py)",
+    "speed": "compare ways of decoding on the same prompts (eval/speed.py)",
+    "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
+}
+
+
+def usage() -> str:
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: redrafter SUBCOMMAND [options]",
+            "",
+            *lines,
+            "",
+            "redrafter SUBCOMMAND --help explains its options.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Returns the exit status: what the subcommand returned, 2 for one that does not exist."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    name = args[0].replace("-", "_")
+    if name not in SUBCOMMANDS:
+        print(f"redrafter: no subcommand {args[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # argparse names the program after sys.argv[0]: the usage line should say what was typed.
+    program = sys.argv[0]
+    sys.argv[0] = f"{program} {name}"
+    try:
+        return import_module(f"redrafter.cli.{name}").main(args[1:])
+    finally:
+        sys.argv[0] = program
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Draft, verify, accept, commit: the decoding loops and their parts."""

@@ -1,0 +1,1 @@
+"""Who proposes: learned heads, tables, lookup, second models."""

@@ -1,0 +1,1 @@
+"""Learned draft heads, one file each."""

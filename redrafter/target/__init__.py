@@ -1,0 +1,1 @@
+"""The frozen language model: loading, forward passes, masks, embedding and projection."""

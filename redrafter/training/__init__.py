@@ -1,0 +1,1 @@
+"""Fitting a draft head: one step, the loop, checkpoints."""
