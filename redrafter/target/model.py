@@ -66,6 +66,10 @@ class Target:
         self.hidden_size = self.lm_head.weight.shape[1]
         self.n_layers = self.config.num_hidden_layers
         self.max_positions = getattr(self.config, "max_position_embeddings", None)
+        cohere = getattr(self.config, "logit_scale", None) or 1.0
+        granite = getattr(self.config, "logits_scaling", None) or 1.0
+        self._logit_scale = cohere / granite
+        self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         self._check_project()
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
@@ -104,14 +108,16 @@ class Target:
         Gemma's scale is inside transformers' embedding module; Granite's is not.
         """
         e = self.model.get_input_embeddings()(tokens)
-        return e * getattr(self.config, "embedding_multiplier", 1.0)
+        scale = getattr(self.config, "embedding_multiplier", 1.0)
+        return e if scale == 1.0 else e * scale
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap."""
         logits = self.lm_head(hidden)
-        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)  # Cohere
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
+        # Skipped where neutral: a pass over (N, V) costs as much as a small matrix product.
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        cap = self._logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def forward(
