@@ -1,0 +1,458 @@
+#!/usr/bin/env python
+"""Train a very small language model on Python's own standard library, as a target to try things on.
+
+No download is needed: every Python installation carries the text. The result is an ordinary
+Hugging Face folder (Llama, byte-level BPE tokenizer, chat template). Two prompt files lie in it,
+cut from disjoint source files, one {"text": ...} per row: prompts_train.jsonl (files the model
+was trained on, for training heads) and prompts_heldout.jsonl (files it never saw).
+
+Random weights would not do in its place: a draft head learns nothing from them. This model writes
+Python-looking text whose next token can often be guessed, and is good for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import sys
+import sysconfig
+import time
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import log
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+MANIFEST = "tiny_target.json"
+PROMPT_FILES = {"train": "prompts_train.jsonl", "heldout": "prompts_heldout.jsonl"}
+#: Raised when a change to this file changes what it makes, so that old results are made again.
+RECIPE = 1
+BOS, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1; BOS is EOS too, as in GPT-2
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}# {{ m['content'] | trim }}\n"
+    "{% elif m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+#: Folders of the standard library that are tables, tests or not installed everywhere.
+SKIPPED_FOLDERS = {
+    "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data",
+    "site-packages", "test", "tests", "turtledemo",
+}  # fmt: skip
+FILE_CHARS = (1_000, 200_000)  # shorter files say nothing, longer ones are generated tables
+HELDOUT_EVERY = 12  # one file in so many
+TRAIN_PIECE_CHARS = 1_400  # about 450 tokens
+PROMPT_CHARS = 300  # about 100 tokens: leaves room in the context to generate
+LOOP_PROMPTS, LOOP_PROMPT_TOKENS, LOOP_NEW_TOKENS = 16, 64, 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """Model shape and training length of one --size."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    context_tokens: int
+    batch_rows: int
+    steps: int
+    lr: float
+    """Peak learning rate of the weight matrices (Muon)."""
+    lr_other: float
+    """Peak learning rate of the embedding and the norms (Adam)."""
+    corpus_chars: int
+    """Source text to read at most."""
+
+
+SIZES = {
+    "quickstart": Size(
+        vocab=2048, width=192, layers=4, heads=6, kv_heads=2, ffn=512, context_tokens=512,
+        batch_rows=4, steps=340, lr=0.02, lr_other=4e-3, corpus_chars=20_000_000,
+    ),
+    "test": Size(
+        vocab=512, width=64, layers=2, heads=4, kv_heads=2, ffn=176, context_tokens=512,
+        batch_rows=2, steps=120, lr=0.03, lr_other=8e-3, corpus_chars=1_500_000,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- text
+
+
+def read_sources(max_chars: int) -> dict[str, str]:
+    """{path below the library's folder: source}, in an order that is the same everywhere."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [d for d in subfolders if d not in SKIPPED_FOLDERS and "config-" not in d]
+        found += [Path(folder, n).relative_to(root).as_posix() for n in names if n.endswith(".py")]
+    sources, chars = {}, 0
+    # By a hash of the path, so that any stretch of this order is a fair sample of the library.
+    for name in sorted(found, key=lambda name: (zlib.crc32(name.encode()), name)):
+        try:
+            text = (root / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if FILE_CHARS[0] <= len(text) <= FILE_CHARS[1] and chars < max_chars:
+            sources[name] = text
+            chars += len(text)
+    if chars < 1_000_000:
+        raise SystemExit(
+            f"error: found {chars} characters of Python source under {root}, the standard library "
+            "of this interpreter; 1000000 are needed. Some embedded and zipped installations leave "
+            "the sources out: run this with a full Python (python.org, your system's, conda)."
+        )
+    return sources
+
+
+def bare_code(source: str) -> str | None:
+    """The code in one uniform layout, without comments and docstrings: prose is much harder to
+    predict, and a model of this size would only learn to stammer it. None if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd escapes in old modules
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    for node in ast.walk(tree):
+        scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        if isinstance(node, scopes) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree) + "\n"
+
+
+def pieces(text: str, chars: int) -> Iterator[str]:
+    """Cuts whole lines into stretches of at least `chars`; a short rest is dropped."""
+    piece = ""
+    for line in text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= chars:
+            yield piece
+            piece = ""
+
+
+def write_prompts(folder: Path, texts: dict[str, dict[str, str]], seed: int) -> None:
+    """texts: {"train": {name: text}, "heldout": ...}. Rows are shuffled, so that the first few
+    come from many files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, chars in (("train", TRAIN_PIECE_CHARS), ("heldout", PROMPT_CHARS)):
+        rows = [piece for text in texts[split].values() for piece in pieces(text, chars)]
+        random.Random(seed).shuffle(rows)
+        partial = folder / f"{PROMPT_FILES[split]}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+        partial.replace(folder / PROMPT_FILES[split])
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def train_tokenizer(texts: list[str], size: Size) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size.vocab,
+        special_tokens=[BOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=BOS,
+        pad_token=PAD,
+        model_max_length=size.context_tokens,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> torch.Tensor:
+    """(rows, length) int64: BOS, then consecutive tokens of one file from the start of a line on,
+    as prompts look too. A file's last, incomplete row is dropped."""
+    import torch
+
+    rows = []
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+        i = 0
+        while i + length - 1 <= len(ids):
+            rows.append([0, *ids[i : i + length - 1]])
+            i += length - 1
+            while i < len(ids) and text[starts[i] - 1] != "\n" and text[starts[i]] != "\n":
+                i += 1
+    return torch.tensor(rows)
+
+
+# ---------------------------------------------------------------- training
+
+
+def new_model(size: Size) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.width,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.context_tokens,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    # Every layer begins as the identity, which saves the first steps.
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def row_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of every token after the first, nats."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+
+def orthogonalised(update: torch.Tensor) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with the coefficients of
+    Muon (Jordan et al., 2024). Muon needs about half the steps of Adam here."""
+    x = update / (update.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    if tall:  # the product below is then the small one
+        x = x.T
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if tall else x) * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+
+
+def train(model: LlamaForCausalLM, rows: torch.Tensor, size: Size, seed: int) -> None:
+    """Mutates `model`. Passes over `rows` in a new order each time round."""
+    import torch
+    from tqdm import tqdm
+
+    layers = set(model.model.layers.parameters())
+    matrices = [p for p in model.parameters() if p in layers and p.ndim == 2]
+    others = [p for p in model.parameters() if not (p in layers and p.ndim == 2)]
+    momentum = [torch.zeros_like(p) for p in matrices]
+    adam = torch.optim.AdamW(others, lr=size.lr_other, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    progress = tqdm(range(size.steps), desc="training", unit="step", mininterval=1.0)
+    for step in progress:
+        if len(queue) < size.batch_rows:
+            queue = torch.randperm(len(rows), generator=generator).tolist()
+        batch, queue = queue[: size.batch_rows], queue[size.batch_rows :]
+        loss = row_loss(model, rows[batch])
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = min(1.0, (step + 1) / 20, (size.steps - step) / (0.6 * size.steps))
+        adam.param_groups[0]["lr"] = size.lr_other * scale
+        adam.step()
+        with torch.no_grad():
+            for matrix, velocity in zip(matrices, momentum, strict=True):
+                velocity.mul_(0.95).add_(matrix.grad)
+                step_direction = orthogonalised(matrix.grad + 0.95 * velocity)
+                matrix.mul_(1 - 0.1 * size.lr * scale).sub_(step_direction, alpha=size.lr * scale)
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def loop_share(ids: list[int]) -> float:
+    """Share of positions whose 4-gram (this token and the three before) occurred before."""
+    grams = [tuple(ids[i - 3 : i + 1]) for i in range(3, len(ids))]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def measure(model: LlamaForCausalLM, rows: torch.Tensor) -> dict[str, float]:
+    """On held-out rows: the loss, and how much greedy text repeats itself."""
+    import torch
+
+    model.eval()
+    rows = rows[torch.linspace(0, len(rows) - 1, min(48, len(rows))).long()]
+    tokens = rows[:, 1:].flatten().tolist()
+    counts = Counter(tokens)
+    prompts = rows[:LOOP_PROMPTS, :LOOP_PROMPT_TOKENS]
+    with torch.inference_mode():
+        loss = sum(row_loss(model, row[None]).item() for row in rows) / len(rows)
+        greedy = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=LOOP_NEW_TOKENS,
+            do_sample=False,
+        )[:, LOOP_PROMPT_TOKENS:]
+    answers = [[t for t in row if t > 1] for row in greedy.tolist()]
+    natural = rows[:LOOP_PROMPTS, LOOP_PROMPT_TOKENS:][:, :LOOP_NEW_TOKENS].tolist()
+    return {
+        "loss_heldout_nats": round(loss, 4),
+        "unigram_entropy_nats": round(
+            -sum(n * log(n / len(tokens)) for n in counts.values()) / len(tokens), 4
+        ),
+        "loop_share_greedy": round(sum(map(loop_share, answers)) / len(answers), 4),
+        "loop_share_real_text": round(sum(map(loop_share, natural)) / len(natural), 4),
+    }
+
+
+# ---------------------------------------------------------------- command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python scripts/make_tiny_target.py --output_dir quickstart/target\n"
+        "  python scripts/make_tiny_target.py --output_dir /tmp/t --size test   (seconds, worse)\n",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="folder to make; an identical earlier result is kept, another one of this script is "
+        "replaced, anything else is an error",
+    )
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="quickstart",
+        help="quickstart: about two minutes on two cores; test: under half a minute "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    parser.add_argument(
+        "--prompts", type=Path, help="folder for the two prompt files (default: the output folder)"
+    )
+    return parser.parse_args(argv)
+
+
+def earlier_identity(folder: Path) -> dict | None:
+    """What the folder was made from; None if there is no folder. Refuses to touch other things."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        return json.loads((folder / MANIFEST).read_text())["identity"]
+    except (OSError, ValueError, KeyError):
+        raise SystemExit(
+            f"error: {folder} exists and was not made by this script (no readable {MANIFEST} in "
+            "it). Choose another --output_dir, or remove the folder yourself."
+        ) from None
+
+
+def make(
+    partial: Path, texts: dict[str, dict[str, str]], identity: dict, size: Size, seed: int
+) -> dict:
+    """Writes model, tokenizer and manifest into the folder `partial`. Returns the manifest."""
+    started = time.perf_counter()
+    print("importing torch and transformers", flush=True)
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    train_texts, heldout_texts = ([*texts[split].values()] for split in ("train", "heldout"))
+    tokenizer = train_tokenizer(train_texts, size)
+    rows = token_rows(tokenizer, train_texts, size.context_tokens)
+    heldout_rows = token_rows(tokenizer, heldout_texts, size.context_tokens)
+    model = new_model(size)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{rows.numel() / 1e6:.2f} M tokens of text, "
+        f"{size.steps * size.batch_rows * size.context_tokens / 1e6:.2f} M to train on",
+        flush=True,
+    )
+    train(model, rows, size, seed)
+    results = measure(model, heldout_rows)
+    model.generation_config.do_sample = False
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    manifest = {
+        "identity": identity,
+        "results": {**results, "seconds": round(time.perf_counter() - started, 1)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "files": {split: sorted(texts[split]) for split in texts},
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    size, folder = SIZES[args.size], args.output_dir
+    prompts = args.prompts or folder
+    sources = read_sources(size.corpus_chars)
+    digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    # Through JSON, so that it compares equal to what is read back.
+    identity = json.loads(
+        json.dumps({"recipe": RECIPE, "seed": args.seed, "corpus": digest, **asdict(size)})
+    )
+    before = earlier_identity(folder)
+    if before == identity and all((prompts / name).exists() for name in PROMPT_FILES.values()):
+        print(f"{folder}: made earlier from the same text and settings, nothing to do")
+        return 0
+
+    texts: dict[str, dict[str, str]] = {"train": {}, "heldout": {}}
+    for i, (name, source) in enumerate(sources.items()):
+        if code := bare_code(source):
+            texts["train" if i % HELDOUT_EVERY else "heldout"][name] = code
+    if before != identity:
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        partial.mkdir(parents=True)
+        try:
+            manifest = make(partial, texts, identity, size, args.seed)
+            if prompts == folder:
+                write_prompts(partial, texts, args.seed)
+            if folder.exists():
+                shutil.rmtree(folder)  # ours or empty, see earlier_identity
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for name, value in manifest["results"].items():
+            print(f"  {name}: {value}")
+    if not all((prompts / name).exists() for name in PROMPT_FILES.values()) or prompts != folder:
+        write_prompts(prompts, texts, args.seed)
+    print(f"model: {folder}\nprompts: {' '.join(str(prompts / n) for n in PROMPT_FILES.values())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+# Sourced by test.sh and quickstart.sh from the repository root: makes .venv, installs the package
+# into it and puts it first on PATH. pip is the only thing here that needs the network.
+
+find_python() {
+  local candidate
+  for candidate in python3.11 python3; do
+    # Run it rather than look it up: version managers leave stubs that exist and do not work.
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "error: Python 3.11 or newer is needed; found neither a python3.11 nor a new enough" \
+    "python3 ($(python3 --version 2>&1 || true))." >&2
+  return 1
+}
+
+setup_venv() {
+  local python stamp wanted
+  if ! .venv/bin/python -c '' >/dev/null 2>&1; then
+    python="$(find_python)"
+    echo "setup: making .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv
+  fi
+  # Installing is skipped while nothing that decides its outcome has changed. The root counts
+  # too, because an editable install of a clone that was moved points to the old place.
+  stamp=.venv/installed
+  wanted="$(.venv/bin/python -c 'import hashlib, os, pathlib
+parts = [pathlib.Path(f).read_bytes() for f in ("pyproject.toml", "constraints.txt")]
+print(hashlib.sha256(b"\0".join([*parts, os.getcwd().encode()])).hexdigest())')"
+  if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
+    echo "setup: installing redrafter into .venv (a minute or two)"
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    echo "$wanted" >"$stamp"
+  fi
+}
+
+setup_venv
+export PATH="$PWD/.venv/bin:$PATH"
+# Nothing is fetched from here on; without this a mistyped path is looked up on the Hub for minutes.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
