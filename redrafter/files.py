@@ -1,0 +1,153 @@
+"""Writing things so that they are either whole or absent, and saying where they came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PACKAGES = ("redrafter", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_config(path: str | Path, config: Any) -> None:
+    """A configuration dataclass as YAML that `--config` reads back."""
+    content = plain_values(config)
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def plain_values(value: Any) -> Any:
+    """Dataclasses to dictionaries and tuples to lists, all the way down (what JSON knows)."""
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(item) for item in value]
+    return value
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` if the body succeeds, and vanishes if not.
+
+    A folder already at `path` is replaced. After a kill at any moment `path` is whole or absent;
+    what is left of the temporary folder is removed by `remove_leftovers`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _sync(part)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(part, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what interrupted writes left in a folder (not for folders two processes share)."""
+    for part in Path(folder).glob(".*.part"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: str | Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(content: Any) -> str:
+    """sha256 of anything JSON can hold, whatever the order of its keys. 64 hex digits."""
+    text = json.dumps(plain_values(content), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this code runs from, "-dirty" appended; None outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = [
+            subprocess.run(
+                ["git", "-C", str(root), *command],
+                capture_output=True, text=True, timeout=20, check=True,
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0] + ("-dirty" if run[1] else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """What must lie beside every checkpoint and result; `facts` are added to it."""
+    return {
+        "argv": sys.argv,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+    }

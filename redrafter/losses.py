@@ -1,0 +1,138 @@
+"""Losses of a draft head, per position; plain references first, the chunked sum last.
+
+q is the head's distribution, p the target's; both over the (draft) vocabulary, Vd columns. Which
+loss serves which verification rule:
+
+- `cross_entropy` on the target's own tokens raises log q(token). With greedy labels it trains what
+  greedy decoding, the seeded rule and every rule of membership (q = 1) test: is the token that the
+  target will emit among the drafted ones.
+- `kl` (forward, p || q) is the same with every label weighted by p: fewer samples needed where the
+  target is uncertain, and what the coupled seeded proposal wants (both sides add one noise to their
+  log-probabilities, so q must be p everywhere, not only at its maximum).
+- `total_variation` is 1 - (the probability that one draw from q is accepted by the ratio rule).
+- `minus_log_acceptance` is minus the logarithm of that probability, which keeps a gradient when q
+  is far from p (LK losses, arXiv 2602.23881).
+
+With a pruned draft vocabulary, pass log p of the kept columns, not renormalised: the acceptance and
+the total variation then count what was pruned as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(logits_q: Tensor, labels: Tensor) -> Tensor:
+    """logits_q: (..., V); labels: (...) int64. Returns (...), -log q(label) in nats."""
+    return F.cross_entropy(logits_q.flatten(0, -2), labels.flatten(), reduction="none").view(
+        labels.shape
+    )
+
+
+def kl(logits_q: Tensor, log_p: Tensor) -> Tensor:
+    """logits_q, log_p: (..., V). Returns (...), sum_v p (log p - log q) in nats."""
+    difference = log_p - logits_q.log_softmax(-1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * difference, 0.0).sum(-1)
+
+
+def acceptance(logits_q: Tensor, log_p: Tensor) -> Tensor:
+    """Returns (...), sum_v min(p, q): how often one draw from q is accepted by the ratio rule."""
+    return torch.minimum(log_p.exp(), logits_q.softmax(-1)).sum(-1)
+
+
+def total_variation(logits_q: Tensor, log_p: Tensor) -> Tensor:
+    """logits_q, log_p: (..., V). Returns (...) in 0..1.
+
+    Half of sum |p - q| where p sums to one; written as 1 - sum min(p, q), it also holds for a p
+    of which columns were pruned.
+    """
+    return 1.0 - acceptance(logits_q, log_p)
+
+
+def minus_log_acceptance(logits_q: Tensor, log_p: Tensor) -> Tensor:
+    """logits_q, log_p: (..., V). Returns (...), -log sum_v min(p, q), in nats.
+
+    Formed from logarithms, so that it stays finite when p and q share almost nothing.
+    """
+    return -torch.minimum(log_p, logits_q.log_softmax(-1)).logsumexp(-1)
+
+
+#: losses that compare with p and need the target's logits
+SOFT = {
+    "kl": kl,
+    "total_variation": total_variation,
+    "minus_log_acceptance": minus_log_acceptance,
+}
+
+
+def mixed(
+    weights: dict[str, float], logits_q: Tensor, labels: Tensor, log_p: Tensor | None
+) -> Tensor:
+    """Weighted sum of the losses named in `weights` ("cross_entropy" or a key of SOFT): (...).
+
+    log_p may be None where only the cross-entropy has a weight.
+    """
+    total = logits_q.new_zeros(labels.shape)
+    for name, weight in weights.items():
+        if weight == 0:
+            continue
+        if name == "cross_entropy":
+            total = total + weight * cross_entropy(logits_q, labels)
+        else:
+            total = total + weight * SOFT[name](logits_q, log_p)
+    return total
+
+
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def chunked(features: Tensor, matrix: Tensor, loss: ChunkLoss, chunk: int) -> tuple[Tensor, Tensor]:
+    """sum over chunks of loss(features @ matrix^T), never holding more than chunk x V logits.
+
+    features: (M, E); matrix: (V, E), trained or frozen
+    loss: (logits of rows `s`, s) -> (scalar sum over these rows, a vector of counts to report);
+        the sum of all chunks must be the wanted loss: weights and normalisation are its business
+    chunk: rows per chunk
+    Returns the loss (differentiable once, in features and matrix) and the summed counts.
+
+    Source: ours. The gradients of a chunk are made together with its value and only they are kept:
+    (M, E) and (V, E) numbers, no second forward in the backward pass.
+    """
+    need_features = torch.is_grad_enabled() and features.requires_grad
+    need_matrix = torch.is_grad_enabled() and matrix.requires_grad
+    return _Chunked.apply(features, matrix, loss, chunk, need_features, need_matrix)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, matrix, loss, chunk, need_features, need_matrix):
+        grad_features = torch.empty_like(features) if need_features else None
+        grad_matrix = torch.zeros_like(matrix) if need_matrix else None
+        total, counts = None, None
+        for start in range(0, len(features), chunk):
+            rows = slice(start, min(start + chunk, len(features)))
+            with torch.enable_grad():
+                logits = F.linear(features[rows].detach().to(matrix.dtype), matrix.detach())
+                logits.requires_grad_(need_features or need_matrix)
+                value, count = loss(logits, rows)
+            if need_features or need_matrix:
+                (grad,) = torch.autograd.grad(value, logits)
+                if need_features:
+                    grad_features[rows] = (grad @ matrix.detach()).to(features.dtype)
+                if need_matrix:
+                    grad_matrix.addmm_(grad.T, features[rows].detach().to(grad.dtype))
+            total = value.detach() if total is None else total + value.detach()
+            counts = count.detach() if counts is None else counts + count.detach()
+        ctx.grads = (grad_features, grad_matrix)
+        ctx.mark_non_differentiable(counts)
+        return total, counts
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        scaled = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.grads]
+        return *scaled, None, None, None, None
