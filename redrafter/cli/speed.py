@@ -1,0 +1,106 @@
+"""`eval/speed.py`: compares ways of decoding on the same prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.cli.models import load_both
+from redrafter.config import SpeedConfig
+from redrafter.contracts import InputError
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints a table, writes JSON. Returns the exit status."""
+    config = parse(
+        SpeedConfig,
+        argv,
+        "eval/speed.py",
+        "Tokens per step and speed of drafting, beside stock and plain decoding.",
+    )
+    from redrafter.evaluation import methods as known
+    from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
+    from redrafter.evaluation.report import write_result
+    from redrafter.evaluation.speed import decoding, make_batches, measure_speed
+
+    check(config)
+    names = known.parse_methods(config.methods)
+    kinds = {name.split(":")[0] for name in names}
+    if "head" in kinds and config.head is None:
+        raise InputError("methods: 'head' needs --head, the folder of a trained draft head")
+    target, head = load_both(config)
+    counts_here = "bigram" in kinds and config.answers is None
+    prompts, others = evaluation_prompts(target, config, config.bigram_prompts * counts_here)
+
+    @functools.cache
+    def count_rows() -> list[list[int]]:
+        if config.answers is not None:
+            return known.read_answers(config.answers)
+        rows = [list(p.ids) for p in others]
+        seeds = [config.seed + len(prompts) + i for i in range(len(rows))]
+        return known.plain_answers(target, rows, decoding(config), seeds, batch_size=4)
+
+    methods = [
+        known.build_method(name, target, config, decoding(config), head, count_rows)
+        for name in names
+    ]
+    batches, answers = make_batches(target, [p.ids for p in prompts], config)
+    body = measure_speed(target, methods, batches, answers, config)
+    if "bigram" in kinds:
+        body["bigram_counted_on"] = config.answers or (
+            f"plain answers to rows {others[0].row}..{others[-1].row} of {config.prompts}"
+        )
+    warning = head and holdout_warning(config.head, config.prompts, prompts[0].row)
+    body["warnings"] = [warning] if warning else []
+    print(show(body))
+    write_result(config.out, config, target, body)
+    return 0
+
+
+def check(config: SpeedConfig) -> None:
+    """Raises InputError naming a number that makes no sense."""
+    for name in ("batch_size", "repeats", "cost_rounds", "bigram_prompts"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}: {getattr(config, name)} must be at least 1")
+    if config.temperature < 0:
+        raise InputError(f"temperature: {config.temperature} is negative")
+
+
+def show(body: dict) -> str:
+    """One line per method, then what they have in common."""
+    from redrafter.evaluation.report import table, with_interval
+
+    columns = ["method", "tokens/step", "x stock", "x best plain", "bound", "efficiency",
+               "= plain", "draft/verify/other"]  # fmt: skip
+    rows = []
+    for name, m in body["methods"].items():
+
+        def shown(key: str, m=m) -> str:
+            return with_interval(m[key], m["low"].get(key), m["high"].get(key))
+
+        seconds = m["seconds"]
+        parts = [seconds.get(part) for part in ("draft", "verify", "other")]
+        decode = seconds["total"] - seconds.get("prefill", 0.0)
+        shares = "-" if None in parts else "/".join(f"{100 * p / decode:.0f}" for p in parts) + " %"
+        rows.append(
+            [name, shown("tokens_per_step") if m["steps"] is not None else 1.0,
+             shown("speedup_stock"), shown("speedup_plain"), m["bound"], m["efficiency"],
+             f"{m['equal_rows']}/{body['n_prompts']}", shares]
+        )  # fmt: skip
+    lines = [table(columns, rows), ""]
+    exact = {True: "yes", False: "NO: see eval/lossless.py for why", None: "nothing drafted"}
+    share = body["loop_share"]
+    lines.append(
+        f"exact: {exact[body['exact']]}; loop share of plain text: "
+        f"{'-' if share is None else f'{share:.2f}'}; best plain loop: {body['best_plain']}; "
+        f"temperature {body['temperature']:g}, batch {body['batch_size']}, "
+        f"{body['n_prompts']} prompts; intervals: 95 % bootstrap over prompts"
+    )
+    overhead = body["methods"].get("plain", {}).get("plain_overhead")
+    if overhead is not None:
+        lines.append(f"plain takes {overhead:.3f} x its bare target forwards")
+    if "bigram_counted_on" in body:
+        lines.append(f"bigrams counted on: {body['bigram_counted_on']}")
+    return "\n".join(lines + [f"warning: {w}" for w in body["warnings"]])

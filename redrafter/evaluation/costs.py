@@ -1,0 +1,212 @@
+"""The cost table: t(n, context, batch) of the target, and what a drafter's levels cost.
+
+Everything is measured in turn, round after round, so that a slow moment of the machine falls on
+all alike; medians with quartiles, in seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from redrafter.contracts import Drafter, InputError, Truth
+from redrafter.contracts import Sequences as Rows
+from redrafter.decode.cache import RowCache
+from redrafter.decode.noise import gumbel
+from redrafter.target.model import Target
+
+NEW_TOKENS = (1, 2, 3, 5, 9, 17, 25, 33, 41)
+_WARM_UP_ROUNDS = 2
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one measured part: the median, and the quartiles around it."""
+
+    median_s: float
+    q1_s: float
+    q3_s: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Cost:
+        q1, middle, q3 = np.percentile(samples, (25, 50, 75))
+        return cls(float(middle), float(q1), float(q3))
+
+
+@dataclass(frozen=True)
+class TargetCost:
+    """A target forward that brings n new tokens per row, `context` of them already cached."""
+
+    n: int
+    context: int
+    batch: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class DrafterCost:
+    """One draft of a drafter. `draft` is start + all levels + tree + observe; `levels[k]` is one
+    call of `extend`."""
+
+    name: str
+    context: int
+    batch: int
+    draft: Cost
+    levels: list[Cost]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    target: list[TargetCost]
+    drafters: list[DrafterCost]
+
+    def t(self, n: int, context: int, batch: int) -> float:
+        """Median seconds of a target forward. KeyError if it was not measured."""
+        for entry in self.target:
+            if (entry.n, entry.context, entry.batch) == (n, context, batch):
+                return entry.cost.median_s
+        raise KeyError((n, context, batch))
+
+    def draft(self, name: str) -> float:
+        """Median seconds of one draft (the first setting measured)."""
+        return next(entry.draft.median_s for entry in self.drafters if entry.name == name)
+
+
+class _Bench:
+    """A filled cache, and rows that a drafter can look at, for one context and batch."""
+
+    def __init__(self, target: Target, context: int, batch: int, room: int, temperature: float):
+        self.target, self.context, self.batch = target, context, batch
+        random = torch.Generator().manual_seed(0)
+        ids = torch.randint(target.vocab_size, (batch, context + room), generator=random)
+        self.ids = ids.to(target.device)
+        self.cache = RowCache(target.n_layers, batch, context + room, target.device)
+        out = self._forward(context)
+        self.hidden, self.logits = out.hidden[:, -1:].clone(), out.logits[:, -1:].clone()
+        self.cache.commit([context] * batch)
+        length = torch.full((batch,), context, device=target.device)
+        live = torch.ones_like(length, dtype=torch.bool)
+        self.rows = Rows(self.ids, length, length.clone(), live)
+        self.temperature = temperature
+
+    def _inputs(self, n: int):
+        self.cache.prepare(n)
+        start = self.cache.lengths[0]
+        position = torch.arange(start, start + n, device=self.target.device).expand(self.batch, -1)
+        keys = torch.arange(self.cache.width, device=self.target.device).expand(self.batch, -1)
+        masks = self.target.masks(keys[:, None] <= position[..., None], position, keys)
+        return self.ids[:, start : start + n], position, masks
+
+    def _forward(self, n: int):
+        return self.target.forward(*self._inputs(n), self.cache)
+
+    def forward_job(self, n: int) -> Callable[[], list[float]]:
+        """Times one forward of n new tokens; nothing is committed, so it can be repeated."""
+
+        def run() -> list[float]:
+            inputs = self._inputs(n)
+            synchronize(self.target.device)
+            clock = time.perf_counter()
+            self.target.forward(*inputs, self.cache)
+            synchronize(self.target.device)
+            return [time.perf_counter() - clock]
+
+        return run
+
+    def draft_job(self, drafter: Drafter) -> Callable[[], list[float]]:
+        """Times one draft: [start, each level ..., tree, observe]."""
+        depth = torch.arange(drafter.max_depth + 1, device=self.target.device)
+        if self.temperature > 0:
+            seeds = torch.arange(self.batch, device=self.target.device)
+            self.rows.temperature = self.temperature
+            self.rows.noise = gumbel(seeds, self.context + depth, self.target.vocab_size)
+        one = torch.ones_like(self.rows.length)
+        truth = Truth(self.rows.root[:, None], one, self.hidden, self.logits)
+
+        def run() -> list[float]:
+            drafter.begin(self.rows)
+            drafter.observe(truth)
+            calls = [drafter.start]
+            calls += [lambda k=k: drafter.extend(k) for k in range(1, drafter.max_depth + 1)]
+            calls += [drafter.tree, lambda: drafter.observe(truth)]
+            seconds = []
+            for call in calls:
+                synchronize(self.target.device)
+                clock = time.perf_counter()
+                call()
+                synchronize(self.target.device)
+                seconds.append(time.perf_counter() - clock)
+            return seconds
+
+        return run
+
+
+@torch.inference_mode()
+def measure_costs(
+    target: Target,
+    *,
+    new_tokens: Sequence[int] = NEW_TOKENS,
+    contexts: Sequence[int] = (64, 256),
+    batches: Sequence[int] = (1,),
+    drafters: dict[str, Drafter] | None = None,
+    rounds: int = 30,
+    temperature: float = 0.0,
+) -> CostTable:
+    """Measure every combination.
+
+    new_tokens: n; contexts: tokens per row in the cache; batches: rows per forward
+    drafters: name -> drafter, each measured at every context and batch
+    rounds: samples of each
+    Raises InputError where a context does not fit the target.
+    """
+    drafters = drafters or {}
+    room = max([*new_tokens, *(d.max_nodes + 1 for d in drafters.values())])
+    limit = target.max_positions
+    if limit is not None and max(contexts) + room > limit:
+        raise InputError(
+            f"contexts: {max(contexts)} and {room} new tokens exceed the {limit} positions of "
+            f"{target.name}"
+        )
+    jobs: dict[tuple, Callable[[], list[float]]] = {}
+    for context in contexts:
+        for batch in batches:
+            bench = _Bench(target, context, batch, room, temperature)
+            for n in sorted(set(new_tokens)):
+                jobs["target", n, context, batch] = bench.forward_job(n)
+            for name, drafter in drafters.items():
+                jobs["drafter", name, context, batch] = bench.draft_job(drafter)
+    samples = _round_robin(jobs, rounds)
+    costs = CostTable([], [])
+    for (kind, what, context, batch), rows in samples.items():
+        if kind == "target":
+            cost = Cost.of([row[0] for row in rows])
+            costs.target.append(TargetCost(what, context, batch, cost))
+        else:
+            draft = Cost.of([sum(row) for row in rows])
+            levels = [Cost.of(level) for level in list(zip(*rows, strict=True))[1:-2]]
+            costs.drafters.append(DrafterCost(what, context, batch, draft, levels))
+    return costs
+
+
+def _round_robin(jobs: dict, rounds: int) -> dict[tuple, list[list[float]]]:
+    """Samples per job; each round starts one job later than the one before."""
+    samples: dict[tuple, list[list[float]]] = defaultdict(list)
+    names = list(jobs)
+    for i in range(_WARM_UP_ROUNDS + rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            row = jobs[name]()
+            if i >= _WARM_UP_ROUNDS:
+                samples[name].append(row)
+    return {name: samples[name] for name in names}

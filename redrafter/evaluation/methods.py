@@ -1,0 +1,281 @@
+"""Ways of decoding that are compared with each other, by name."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import safetensors
+import torch
+from transformers import GenerationConfig
+
+from redrafter.config import SpeedConfig, TreeConfig
+from redrafter.contracts import Drafter, InputError, StepStats
+from redrafter.data.prompts import read_rows
+from redrafter.decode.plain import plain
+from redrafter.decode.request import Request
+from redrafter.decode.speculative import speculative
+from redrafter.drafters.bigram import CountedBigrams
+from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.replay import ReplayDrafter
+from redrafter.evaluation.costs import synchronize
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.target.model import Target, TargetOutput
+
+#: What a user may write before the first colon.
+KINDS = ("stock", "plain", "head", "lookup", "bigram", "replay")
+_SHAPES = ("levels", "beams", "best")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows decoded together. texts: prompt and plain answer, for the drafter that knows them."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    texts: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One timed call. seconds["total"] is wall-clock around everything, prefill included;
+    "forward" is the time inside the target's forwards after the prefill, a part of "verify"."""
+
+    tokens: list[list[int]]
+    seconds: dict[str, float]
+    stats: StepStats | None = None
+
+
+class TimedTarget:
+    """A target whose forwards are timed; the first one of a run is the prefill."""
+
+    def __init__(self, target: Target):
+        self._target = target
+        self.times_s: list[float] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._target, name)
+
+    def forward(self, *args, **kwargs) -> TargetOutput:
+        clock = time.perf_counter()
+        out = self._target.forward(*args, **kwargs)
+        self.times_s.append(time.perf_counter() - clock)
+        return out
+
+
+class Method(ABC):
+    """One way of decoding. `run` is what is timed."""
+
+    #: the drafter whose costs bound the method's speed; None drafts nothing
+    drafter: Drafter | None = None
+
+    def __init__(self, name: str, target: Target, config: GenerationConfig):
+        self.name, self.target, self.config = name, target, config
+
+    def prepare(self, batch: Batch) -> None:  # noqa: B027 - most methods know all they need
+        """Untimed work before a batch."""
+
+    def run(self, batch: Batch) -> Run:
+        synchronize(self.target.device)
+        clock = time.perf_counter()
+        run = self._run(batch)
+        synchronize(self.target.device)
+        run.seconds["total"] = time.perf_counter() - clock
+        return run
+
+    @abstractmethod
+    def _run(self, batch: Batch) -> Run: ...
+
+
+class Stock(Method):
+    """transformers' own `model.generate`, padded on the left as it wants it."""
+
+    def __init__(self, name: str, target: Target, config: GenerationConfig):
+        super().__init__(name, target, config)
+        self.eos = Request(target, [[0]], config, 0, None, None, None, None).eos
+        # What is not set here, `generate` would take from the model's generation_config.
+        self.config = copy.deepcopy(config)
+        self.config.update(
+            eos_token_id=sorted(self.eos) or None,
+            pad_token_id=min(self.eos, default=0),
+            repetition_penalty=1.0,
+            use_cache=True,
+        )
+        if not self.eos:
+            self.config.eos_token_id = -1
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> Run:
+        width = max(map(len, batch.prompts))
+        ids = torch.full((len(batch.prompts), width), self.config.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(batch.prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self.target.device
+        torch.manual_seed(batch.seeds[0])
+        made = self.target.model.generate(
+            ids.to(device), attention_mask=mask.to(device), generation_config=self.config
+        )
+        return Run([self._until_stop(row) for row in made[:, width:].tolist()], {})
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        end = next((i + 1 for i, token in enumerate(row) if token in self.eos), len(row))
+        return row[:end]
+
+
+class Loop(Method):
+    """Our loops: `plain`, or `speculative` with a drafter."""
+
+    def __init__(
+        self,
+        name: str,
+        target: Target,
+        config: GenerationConfig,
+        drafter: Drafter | None = None,
+    ):
+        super().__init__(name, target, config)
+        self.drafter = drafter
+
+    def _run(self, batch: Batch) -> Run:
+        timed = TimedTarget(self.target)
+        decode = plain if self.drafter is None else speculative
+        made = decode(timed, batch.prompts, self.config, seeds=batch.seeds, drafter=self.drafter)
+        seconds = {**made.stats.seconds, "forward": sum(timed.times_s[1:])}
+        return Run(made.tokens, seconds, made.stats)
+
+
+class Replay(Loop):
+    """Drafts what plain decoding said: the ceiling of any chain (or tree) of this depth."""
+
+    def __init__(self, name: str, target: Target, config: GenerationConfig, tree: TreeConfig):
+        super().__init__(name, target, config)
+        self.tree = tree
+        self.drafter = self._drafter([[0]])
+
+    def prepare(self, batch: Batch) -> None:
+        self.drafter = self._drafter(batch.texts)
+
+    def _drafter(self, texts: list[list[int]]) -> ReplayDrafter:
+        return ReplayDrafter(texts, self.target.vocab_size, self.tree.depth, self.tree.width)
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names, in order and once each. Raises InputError naming an unknown one."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise InputError("methods: give at least one, e.g. stock,plain,head")
+    for name in names:
+        kind = name.split(":")[0]
+        if kind not in KINDS or (":" in name and kind in ("stock", "plain")):
+            raise InputError(f"methods: {name!r} is unknown; choose from {', '.join(KINDS)}")
+    return names
+
+
+def tree_of(name: str, default: TreeConfig) -> TreeConfig:
+    """`head:8x5:best:16` -> the tree it names; parts that are missing are the default's.
+
+    Raises InputError naming the method.
+    """
+    _, *parts = name.split(":")
+    tree = default
+    if parts:
+        size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", parts[0])
+        if not size:
+            raise InputError(f"methods: {name!r}: {parts[0]!r} is not WIDTHxDEPTH, e.g. 4x4")
+        tree = replace(tree, width=int(size[1]), depth=int(size[2]), shape="levels", nodes=None)
+    if len(parts) > 1:
+        if parts[1] not in _SHAPES:
+            raise InputError(f"methods: {name!r}: {parts[1]!r} is not one of {', '.join(_SHAPES)}")
+        tree = replace(tree, shape=parts[1])
+    if len(parts) > 3 or (len(parts) == 3 and not (tree.shape == "best" and parts[2].isdigit())):
+        raise InputError(f"methods: {name!r} has parts too many; see --help")
+    if len(parts) == 3:
+        tree = replace(tree, nodes=int(parts[2]))
+    return tree
+
+
+def build_method(
+    name: str,
+    target: Target,
+    config: SpeedConfig,
+    generation_config: GenerationConfig,
+    head: RecurrentHead | None,
+    count_rows: Callable[[], list[list[int]]],
+) -> Method:
+    """The method of a name from `parse_methods`.
+
+    head: needed by the methods `head...`; count_rows: gives the texts to count bigrams on
+    Raises InputError naming what is missing or wrong.
+    """
+    kind = name.split(":")[0]
+    if kind == "stock":
+        return Stock(name, target, generation_config)
+    if kind == "plain":
+        return Loop(name, target, generation_config)
+    if kind == "replay":
+        tree = tree_of(name, TreeConfig(width=1, depth=config.tree.depth))
+        return Replay(name, target, generation_config, tree)
+    drafter: Drafter
+    if kind == "head":
+        if head is None:
+            raise InputError(f"methods: {name!r} needs --head, the folder of a trained draft head")
+        drafter = RecurrentDrafter(head, target, tree_of(name, config.tree))
+    elif kind == "lookup":
+        size = tree_of(name, TreeConfig(width=10, depth=3))  # the name says depth x n-gram
+        drafter = PromptLookup(depth=size.width, max_ngram=size.depth)
+    else:
+        tree = tree_of(name, TreeConfig())
+        drafter = CountedBigrams(
+            count_rows(), target.vocab_size, tree.width, tree.depth, target.device
+        )
+    return Loop(name, target, generation_config, drafter)
+
+
+def read_answers(path: str) -> list[list[int]]:
+    """Token rows to count on: a folder of answers that training made (prompts left out), or JSON
+    lines of {"tokens": [...]}. Raises InputError naming the file."""
+    if not Path(path).is_dir():
+        rows = [(number, row.get("tokens")) for number, row in read_rows(path)]
+        for number, row in rows:
+            if not isinstance(row, list) or not all(isinstance(token, int) for token in row):
+                raise InputError(f'{path}:{number + 1}: no list of token ids under "tokens"')
+        return [row for _, row in rows]
+    files = sorted(Path(path).rglob("answers.safetensors"))
+    if not files:
+        raise InputError(f"{path}: no answers.safetensors in it; give a folder made by training")
+    rows = []
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt") as opened:
+                tokens = opened.get_tensor("tokens").tolist()
+                prompts = opened.get_tensor("prompt_lengths").tolist()
+                answers = opened.get_tensor("answer_lengths").tolist()
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{file} cannot be read ({error})") from None
+        at = 0
+        for n_prompt, n_answer in zip(prompts, answers, strict=True):
+            rows.append(tokens[at + n_prompt : at + n_prompt + n_answer])
+            at += n_prompt + n_answer
+    return rows
+
+
+def plain_answers(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    seeds: Sequence[int],
+    batch_size: int = 1,
+) -> list[list[int]]:
+    """Plain decoding of every prompt."""
+    answers: list[list[int]] = []
+    for i in range(0, len(prompts), batch_size):
+        rows, own = prompts[i : i + batch_size], seeds[i : i + batch_size]
+        answers += plain(target, rows, config, seeds=own).tokens
+    return answers

@@ -1,0 +1,304 @@
+"""How much faster: ways of decoding on the same prompts, in one process, interleaved.
+
+Every prompt is run by every method in turn, the order rotating from prompt to prompt, after one
+run of each that is not counted. Speeds are tokens per second of wall clock, prefill included; a
+speedup is the median over prompts of the ratio of two speeds, with a bootstrap interval over
+prompts. The figures' definitions are the design's (section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from transformers import GenerationConfig
+
+from redrafter.config import SpeedConfig
+from redrafter.contracts import StepStats
+from redrafter.data.answers import generation_config
+from redrafter.evaluation.costs import CostTable, measure_costs
+from redrafter.evaluation.figures import (
+    Interval,
+    acceptance,
+    bootstrap,
+    loop_share,
+    mean_of_ratios,
+    median,
+    pooled,
+    speed_bound,
+)
+from redrafter.evaluation.methods import Batch, Method, Run, plain_answers
+from redrafter.target.model import Target
+
+Runs = dict[str, list[list[Run]]]  # method -> batch -> repeat
+
+
+def decoding(config: SpeedConfig) -> GenerationConfig:
+    """What every method is asked for."""
+    wanted = generation_config(config.temperature, config.max_new_tokens)
+    if config.ignore_eos:
+        wanted.eos_token_id = -1
+    return wanted
+
+
+def make_batches(
+    target: Target, prompts: Sequence[Sequence[int]], config: SpeedConfig
+) -> tuple[list[Batch], list[list[int]]]:
+    """Prompts in batches, with plain's text on each row alone. Returns the answers too."""
+    seeds = [config.seed + i for i in range(len(prompts))]
+    answers = plain_answers(target, prompts, decoding(config), seeds)
+    texts = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
+    size = config.batch_size
+    batches = [
+        Batch([list(p) for p in prompts[i : i + size]], seeds[i : i + size], texts[i : i + size])
+        for i in range(0, len(prompts), size)
+    ]
+    return batches, answers
+
+
+def run_interleaved(
+    methods: Sequence[Method],
+    batches: Sequence[Batch],
+    repeats: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Runs:
+    """Every batch by every method, `repeats` times over, in rotating order."""
+    for method in methods:
+        method.prepare(batches[0])
+        method.run(batches[0])
+    runs: Runs = {method.name: [[] for _ in batches] for method in methods}
+    for turn in range(repeats * len(batches)):
+        place, first = turn % len(batches), turn % len(methods)
+        for method in [*methods[first:], *methods[:first]]:
+            method.prepare(batches[place])
+            runs[method.name][place].append(method.run(batches[place]))
+        if progress:
+            progress(turn + 1, repeats * len(batches))
+    return runs
+
+
+class Timing:
+    """Per batch, of one method: tokens and median seconds over its repeats."""
+
+    def __init__(self, runs: list[list[Run]]):
+        self.tokens = np.array([sum(map(len, r[0].tokens)) for r in runs], dtype=float)
+        self.rows = np.array([len(r[0].tokens) for r in runs], dtype=float)
+        self.total_s = self._median(runs, "total")
+        self.prefill_s = self._median(runs, "prefill")  # 0 where it is not known
+
+    @staticmethod
+    def _median(runs: list[list[Run]], part: str) -> np.ndarray:
+        return np.array([np.median([run.seconds.get(part, 0.0) for run in r]) for r in runs])
+
+    def per_second(self) -> np.ndarray:
+        return self.tokens / self.total_s
+
+    def decode_per_second(self, prefill_s: np.ndarray) -> np.ndarray:
+        """Tokens after the prefill's own per second after the prefill; nan where there are none."""
+        new = self.tokens - self.rows
+        return np.where(new > 0, new / np.maximum(self.total_s - prefill_s, 1e-9), np.nan)
+
+
+def total_stats(runs: list[list[Run]]) -> StepStats:
+    """Counts over all batches of the first repeat (repeats draft alike)."""
+    total = StepStats([], [])
+    for first in (r[0].stats for r in runs):
+        total.steps += first.steps
+        total.emitted += first.emitted
+        total.forwards += first.forwards
+        total.nodes_verified += first.nodes_verified
+        if not total.drafted_at:
+            total.drafted_at = [0] * len(first.drafted_at)
+            total.accepted_at = [0] * len(first.drafted_at)
+        for level in range(len(first.drafted_at)):
+            total.drafted_at[level] += first.drafted_at[level]
+            total.accepted_at[level] += first.accepted_at[level]
+    return total
+
+
+def sum_seconds(runs: list[list[Run]]) -> dict[str, float]:
+    """Seconds by part over all batches and repeats; "other" is what no part accounts for."""
+    parts: dict[str, float] = {}
+    for run in (run for r in runs for run in r):
+        for part, seconds in run.seconds.items():
+            parts[part] = parts.get(part, 0.0) + seconds
+    if "verify" in parts:
+        known = sum(parts[part] for part in ("prefill", "draft", "verify"))
+        parts["other"] = parts["total"] - known
+    return parts
+
+
+class Summary:
+    """Figures of all methods from their runs."""
+
+    def __init__(
+        self,
+        target: Target,
+        methods: Sequence[Method],
+        runs: Runs,
+        batches: Sequence[Batch],
+        answers: Sequence[Sequence[int]],
+        config: SpeedConfig,
+    ):
+        self.target, self.methods, self.runs, self.config = target, methods, runs, config
+        self.batches = batches
+        self.answers = [list(a) for a in answers]
+        prompts = [p for batch in batches for p in batch.prompts]
+        self.timing = {name: Timing(r) for name, r in runs.items()}
+        self.loop_share = loop_share(list(zip(prompts, answers, strict=True)))
+        loops = [name for name in ("stock", "plain") if name in runs]
+        self.best_plain = min(loops, key=lambda n: self.timing[n].total_s.sum(), default=None)
+        self.context = int(
+            np.median([len(p) + len(a) / 2 for p, a in zip(prompts, answers, strict=True)])
+        )
+
+    def costs(self) -> CostTable:
+        """t(1), t(N) and every drafter's draft, at the prompts' median context."""
+        for method in self.methods:
+            method.prepare(self.batches[0])
+        drafters = {m.name: m.drafter for m in self.methods if m.drafter is not None}
+        nodes = {self.nodes(name) for name in drafters}
+        limit = self.target.max_positions
+        room = max([1, *nodes, *(d.max_nodes + 1 for d in drafters.values())])
+        if limit is not None:
+            self.context = max(1, min(self.context, limit - room))
+        return measure_costs(
+            self.target,
+            new_tokens=sorted({1, *nodes}),
+            contexts=[self.context],
+            batches=[len(self.batches[0].prompts)],
+            drafters=drafters,
+            rounds=self.config.cost_rounds,
+            temperature=self.config.temperature,
+        )
+
+    def nodes(self, name: str) -> int:
+        """N: mean nodes per row and verified tree, rounded."""
+        stats = total_stats(self.runs[name])
+        return max(1, round(stats.nodes_verified / max(1, sum(stats.steps))))
+
+    def speedup(self, name: str, over: str | None, decode: bool = False) -> Interval | None:
+        """Median over prompts of the ratio of speeds, with its interval.
+
+        decode: of the phase after the prefill. What stock's prefill takes is not known from
+        outside; it is taken to be that of `plain`.
+        """
+        if over is None or over not in self.timing:
+            return None
+        own, base = self.timing[name], self.timing[over]
+        if not decode:
+            return bootstrap(median, own.per_second() / base.per_second())
+        ours = self.timing.get("plain")
+        prefill = {
+            n: t.prefill_s if n != "stock" or ours is None else ours.prefill_s
+            for n, t in ((name, own), (over, base))
+        }
+        ratio = own.decode_per_second(prefill[name]) / base.decode_per_second(prefill[over])
+        ratio = ratio[np.isfinite(ratio)]
+        return bootstrap(median, ratio) if len(ratio) else None
+
+    def method(self, method: Method, costs: CostTable) -> dict[str, Any]:
+        """The figures of one method; measured ones have their interval in `low` and `high`."""
+        name, runs = method.name, self.runs[method.name]
+        out: dict[str, Any] = {}
+        low: dict[str, float] = {}
+        high: dict[str, float] = {}
+
+        def put(key: str, interval: Interval | None) -> None:
+            out[key] = None if interval is None else interval[0]
+            if interval is not None:
+                low[key], high[key] = interval[1:]
+
+        stats = None if name == "stock" else total_stats(runs)
+        if stats is None:  # one token per forward by construction
+            out |= {"tokens_per_step": 1.0, "tokens_per_step_mean": 1.0}
+        else:
+            put("tokens_per_step", bootstrap(pooled, stats.emitted, stats.steps))
+            put("tokens_per_step_mean", bootstrap(mean_of_ratios, stats.emitted, stats.steps))
+        put("speedup_stock", self.speedup(name, "stock"))
+        put("speedup_plain", self.speedup(name, self.best_plain))
+        put("decode_speedup_plain", self.speedup(name, self.best_plain, decode=True))
+        out |= self._bound(method, out["tokens_per_step"], costs)
+        decode = out["decode_speedup_plain"]
+        out["efficiency"] = decode / out["bound"] if decode and out["bound"] else None
+        if out["efficiency"] is not None:
+            for side in (low, high):
+                side["efficiency"] = side["decode_speedup_plain"] / out["bound"]
+        out["loop_share"] = self.loop_share
+        if method.drafter is not None:
+            out["acceptance"] = acceptance(stats.drafted_at, stats.accepted_at)
+        made = [row for r in runs for row in r[0].tokens]
+        equal = sum(a == b for a, b in zip(made, self.answers, strict=True))
+        out |= {
+            "equal_rows": equal,
+            "equal_share": equal / len(made),
+            "tokens": sum(map(len, made)),
+            "steps": None if stats is None else sum(stats.steps),
+            "tokens_per_second": float(
+                self.timing[name].tokens.sum() / self.timing[name].total_s.sum()
+            ),
+            **self._parts(name, runs),
+            "low": low,
+            "high": high,
+        }
+        return out
+
+    def _bound(self, method: Method, tau: float, costs: CostTable) -> dict[str, Any]:
+        if method.drafter is None:
+            return {"bound": None if method.name == "stock" else 1.0}
+        batch, n = len(self.batches[0].prompts), self.nodes(method.name)
+        t_1, t_n = costs.t(1, self.context, batch), costs.t(n, self.context, batch)
+        draft = costs.draft(method.name)
+        return {
+            "bound": speed_bound(tau, t_1, draft, t_n),
+            "bound_parts": {
+                "t_1_s": t_1, "t_n_s": t_n, "draft_s": draft, "nodes": n,
+                "context": self.context, "batch": batch,
+            },
+        }  # fmt: skip
+
+    def _parts(self, name: str, runs: list[list[Run]]) -> dict[str, Any]:
+        """Where the time went."""
+        seconds = sum_seconds(runs)
+        out: dict[str, Any] = {"seconds": seconds}
+        if "verify" in seconds:
+            decode = seconds["total"] - seconds["prefill"]
+            out["outside_share"] = seconds["other"] / decode if decode > 0 else None
+            if name == "plain" and seconds["forward"] > 0:
+                # All of plain's time after the prefill over that inside bare target forwards.
+                out["plain_overhead"] = decode / seconds["forward"]
+        return out
+
+    def body(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        costs = self.costs()
+        drafting = [m.name for m in self.methods if m.drafter is not None]
+        figures = {m.name: self.method(m, costs) for m in self.methods}
+        return {
+            "methods": figures,
+            "best_plain": self.best_plain,
+            "exact": all(figures[n]["equal_share"] == 1.0 for n in drafting) if drafting else None,
+            "loop_share": self.loop_share,
+            "n_prompts": len(self.answers),
+            "temperature": self.config.temperature,
+            "batch_size": self.config.batch_size,
+            "costs": asdict(costs),
+        }
+
+
+def measure_speed(
+    target: Target,
+    methods: Sequence[Method],
+    batches: Sequence[Batch],
+    answers: Sequence[Sequence[int]],
+    config: SpeedConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run and summarise. `batches` and `answers` are from `make_batches`."""
+    runs = run_interleaved(methods, batches, config.repeats, progress)
+    body = Summary(target, methods, runs, batches, answers, config).body()
+    # JSON has no nan
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in body.items()}
