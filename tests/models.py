@@ -1,0 +1,181 @@
+"""Tiny targets with random weights in float64, and what the tests of decoding share.
+
+The weights are drawn wide, so that the logits are peaky and depend on the whole prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from redrafter.contracts import Drafter, Lookahead, Sequences, TokenTree, Truth
+from redrafter.decode.plain import plain
+from redrafter.drafters.replay import ReplayDrafter
+from redrafter.target.model import Target
+
+VOCAB = 48
+CONTEXT = 64
+WINDOW = 8  # shorter than the texts made here
+NEW = 20  # tokens per text; the windows are passed and some rows meet an EOS
+EOS = (5, 17)
+
+_COMMON = dict(
+    vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    intermediate_size=48, max_position_embeddings=CONTEXT, tie_word_embeddings=False,
+    bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.5,
+)  # fmt: skip
+_FAMILIES = {
+    "llama": dict(num_key_value_heads=2),
+    "qwen3": dict(num_key_value_heads=2, head_dim=8),
+    "gemma3_text": dict(
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, num_hidden_layers=3,
+        sliding_window=WINDOW, initializer_range=0.2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mistral": dict(num_key_value_heads=2, head_dim=8, sliding_window=WINDOW),
+    "phi3": dict(num_key_value_heads=2),
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, n_inner=48),
+    "gpt_neox": {},
+}  # fmt: skip
+FAMILIES = tuple(_FAMILIES)
+
+
+@functools.cache
+def tiny(family: str, **changes) -> Target:
+    """One target per argument list, for the whole test run."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES[family], **changes})
+    return Target(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
+
+
+def prompts(lengths: Sequence[int] = (9, 3, 14, 8), seed: int = 0) -> list[list[int]]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB, (n,), generator=random).tolist() for n in lengths]
+
+
+def settings(**changes) -> GenerationConfig:
+    values = {"max_new_tokens": NEW, "eos_token_id": list(EOS), **changes}
+    return GenerationConfig(**values)
+
+
+def alone(target: Target, rows: list[list[int]], config: GenerationConfig, seeds=None, **more):
+    """The reference: `plain` on each row by itself. Returns texts and reasons to finish."""
+    seeds = range(len(rows)) if seeds is None else seeds
+    made = [plain(target, [r], config, seeds=[s], **more) for r, s in zip(rows, seeds, strict=True)]
+    return [m.tokens[0] for m in made], [m.finish[0] for m in made]
+
+
+def endless(target: Target, rows: list[list[int]], config: GenerationConfig, seeds=None, **more):
+    """Whole texts (prompt included) that do not stop, for a drafter that guesses past the end."""
+    free = GenerationConfig(**{**config.to_dict(), "eos_token_id": -1, "stop_strings": None})
+    if free.max_new_tokens is not None:
+        free.max_new_tokens += NEW
+    tokens, _ = alone(target, rows, free, seeds, **more)
+    return [row + text for row, text in zip(rows, tokens, strict=True)]
+
+
+def replays(texts: list[list[int]], vocab: int = VOCAB, seed: int = 0) -> dict[str, Drafter]:
+    """Drafters of set acceptance that between them force every branch."""
+
+    def replay(acceptance, depth=4, width=3, duplicates=False):
+        return ReplayDrafter(texts, vocab, depth, width, acceptance, duplicates, seed)
+
+    return {
+        "never": replay(0.0),
+        "half": replay(0.5, duplicates=True),
+        "often": replay(0.9, depth=5, width=2, duplicates=True),
+        "chain": replay(0.8, depth=3, width=1),
+        "always": replay(1.0),
+    }
+
+
+class RandomLookahead(Lookahead):
+    """Lets each row go on with probability 0.6, by its own generator."""
+
+    def __init__(self, n_rows: int, seed: int, dynamic: bool = True):
+        self.n_rows, self.dynamic = n_rows, dynamic
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, features: Tensor | None, level: int) -> Tensor:
+        return torch.rand(self.n_rows, generator=self.random) < 0.6
+
+
+class Recorder(Drafter):
+    """Passes everything on to another drafter and keeps the trees and truths that it saw."""
+
+    def __init__(self, inner: Drafter, needs: Sequence[str] = ()):
+        self.inner = inner
+        self.needs = frozenset(needs) | inner.needs
+        self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
+        self.prefill: Truth | None = None
+        self.steps: list[tuple[TokenTree, Truth, list[int], list[bool]]] = []
+
+    def begin(self, seqs: Sequences) -> None:
+        super().begin(seqs)
+        self.inner.begin(seqs)
+
+    def start(self) -> None:
+        self.before = self.seqs.length.tolist(), self.seqs.live.tolist()
+        self.inner.start()
+
+    def extend(self, level: int):
+        return self.inner.extend(level)
+
+    def tree(self) -> TokenTree:
+        self.last = self.inner.tree()
+        return self.last  # the loop narrows `valid` on this very object
+
+    def observe(self, truth: Truth) -> None:
+        self.inner.observe(truth)
+        if self.prefill is None:
+            self.prefill = truth
+        else:
+            self.steps.append((self.last, truth, *self.before))
+
+
+def make_tree(tokens: list[list[int]], parents: list[int], valid=None) -> TokenTree:
+    """Rows of one shape. parents[i] < i; the root is its own parent."""
+    depth = [0]
+    for parent in parents[1:]:
+        depth.append(depth[parent] + 1)
+    tokens = torch.tensor(tokens)
+    shape = tokens.shape
+    valid = torch.ones(shape, dtype=torch.bool) if valid is None else torch.tensor(valid)
+    return TokenTree(
+        tokens,
+        torch.tensor(parents).expand(shape).clone(),
+        torch.tensor(depth).expand(shape).clone(),
+        valid.expand(shape).clone(),
+    )
+
+
+def random_tree(
+    random: torch.Generator, rows: int, nodes: int, vocab: int = VOCAB, valid: float = 1.0
+) -> TokenTree:
+    """Every row its own shape; small vocabularies make equal siblings."""
+    draw = functools.partial(torch.randint, generator=random)
+    tokens = draw(vocab, (rows, nodes))
+    parent = torch.zeros_like(tokens)
+    depth = torch.zeros_like(tokens)
+    for node in range(1, nodes):
+        parent[:, node] = draw(node, (rows,))
+        depth[:, node] = depth.gather(1, parent[:, node : node + 1])[:, 0] + 1
+    keep = torch.rand(rows, nodes, generator=random) < valid
+    keep[:, 0] = True
+    log_q = torch.zeros(rows, nodes, dtype=torch.float64)
+    for node in range(1, nodes):
+        step = torch.rand(rows, generator=random, dtype=torch.float64).log()
+        log_q[:, node] = log_q.gather(1, parent[:, node : node + 1])[:, 0] + step
+    return TokenTree(tokens, parent, depth, keep, log_q)
+
+
+def path_to(tree: TokenTree, row: int, node: int) -> list[int]:
+    """Node indices from the root to `node`, by following parents one at a time."""
+    path = [node]
+    while path[-1] != 0:
+        path.append(int(tree.parent[row, path[-1]]))
+    return path[::-1]
