@@ -1,0 +1,415 @@
+"""A sampled token follows the target's distribution: by enumeration, and by counting draws.
+
+Counting states its power. For any law q at total variation d from p, Cauchy and Schwarz give
+sum (q - p)^2 / p >= 4 d^2, so n draws have a noncentrality of at least 4 n d^2, whatever q is.
+"""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from models import make_tree, settings, tiny
+
+from redrafter.contracts import Drafter, TokenTree
+from redrafter.decode.noise import _GOLDEN, _MUL_1, _MUL_2, gumbel
+from redrafter.decode.plain import plain
+from redrafter.decode.speculative import speculative
+from redrafter.decode.tree import ancestors
+from redrafter.decode.verify import choose, verify
+
+ALPHA = 1e-4  # probability that a right sampler is called wrong
+DISTANCE = 0.03  # total variation that is found ...
+POWER = 0.99  # ... with this probability, or more
+
+# ------------------------------------------------------------------- chi-square
+
+
+def chi2_tail(x: float, df: int, noncentrality: float = 0.0) -> float:
+    """P(X > x) of the (noncentral) chi-square: a Poisson mixture of central ones."""
+    half = noncentrality / 2
+    last = int(half + 12 * math.sqrt(half) + 20)
+    j = torch.arange(last + 1, dtype=torch.float64)
+    log_weight = -half + torch.special.xlogy(j, torch.tensor(half).double()) - torch.lgamma(j + 1)
+    tail = torch.special.gammaincc(df / 2 + j, torch.full_like(j, x / 2))
+    return float((log_weight.exp() * tail).sum())
+
+
+@functools.cache
+def critical(df: int) -> float:
+    low, high = 0.0, 50.0 + 10 * df
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if chi2_tail(middle, df) > ALPHA else (low, middle)
+    return high
+
+
+@functools.cache
+def n_draws(cells: int) -> int:
+    """The fewest draws that find any law at DISTANCE with probability POWER."""
+    df = cells - 1
+    low, high = 1, 10**7
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = chi2_tail(critical(df), df, 4 * middle * DISTANCE**2) >= POWER
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def statistic(draws: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """draws: (..., n) cell of each draw; p: (cells,). Pearson's statistic, (...)."""
+    n = draws.shape[-1]
+    flat = draws.reshape(-1, n)
+    offset = torch.arange(len(flat))[:, None] * len(p)
+    counts = torch.bincount((flat + offset).flatten(), minlength=len(flat) * len(p))
+    counts = counts.view(*draws.shape[:-1], len(p)).double()
+    return ((counts - n * p) ** 2 / (n * p)).sum(-1)
+
+
+def follows(draws: torch.Tensor, p: torch.Tensor) -> bool:
+    p = p.double() / p.double().sum()
+    assert draws.shape[-1] >= n_draws(len(p)), "too few draws for the stated power"
+    assert float(p.min()) * draws.shape[-1] >= 5, "a cell is too rare for Pearson's statistic"
+    return bool(statistic(draws, p) <= critical(len(p) - 1))
+
+
+def test_chi_square_against_tables():
+    # Abramowitz and Stegun, table 26.8: upper percentage points
+    for df, x, tail in ((1, 3.84146, 0.05), (7, 24.3219, 0.001), (10, 15.9871, 0.1)):
+        assert chi2_tail(x, df) == pytest.approx(tail, rel=1e-4)
+    # One degree of freedom is a shifted normal squared.
+    for x, shift in ((4.0, 1.5), (9.0, 3.0), (15.1, 5.5)):
+        root = math.sqrt(x)
+        normal = 0.5 * (math.erfc((root - shift) / 2**0.5) + math.erfc((root + shift) / 2**0.5))
+        assert chi2_tail(x, 1, shift**2) == pytest.approx(normal, rel=1e-9)
+
+
+@pytest.mark.parametrize("cells", [4, 8, 64])
+def test_the_stated_power_is_real(cells):
+    """On the law that is hardest to find at this distance, and on the right one."""
+    random = torch.Generator().manual_seed(cells)
+    p = torch.rand(cells, generator=random).double() + 0.2
+    half = cells // 2
+    p = torch.cat([p[:half] / p[:half].sum(), p[half:] / p[half:].sum()]) / 2
+    sign = torch.ones(cells).double()
+    sign[half:] = -1
+    worst = p * (1 + 2 * DISTANCE * sign)  # equality in Cauchy and Schwarz
+    assert float((worst - p).abs().sum() / 2) == pytest.approx(DISTANCE)
+    n, trials = n_draws(cells), 200
+
+    def draws(law):
+        return torch.multinomial(law, trials * n, True, generator=random).view(trials, n)
+
+    found = statistic(draws(worst), p) > critical(cells - 1)
+    # 0.99 expected; fewer than 0.95 of 200 has a probability below 1e-5
+    assert found.double().mean() >= 0.95
+    right = statistic(draws(p), p)
+    assert (right <= critical(cells - 1)).all()
+    assert right.mean() == pytest.approx(cells - 1, rel=0.1)  # it is a chi-square at all
+    # With a tenth of the draws the same law would mostly pass: the number is not idle.
+    few = statistic(draws(worst)[:, : n // 10], p) > critical(cells - 1)
+    assert few.double().mean() < 0.5
+
+
+def test_a_known_biased_rule_is_found():
+    """Taking the best of several beams by ratio turns the first law into the second."""
+    p, biased = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([1 / 3, 2 / 3, 0, 0])
+    random = torch.Generator().manual_seed(0)
+    n = n_draws(len(p))
+    assert not follows(torch.multinomial(biased, n, True, generator=random), p)
+    assert follows(torch.multinomial(p, n, True, generator=random), p)
+
+
+# ------------------------------------------------------------------- the noise
+
+P4 = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+P8 = torch.tensor([0.35, 0.25, 0.15, 0.1, 0.06, 0.04, 0.03, 0.02]).double()
+
+
+def winners(p: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return choose(p.log(), gumbel(seeds, positions, len(p)))
+
+
+@pytest.mark.parametrize("p", [P4, P8], ids=["4", "8"])
+def test_gumbel_and_argmax_draw_from_p(p):
+    n = n_draws(len(p))
+    count = torch.arange(n)
+    assert follows(winners(p, count, torch.tensor([[17]]).expand(n, 1))[:, 0], p)  # over seeds
+    assert follows(winners(p, torch.tensor([5]), count[None])[0], p)  # over positions
+    side = math.isqrt(n) + 1
+    grid = torch.arange(side).expand(side, side)
+    assert follows(winners(p, -torch.arange(side), 1000 + grid).flatten(), p)
+
+
+def test_gumbel_and_argmax_draw_from_a_large_vocabulary():
+    vocab, groups = 2000, 8
+    random = torch.Generator().manual_seed(0)
+    p = torch.rand(vocab, generator=random, dtype=torch.float64) ** 3 + 1e-3
+    p /= p.sum()
+    for of in (torch.arange(vocab) % groups, torch.arange(vocab) * groups // vocab):
+        law = torch.zeros(groups).double().index_add_(0, of, p)
+        chunks = torch.arange(n_draws(groups)).split(2000)
+        drawn = torch.cat([winners(p, c, torch.zeros(len(c), 1).long())[:, 0] for c in chunks])
+        assert follows(of[drawn], law)
+
+
+def test_draws_of_neighbours_are_independent():
+    """Next position, next seed, both, and the same sum of both: pairs fill the product law."""
+    p = torch.tensor([0.3, 0.25, 0.25, 0.2]).double()
+    pair = (p[:, None] * p).flatten()
+    side = math.isqrt(n_draws(len(pair))) + 2
+    got = winners(p, torch.arange(side), torch.arange(side).expand(side, side))
+    for a, b in (
+        (got[:-1], got[1:]),
+        (got[:, :-1], got[:, 1:]),
+        (got[:-1, :-1], got[1:, 1:]),
+        (got[:-1, 1:], got[1:, :-1]),
+    ):
+        assert follows((a * len(p) + b).flatten(), pair)
+
+
+def test_noise_is_gumbel_and_uncorrelated():
+    noise = gumbel(torch.arange(100), torch.arange(50).expand(100, 50), 100)
+    n = noise.numel()
+    # Five standard errors of each figure: P < 1e-6
+    deviation = math.pi / 6**0.5
+    assert float(noise.mean()) == pytest.approx(0.5772156649, abs=5 * deviation / n**0.5)
+    excess = 12 / 5  # of the Gumbel distribution's kurtosis
+    error = 5 * deviation**2 * ((2 + excess) / n) ** 0.5
+    assert float(noise.var()) == pytest.approx(deviation**2, abs=error)
+    # Kolmogorov and Smirnov: P(D > x / sqrt(n)) -> 2 exp(-2 x^2)
+    u = (-(-noise).exp()).exp().flatten().sort().values
+    grid = (torch.arange(n) + 0.5) / n
+    assert (u - grid).abs().max() < math.sqrt(math.log(2 / ALPHA) / 2 / n)
+    z = (noise - noise.mean()) / noise.std()
+    for a, b in (
+        (z[1:], z[:-1]),
+        (z[:, 1:], z[:, :-1]),
+        (z[..., 1:], z[..., :-1]),
+        (z[1:, 1:], z[:-1, :-1]),
+        (z[1:, :-1], z[:-1, 1:]),
+        (z[:, 1:, 1:], z[:, :-1, :-1]),
+    ):
+        assert abs(float((a * b).mean())) < 5 / a.numel() ** 0.5
+    assert noise.unique().numel() == n  # no stream runs into another
+
+
+def test_noise_is_the_same_whatever_the_batch():
+    seeds = torch.tensor([3, -1, 2**63 - 1, -(2**63), 0])
+    positions = torch.tensor([[4, 5, 6]]) + torch.tensor([0, 7, 1, 100000, 2])[:, None]
+    batch = gumbel(seeds, positions, 30)
+    for b, t in itertools.product(range(5), range(3)):
+        one = gumbel(seeds[b : b + 1], positions[b : b + 1, t : t + 1], 30)
+        assert torch.equal(one[0, 0], batch[b, t])
+    # A larger vocabulary only appends, so a padded lm_head changes no real token's noise.
+    assert torch.equal(gumbel(seeds, positions, 40)[..., :30], batch)
+
+
+def test_noise_is_finite_at_both_ends():
+    """Where all 64 mixed bits are ones, or none: found by running the mixer backwards."""
+    word = 1 << 64
+
+    def unshift(x, bits):
+        y = x
+        for _ in range(64 // bits):
+            y = x ^ (y >> bits)
+        return y
+
+    def unmix(x):
+        x = unshift(x, 31) * pow(_MUL_2 % word, -1, word) % word
+        x = unshift(x, 27) * pow(_MUL_1 % word, -1, word) % word
+        return unshift(x, 30)
+
+    def signed(x):
+        return x - word if x >= word // 2 else x
+
+    golden = _GOLDEN % word
+    seed = signed((unmix(0) - golden) % word)  # a seed whose own stream is zero
+    for bits, sign in ((word - 1, 1), (0, -1)):
+        stream = (unmix(bits) - golden) % word  # token 0
+        position = (unmix(stream) * pow(golden, -1, word) - 1) % word
+        noise = gumbel(torch.tensor([seed]), torch.tensor([[signed(position)]]), 1)
+        assert torch.isfinite(noise).all()
+        assert sign * float(noise) > (30 if sign > 0 else 3)
+
+
+# ------------------------------------------------------------------- verify, by enumeration
+
+SHAPES = {
+    # name: vocabulary, tokens, parents, nodes that are padding
+    "root only": (5, [0], [0], []),
+    "chain": (4, [0, 1, 3, 2], [0, 0, 1, 2], []),
+    "two by two": (5, [0, 1, 4, 0, 2, 3, 1], [0, 0, 0, 1, 1, 2, 2], []),
+    "equal siblings": (4, [0, 2, 2, 1, 3, 1, 1, 0], [0, 0, 0, 1, 1, 2, 2, 5], []),
+    "the same token everywhere": (4, [1, 1, 1, 1, 1], [0, 0, 1, 2, 2], []),
+    "true token under a wrong parent": (4, [0, 3, 1, 2, 2, 0], [0, 0, 0, 1, 1, 2], []),
+    "padding": (4, [0, 1, 2, 3, 1, 0], [0, 0, 0, 1, 2, 0], [2, 5]),
+    "padding above a valid node": (4, [0, 1, 2, 3], [0, 0, 1, 2], [1]),
+    "all children": (5, [0, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0] * 6 + [3] * 5, []),
+    "depth first": (4, [0, 1, 2, 3, 2, 1], [0, 0, 1, 2, 0, 4], []),
+}
+
+
+@functools.cache
+def conditional(vocab: int, prefix: tuple[int, ...]) -> torch.Tensor:
+    """A made-up law of the next token, different for every prefix."""
+    random = torch.Generator().manual_seed(int.from_bytes(bytes((vocab, *prefix))))
+    return torch.rand(vocab, generator=random, dtype=torch.float64).mul(3).softmax(0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_verify_by_enumeration(shape):
+    """All outcomes of the noise, one row each, weighted by their exact probability.
+
+    The noise of a row makes y_d win at depth d below the true prefix, by a hair: anywhere else
+    in the tree other tokens win, so a look at a wrong node or a wrong row of noise shows.
+    """
+    vocab, tokens, parents, padding = SHAPES[shape]
+    n = len(tokens)
+    row = make_tree([tokens], parents)
+    depth = int(row.depth.max())
+    outcomes = list(itertools.product(range(vocab), repeat=depth + 1))
+    valid = [[i not in padding for i in range(n)]] * len(outcomes)
+    tree = make_tree([tokens] * len(outcomes), parents, valid)
+
+    def path(node):
+        return (*path(parents[node]), tokens[node]) if node else ()
+
+    scores = torch.stack([conditional(vocab, path(node)).log() for node in range(n)])
+    noise, weight = [], []
+    for y in outcomes:
+        law = [conditional(vocab, y[:d]) for d in range(depth + 1)]
+        win = torch.eye(vocab).double() * 1e-6
+        noise.append(torch.stack([win[y[d]] - law[d].log() for d in range(depth + 1)]))
+        weight.append(math.prod(float(law[d][y[d]]) for d in range(depth + 1)))
+    weight = torch.tensor(weight, dtype=torch.float64)
+    scores = scores.expand(len(outcomes), -1, -1)
+    verdict = verify(scores, tree, torch.stack(noise), ancestors(tree, depth), depth)
+
+    emitted = []
+    reachable = {()}
+    for node in range(1, n):
+        chain, up = [], node
+        while up:
+            chain.append(up)
+            up = parents[up]
+        if not set(chain) & set(padding):
+            reachable.add(path(node))
+    for i, y in enumerate(outcomes):
+        longest = max(d for d in range(depth + 1) if y[:d] in reachable)
+        assert verdict.count[i] == longest
+        emitted.append(tuple(verdict.tokens[i, : longest + 1].tolist()))
+        assert emitted[i] == y[: longest + 1]
+        nodes = verdict.path[i].tolist()
+        assert nodes[0] == 0 and nodes[longest + 1 :] == [0] * (depth - longest)
+        for above, below in itertools.pairwise(nodes[: longest + 1]):
+            assert parents[below] == above and below not in padding
+    assert {e[:-1] for e in emitted} <= reachable  # the last one is the target's own
+
+    def mass(prefix):
+        same = [e[: len(prefix)] == prefix for e in emitted]
+        return float(weight[torch.tensor(same)].sum())
+
+    # The law of each emitted token, given the tokens before it
+    assert mass(()) == pytest.approx(1, abs=1e-12)
+    for prefix in reachable:
+        below = [mass((*prefix, v)) for v in range(vocab)]
+        law = torch.tensor(below, dtype=torch.float64) / sum(below)
+        torch.testing.assert_close(law, conditional(vocab, prefix), rtol=0, atol=1e-12)
+    # Greedy is the same walk along the scores alone.
+    greedy = verify(scores[:1], make_tree([tokens], parents, valid[:1]), None,
+                    ancestors(row, depth), depth)  # fmt: skip
+    said = ()
+    while said in reachable:
+        said = (*said, int(conditional(vocab, said).argmax()))
+    assert tuple(greedy.tokens[0, : len(said)].tolist()) == said
+    assert int(greedy.count[0]) == len(said) - 1
+
+
+def test_verify_gives_the_same_text_for_every_tree():
+    """One noise, every shape of one vocabulary: the texts are prefixes of one another."""
+    vocab, depth = 4, 3
+    noise = gumbel(torch.arange(200), torch.arange(depth + 1).expand(200, -1), vocab)
+    texts = [()] * 200
+    for v, tokens, parents, padding in SHAPES.values():
+        if v != vocab:
+            continue
+        tree = make_tree([tokens] * 200, parents, [i not in padding for i in range(len(tokens))])
+
+        def path(node, tokens=tokens, parents=parents):
+            return (*path(parents[node]), tokens[node]) if node else ()
+
+        table = [conditional(vocab, path(node)).log() for node in range(len(tokens))]
+        scores = torch.stack(table).expand(200, -1, -1)
+        verdict = verify(scores, tree, noise, ancestors(tree, depth), depth)
+        for i, count in enumerate(verdict.count.tolist()):
+            text = tuple(verdict.tokens[i, : count + 1].tolist())
+            n = min(len(text), len(texts[i]))
+            assert text[:n] == texts[i][:n]
+            texts[i] = max(text, texts[i], key=len)
+    assert max(map(len, texts)) == depth + 1
+
+
+# ------------------------------------------------------------------- end to end
+
+
+class Menu(Drafter):
+    """Two guesses below each of two guesses, from a distribution q of its own.
+
+    coupled: it guesses with the verifier's own noise, which a membership rule allows
+    """
+
+    max_depth, max_nodes = 2, 7
+
+    def __init__(self, q: torch.Tensor, coupled: bool):
+        self.log_q, self.coupled = q.log(), coupled
+
+    def start(self):
+        self.levels = []
+
+    def extend(self, level):
+        scores = self.log_q + (self.seqs.noise[:, level - 1] if self.coupled else 0)
+        best = scores.expand(len(self.seqs.ids), -1).topk(2).indices
+        self.levels.append(best if level == 1 else best.repeat(1, 2))
+
+    def tree(self):
+        tokens = torch.cat([self.seqs.root[:, None], *self.levels], 1)
+        shape = make_tree([[0] * 7], [0, 0, 0, 1, 1, 2, 2])
+        parent, depth = (x.expand_as(tokens).clone() for x in (shape.parent, shape.depth))
+        return TokenTree(tokens, parent, depth, torch.ones_like(tokens, dtype=torch.bool))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["plain", "fixed guesses", "coupled guesses"])
+def test_first_tokens_end_to_end(how):
+    """Seeds as rows: the first tokens of texts, against the model's own exact law of them."""
+    vocab, prompt, temperature = 8, [3, 1, 4], 1.2
+    target = tiny("llama", vocab_size=vocab, hidden_size=16, initializer_range=0.35)
+    config = settings(do_sample=True, temperature=temperature, max_new_tokens=3, eos_token_id=-1)
+
+    def law(prefixes):  # (n, T) -> (n, V), one plain forward
+        logits = target.project(target.states(torch.tensor(prefixes))[:, -1])
+        return (logits / temperature).softmax(-1)
+
+    p1 = law([prompt])[0]
+    p2 = law([[*prompt, a] for a in range(vocab)])
+    p3 = law([[*prompt, a, b] for a in range(vocab) for b in range(vocab)]).view(vocab, vocab, -1)
+    n = n_draws(vocab**2)
+    drafter = None if how == "plain" else Menu((p1 @ p2) ** 0.3, "coupled" in how)
+    texts, accepted, rows = [], torch.zeros(2), 4000
+    for start in range(0, n, rows):
+        seeds = range(start, start + rows)
+        decode = plain if how == "plain" else speculative
+        got = decode(target, [prompt] * rows, config, seeds=seeds, drafter=drafter)
+        texts += got.tokens
+        if drafter:
+            accepted += torch.tensor(got.stats.accepted_at)
+    if drafter:  # guesses of either level are accepted often, and often not
+        assert (accepted > 0.1 * n).all() and (accepted < 0.9 * n).all()
+    y1, y2, y3 = torch.tensor(texts).T
+    joint12 = p1[:, None] * p2
+    joint23 = torch.einsum("a,ab,abc->bc", p1, p2, p3)
+    assert follows(y1, p1)
+    assert follows(y1 * vocab + y2, joint12.flatten())
+    assert follows(y2 * vocab + y3, joint23.flatten())
