@@ -8,6 +8,7 @@ from dataclasses import asdict
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both
 from redrafter.config import CostsConfig
+from redrafter.contracts import InputError
 
 
 @reports_input_errors
@@ -20,10 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Seconds that the target needs for n new tokens, and a drafter for its levels.",
     )
     from redrafter.drafters.recurrent import RecurrentDrafter
-    from redrafter.evaluation.costs import measure_costs
+    from redrafter.evaluation.costs import CostMeter
     from redrafter.evaluation.prompts import number_list
     from redrafter.evaluation.report import write_result
 
+    if config.rounds < 1:
+        raise InputError(f"rounds: {config.rounds} must be at least 1")
     new_tokens = number_list("new_tokens", config.new_tokens, int, 1)
     contexts = number_list("contexts", config.contexts, int, 1)
     batches = number_list("batch_sizes", config.batch_sizes, int, 1)
@@ -32,15 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if head is not None:
         name = f"head:{config.tree.width}x{config.tree.depth}:{config.tree.shape}"
         drafters[name] = RecurrentDrafter(head, target, config.tree)
-    costs = measure_costs(
+    costs = CostMeter(
         target,
         new_tokens=new_tokens,
         contexts=contexts,
         batches=batches,
         drafters=drafters,
-        rounds=config.rounds,
         temperature=config.temperature,
-    )
+    ).run(config.rounds)
     print(show(costs))
     write_result(config.out, config, target, asdict(costs))
     return 0

@@ -7,7 +7,6 @@ all alike; medians with quartiles, in seconds.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,11 +71,16 @@ class CostTable:
     drafters: list[DrafterCost]
 
     def t(self, n: int, context: int, batch: int) -> float:
-        """Median seconds of a target forward. KeyError if it was not measured."""
-        for entry in self.target:
-            if (entry.n, entry.context, entry.batch) == (n, context, batch):
-                return entry.cost.median_s
-        raise KeyError((n, context, batch))
+        """Median seconds of a target forward of n new tokens; between two measured n, in
+        proportion. KeyError if n lies outside of what was measured there."""
+        known = sorted(
+            (entry.n, entry.cost.median_s)
+            for entry in self.target
+            if (entry.context, entry.batch) == (context, batch)
+        )
+        if not known or not known[0][0] <= n <= known[-1][0]:
+            raise KeyError((n, context, batch))
+        return float(np.interp(n, *zip(*known, strict=True)))
 
     def draft(self, name: str) -> float:
         """Median seconds of one draft (the first setting measured)."""
@@ -152,61 +156,70 @@ class _Bench:
         return run
 
 
-@torch.inference_mode()
-def measure_costs(
-    target: Target,
-    *,
-    new_tokens: Sequence[int] = NEW_TOKENS,
-    contexts: Sequence[int] = (64, 256),
-    batches: Sequence[int] = (1,),
-    drafters: dict[str, Drafter] | None = None,
-    rounds: int = 30,
-    temperature: float = 0.0,
-) -> CostTable:
-    """Measure every combination.
+class CostMeter:
+    """Measures every combination, one round at a time, between whatever else is measured.
 
     new_tokens: n; contexts: tokens per row in the cache; batches: rows per forward
     drafters: name -> drafter, each measured at every context and batch
-    rounds: samples of each
+    temperature: above 0, drafters are given noise
     Raises InputError where a context does not fit the target.
     """
-    drafters = drafters or {}
-    room = max([*new_tokens, *(d.max_nodes + 1 for d in drafters.values())])
-    limit = target.max_positions
-    if limit is not None and max(contexts) + room > limit:
-        raise InputError(
-            f"contexts: {max(contexts)} and {room} new tokens exceed the {limit} positions of "
-            f"{target.name}"
-        )
-    jobs: dict[tuple, Callable[[], list[float]]] = {}
-    for context in contexts:
-        for batch in batches:
-            bench = _Bench(target, context, batch, room, temperature)
-            for n in sorted(set(new_tokens)):
-                jobs["target", n, context, batch] = bench.forward_job(n)
-            for name, drafter in drafters.items():
-                jobs["drafter", name, context, batch] = bench.draft_job(drafter)
-    samples = _round_robin(jobs, rounds)
-    costs = CostTable([], [])
-    for (kind, what, context, batch), rows in samples.items():
-        if kind == "target":
-            cost = Cost.of([row[0] for row in rows])
-            costs.target.append(TargetCost(what, context, batch, cost))
-        else:
-            draft = Cost.of([sum(row) for row in rows])
-            levels = [Cost.of(level) for level in list(zip(*rows, strict=True))[1:-2]]
-            costs.drafters.append(DrafterCost(what, context, batch, draft, levels))
-    return costs
 
+    @torch.inference_mode()
+    def __init__(
+        self,
+        target: Target,
+        *,
+        new_tokens: Sequence[int] = NEW_TOKENS,
+        contexts: Sequence[int] = (64, 256),
+        batches: Sequence[int] = (1,),
+        drafters: dict[str, Drafter] | None = None,
+        temperature: float = 0.0,
+    ):
+        drafters = drafters or {}
+        room = max([*new_tokens, *(d.max_nodes + 1 for d in drafters.values())])
+        limit = target.max_positions
+        if limit is not None and max(contexts) + room > limit:
+            raise InputError(
+                f"contexts: {max(contexts)} and {room} new tokens exceed the {limit} positions of "
+                f"{target.name}"
+            )
+        self.jobs: dict[tuple, Callable[[], list[float]]] = {}
+        for context in contexts:
+            for batch in batches:
+                bench = _Bench(target, context, batch, room, temperature)
+                for n in sorted(set(new_tokens)):
+                    self.jobs["target", n, context, batch] = bench.forward_job(n)
+                for name, drafter in drafters.items():
+                    self.jobs["drafter", name, context, batch] = bench.draft_job(drafter)
+        self.samples: dict[tuple, list[list[float]]] = {name: [] for name in self.jobs}
+        self.rounds = -_WARM_UP_ROUNDS
 
-def _round_robin(jobs: dict, rounds: int) -> dict[tuple, list[list[float]]]:
-    """Samples per job; each round starts one job later than the one before."""
-    samples: dict[tuple, list[list[float]]] = defaultdict(list)
-    names = list(jobs)
-    for i in range(_WARM_UP_ROUNDS + rounds):
-        start = i % len(names)
+    @torch.inference_mode()
+    def round(self) -> None:
+        """One sample of everything; each round starts one job later than the one before."""
+        names = list(self.jobs)
+        start = self.rounds % len(names)
         for name in names[start:] + names[:start]:
-            row = jobs[name]()
-            if i >= _WARM_UP_ROUNDS:
-                samples[name].append(row)
-    return {name: samples[name] for name in names}
+            row = self.jobs[name]()
+            if self.rounds >= 0:
+                self.samples[name].append(row)
+        self.rounds += 1
+
+    def run(self, rounds: int) -> CostTable:
+        """Measure until there are `rounds` samples of everything."""
+        while self.rounds < rounds:
+            self.round()
+        return self.table()
+
+    def table(self) -> CostTable:
+        costs = CostTable([], [])
+        for (kind, what, context, batch), rows in self.samples.items():
+            if kind == "target":
+                cost = Cost.of([row[0] for row in rows])
+                costs.target.append(TargetCost(what, context, batch, cost))
+            else:
+                draft = Cost.of([sum(row) for row in rows])
+                levels = [Cost.of(level) for level in list(zip(*rows, strict=True))[1:-2]]
+                costs.drafters.append(DrafterCost(what, context, batch, draft, levels))
+        return costs

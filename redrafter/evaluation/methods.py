@@ -12,6 +12,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from redrafter.config import SpeedConfig, TreeConfig
@@ -45,11 +46,13 @@ class Batch:
 @dataclass
 class Run:
     """One timed call. seconds["total"] is wall-clock around everything, prefill included;
-    "forward" is the time inside the target's forwards after the prefill, a part of "verify"."""
+    "forward" is the time inside the target's forwards after the prefill, a part of "verify".
+    nodes: new tokens per row of each of those forwards"""
 
     tokens: list[list[int]]
     seconds: dict[str, float]
     stats: StepStats | None = None
+    nodes: list[int] = field(default_factory=list)
 
 
 class TimedTarget:
@@ -58,14 +61,16 @@ class TimedTarget:
     def __init__(self, target: Target):
         self._target = target
         self.times_s: list[float] = []
+        self.nodes: list[int] = []
 
     def __getattr__(self, name: str):
         return getattr(self._target, name)
 
-    def forward(self, *args, **kwargs) -> TargetOutput:
+    def forward(self, tokens: Tensor, *args, **kwargs) -> TargetOutput:
         clock = time.perf_counter()
-        out = self._target.forward(*args, **kwargs)
+        out = self._target.forward(tokens, *args, **kwargs)
         self.times_s.append(time.perf_counter() - clock)
+        self.nodes.append(tokens.shape[1])
         return out
 
 
@@ -148,7 +153,7 @@ class Loop(Method):
         decode = plain if self.drafter is None else speculative
         made = decode(timed, batch.prompts, self.config, seeds=batch.seeds, drafter=self.drafter)
         seconds = {**made.stats.seconds, "forward": sum(timed.times_s[1:])}
-        return Run(made.tokens, seconds, made.stats)
+        return Run(made.tokens, seconds, made.stats, timed.nodes[1:])
 
 
 class Replay(Loop):

@@ -9,7 +9,8 @@ prompts. The figures' definitions are the design's (section 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import GenerationConfig
 from redrafter.config import SpeedConfig
 from redrafter.contracts import StepStats
 from redrafter.data.answers import generation_config
-from redrafter.evaluation.costs import CostTable, measure_costs
+from redrafter.decode.tree import BUCKETS
+from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.figures import (
     Interval,
     acceptance,
@@ -59,24 +61,49 @@ def make_batches(
     return batches, answers
 
 
+def middle_context(batches: Sequence[Batch], answers: Sequence[Sequence[int]]) -> int:
+    """Median tokens of a row halfway through its answer: the context that costs are quoted at."""
+    prompts = [p for batch in batches for p in batch.prompts]
+    return int(np.median([len(p) + len(a) / 2 for p, a in zip(prompts, answers, strict=True)]))
+
+
+def cost_meter(
+    target: Target, methods: Sequence[Method], batches: Sequence[Batch], context: int, config
+) -> CostMeter:
+    """Measures t(n) at every usual tree size, and every drafter's draft, at one context."""
+    drafters = {m.name: m.drafter for m in methods if m.drafter is not None}
+    largest = max([1, *(d.max_nodes for d in drafters.values())])
+    limit = target.max_positions
+    return CostMeter(
+        target,
+        new_tokens=sorted({n for n in BUCKETS if n < largest} | {largest}),
+        contexts=[context if limit is None else max(1, min(context, limit - largest - 1))],
+        batches=[len(batches[0].prompts)],
+        drafters=drafters,
+        temperature=config.temperature,
+    )
+
+
 def run_interleaved(
     methods: Sequence[Method],
     batches: Sequence[Batch],
     repeats: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    meter: CostMeter | None = None,
+    cost_rounds: int = 0,
 ) -> Runs:
-    """Every batch by every method, `repeats` times over, in rotating order."""
-    for method in methods:
-        method.prepare(batches[0])
-        method.run(batches[0])
+    """Every batch by every method, `repeats` times over, in rotating order.
+
+    meter: measured in between, so that it sees the machine in the same moments
+    """
     runs: Runs = {method.name: [[] for _ in batches] for method in methods}
-    for turn in range(repeats * len(batches)):
+    turns = repeats * len(batches)
+    for turn in range(turns):
         place, first = turn % len(batches), turn % len(methods)
         for method in [*methods[first:], *methods[:first]]:
             method.prepare(batches[place])
             runs[method.name][place].append(method.run(batches[place]))
-        if progress:
-            progress(turn + 1, repeats * len(batches))
+        while meter and meter.rounds < math.ceil(cost_rounds * (turn + 1) / turns):
+            meter.round()
     return runs
 
 
@@ -136,49 +163,20 @@ class Summary:
 
     def __init__(
         self,
-        target: Target,
         methods: Sequence[Method],
         runs: Runs,
         batches: Sequence[Batch],
         answers: Sequence[Sequence[int]],
+        costs: CostTable,
         config: SpeedConfig,
     ):
-        self.target, self.methods, self.runs, self.config = target, methods, runs, config
-        self.batches = batches
+        self.methods, self.runs, self.config, self.costs = methods, runs, config, costs
         self.answers = [list(a) for a in answers]
         prompts = [p for batch in batches for p in batch.prompts]
         self.timing = {name: Timing(r) for name, r in runs.items()}
         self.loop_share = loop_share(list(zip(prompts, answers, strict=True)))
         loops = [name for name in ("stock", "plain") if name in runs]
         self.best_plain = min(loops, key=lambda n: self.timing[n].total_s.sum(), default=None)
-        self.context = int(
-            np.median([len(p) + len(a) / 2 for p, a in zip(prompts, answers, strict=True)])
-        )
-
-    def costs(self) -> CostTable:
-        """t(1), t(N) and every drafter's draft, at the prompts' median context."""
-        for method in self.methods:
-            method.prepare(self.batches[0])
-        drafters = {m.name: m.drafter for m in self.methods if m.drafter is not None}
-        nodes = {self.nodes(name) for name in drafters}
-        limit = self.target.max_positions
-        room = max([1, *nodes, *(d.max_nodes + 1 for d in drafters.values())])
-        if limit is not None:
-            self.context = max(1, min(self.context, limit - room))
-        return measure_costs(
-            self.target,
-            new_tokens=sorted({1, *nodes}),
-            contexts=[self.context],
-            batches=[len(self.batches[0].prompts)],
-            drafters=drafters,
-            rounds=self.config.cost_rounds,
-            temperature=self.config.temperature,
-        )
-
-    def nodes(self, name: str) -> int:
-        """N: mean nodes per row and verified tree, rounded."""
-        stats = total_stats(self.runs[name])
-        return max(1, round(stats.nodes_verified / max(1, sum(stats.steps))))
 
     def speedup(self, name: str, over: str | None, decode: bool = False) -> Interval | None:
         """Median over prompts of the ratio of speeds, with its interval.
@@ -200,7 +198,7 @@ class Summary:
         ratio = ratio[np.isfinite(ratio)]
         return bootstrap(median, ratio) if len(ratio) else None
 
-    def method(self, method: Method, costs: CostTable) -> dict[str, Any]:
+    def method(self, method: Method) -> dict[str, Any]:
         """The figures of one method; measured ones have their interval in `low` and `high`."""
         name, runs = method.name, self.runs[method.name]
         out: dict[str, Any] = {}
@@ -221,7 +219,7 @@ class Summary:
         put("speedup_stock", self.speedup(name, "stock"))
         put("speedup_plain", self.speedup(name, self.best_plain))
         put("decode_speedup_plain", self.speedup(name, self.best_plain, decode=True))
-        out |= self._bound(method, out["tokens_per_step"], costs)
+        out |= self._bound(method, out["tokens_per_step"])
         decode = out["decode_speedup_plain"]
         out["efficiency"] = decode / out["bound"] if decode and out["bound"] else None
         if out["efficiency"] is not None:
@@ -246,17 +244,21 @@ class Summary:
         }
         return out
 
-    def _bound(self, method: Method, tau: float, costs: CostTable) -> dict[str, Any]:
+    def _bound(self, method: Method, tau: float) -> dict[str, Any]:
+        """t(N) is the mean over the sizes of the trees that were verified."""
         if method.drafter is None:
             return {"bound": None if method.name == "stock" else 1.0}
-        batch, n = len(self.batches[0].prompts), self.nodes(method.name)
-        t_1, t_n = costs.t(1, self.context, batch), costs.t(n, self.context, batch)
-        draft = costs.draft(method.name)
+        at = self.costs.target[0]
+        sizes = Counter(n for r in self.runs[method.name] for run in r for n in run.nodes)
+        steps = max(1, sizes.total())
+        t_n = sum(k * self.costs.t(n, at.context, at.batch) for n, k in sizes.items()) / steps
+        t_1, draft = self.costs.t(1, at.context, at.batch), self.costs.draft(method.name)
         return {
-            "bound": speed_bound(tau, t_1, draft, t_n),
+            "bound": speed_bound(tau, t_1, draft, t_n) if sizes else None,
             "bound_parts": {
-                "t_1_s": t_1, "t_n_s": t_n, "draft_s": draft, "nodes": n,
-                "context": self.context, "batch": batch,
+                "t_1_s": t_1, "t_n_s": t_n, "draft_s": draft,
+                "nodes": sum(n * k for n, k in sizes.items()) / steps,
+                "context": at.context, "batch": at.batch,
             },
         }  # fmt: skip
 
@@ -274,9 +276,8 @@ class Summary:
 
     def body(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        costs = self.costs()
         drafting = [m.name for m in self.methods if m.drafter is not None]
-        figures = {m.name: self.method(m, costs) for m in self.methods}
+        figures = {m.name: self.method(m) for m in self.methods}
         return {
             "methods": figures,
             "best_plain": self.best_plain,
@@ -285,7 +286,7 @@ class Summary:
             "n_prompts": len(self.answers),
             "temperature": self.config.temperature,
             "batch_size": self.config.batch_size,
-            "costs": asdict(costs),
+            "costs": asdict(self.costs),
         }
 
 
@@ -295,10 +296,11 @@ def measure_speed(
     batches: Sequence[Batch],
     answers: Sequence[Sequence[int]],
     config: SpeedConfig,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run and summarise. `batches` and `answers` are from `make_batches`."""
-    runs = run_interleaved(methods, batches, config.repeats, progress)
-    body = Summary(target, methods, runs, batches, answers, config).body()
-    # JSON has no nan
-    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in body.items()}
+    for method in methods:  # warm up
+        method.prepare(batches[0])
+        method.run(batches[0])
+    meter = cost_meter(target, methods, batches, middle_context(batches, answers), config)
+    runs = run_interleaved(methods, batches, config.repeats, meter, config.cost_rounds)
+    return Summary(methods, runs, batches, answers, meter.table(), config).body()
