@@ -39,8 +39,9 @@ class MinNewTokens:
     def __call__(self, scores: Tensor, n_new: Tensor) -> Tensor:
         """scores: (B, ..., V); n_new: (B, ...) tokens emitted before the one being chosen."""
         minimum = self.minimum.view(-1, *[1] * (n_new.dim() - 1))
-        blocked = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        blocked[self.eos] = True
+        token = torch.arange(scores.shape[-1], device=scores.device)
+        # isin and not an index: a config may name an EOS that the model's vocabulary lacks
+        blocked = torch.isin(token, torch.tensor(self.eos, device=scores.device))
         return scores.masked_fill((n_new < minimum)[..., None] & blocked, float("-inf"))
 
 
@@ -59,7 +60,8 @@ def build_processors(
     if config.no_repeat_ngram_size:
         steps.append(hf.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if config.bad_words_ids is not None:
-        steps.append(hf.NoBadWordsLogitsProcessor(config.bad_words_ids))
+        # As in transformers, an EOS among the bad words is let through.
+        steps.append(hf.NoBadWordsLogitsProcessor(config.bad_words_ids, sorted(eos) or None))
     if minimum is not None and eos:
         steps.append(MinNewTokens(minimum, eos))
     if config.remove_invalid_values:
