@@ -405,8 +405,8 @@ def test_first_tokens_end_to_end(how):
         texts += got.tokens
         if drafter:
             accepted += torch.tensor(got.stats.accepted_at)
-    if drafter:  # guesses of either level are accepted often, and often not
-        assert (accepted > 0.1 * n).all() and (accepted < 0.9 * n).all()
+    if drafter:  # guesses of either level are accepted, and not always
+        assert (accepted > 0.1 * n).all() and (accepted < 0.99 * n).all()
     y1, y2, y3 = torch.tensor(texts).T
     joint12 = p1[:, None] * p2
     joint23 = torch.einsum("a,ab,abc->bc", p1, p2, p3)
