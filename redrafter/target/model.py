@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # The fingerprint samples at most this many values of each weight, so it is quick at any size.
 _FINGERPRINT_VALUES = 4096
+# Distances or windows that these compute from where a key lies in the cache (ALiBi, GPT-Neo's
+# local attention, Doge's pruning), or a state that is no list of keys: masks cannot correct it.
+_UNFIT = ("bloom", "mpt", "gpt_neo", "doge", "mamba", "mamba2", "rwkv")
 
 
 @dataclass
@@ -53,10 +56,12 @@ class Target:
             raise InputError(f"{self.name}: {type(model).__name__} has no lm_head; not a causal LM")
         kinds = set(getattr(self.config, "layer_types", None) or ())
         unknown = kinds - {"full_attention", "sliding_attention"}
-        if unknown or self.config.model_type in ("bloom", "mpt", "mamba", "mamba2", "rwkv"):
+        alibi = getattr(self.config, "alibi", False)  # Falcon's first ones
+        if unknown or alibi or self.config.model_type in _UNFIT:
+            why = ", ".join(sorted(unknown)) or "ALiBi, windows of its own, or recurrence"
             raise InputError(
                 f"{self.name}: model_type {self.config.model_type!r} has layers whose keys cannot "
-                f"be masked one by one ({', '.join(sorted(unknown)) or 'ALiBi or recurrence'}); "
+                f"be masked one by one ({why}); "
                 "a token tree cannot be verified on it"
             )
         self.windows = self._windows(kinds)
@@ -65,12 +70,25 @@ class Target:
         self.vocab_size = self.lm_head.weight.shape[0]
         self.hidden_size = self.lm_head.weight.shape[1]
         self.n_layers = self.config.num_hidden_layers
-        self.max_positions = getattr(self.config, "max_position_embeddings", None)
+        self.max_positions = self._max_positions()
         cohere = getattr(self.config, "logit_scale", None) or 1.0
         granite = getattr(self.config, "logits_scaling", None) or 1.0
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         self._check_project()
+
+    def _max_positions(self) -> int | None:
+        """Tokens of context, None where there is no limit.
+
+        LongRoPE (Phi-3) switches every row of a batch, keys in the cache apart, to other rotations
+        when one row passes the original context; a row's text would then depend on its batch.
+        """
+        context = getattr(self.config, "max_position_embeddings", None)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+            if part.get("rope_type") == "longrope":
+                context = part["original_max_position_embeddings"]
+        return context
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
         """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
