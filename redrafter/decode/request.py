@@ -201,9 +201,15 @@ def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> 
         if prompts.dim() != 2:
             raise InputError(f"prompts must be (B, T) token ids, not {tuple(prompts.shape)}")
         mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
+        if mask.shape != prompts.shape:
+            raise InputError(
+                f"attention_mask is {tuple(mask.shape)}, the prompts are {tuple(prompts.shape)}"
+            )
         prompts = [
             row[keep.bool()].tolist() for row, keep in zip(prompts.cpu(), mask.cpu(), strict=True)
         ]
+    elif attention_mask is not None:
+        raise InputError("attention_mask goes with a (B, T) tensor of prompts; lists need none")
     rows = [[int(t) for t in row] for row in prompts]
     if not rows:
         raise InputError("no prompts were given")
@@ -231,4 +237,7 @@ def _seeds(seeds: int | Sequence[int], n_rows: int) -> Tensor:
     rows = [seeds] * n_rows if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(rows) != n_rows:
         raise InputError(f"seeds: {len(rows)} given for {n_rows} prompts")
+    for seed in rows:
+        if not -(2**63) <= seed < 2**63:
+            raise InputError(f"seeds: {seed} is not a signed 64-bit integer")
     return torch.tensor(rows, dtype=torch.long)
