@@ -40,6 +40,12 @@ _FAMILIES = {
     "phi3": dict(num_key_value_heads=2),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, n_inner=48),
     "gpt_neox": {},
+    # Keys and values of different widths; dense layers only
+    "deepseek_v3": dict(
+        kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8,
+        num_key_value_heads=4, first_k_dense_replace=2, n_routed_experts=2, n_group=1,
+        topk_group=1, num_experts_per_tok=1, moe_intermediate_size=8,
+    ),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
 

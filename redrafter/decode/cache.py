@@ -40,7 +40,7 @@ class RowCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write (B, heads, n, d) at every row's own offset; return all keys and values so far."""
-        keys, values = self._views[layer_idx] or self._allocate(key_states, layer_idx)
+        keys, values = self._views[layer_idx] or self._allocate(key_states, value_states, layer_idx)
         for store, new in ((keys, key_states), (values, value_states)):
             if self._uniform:
                 store[:, :, self._start : self._start + new.shape[2]].copy_(new)
@@ -126,18 +126,28 @@ class RowCache(Cache):
     def data_ptrs(self) -> list[int]:
         return [store.data_ptr() for store in self._groups]
 
-    def _allocate(self, states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        batch, heads, _, dim = states.shape
-        shape = (batch, heads, self.capacity, dim)
+    def _allocate(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        def zeros(n: int, like: Tensor) -> Tensor:
+            batch, heads, _, dim = like.shape
+            self._groups.append(like.new_zeros(n, batch, heads, self.capacity, dim))
+            return self._groups[-1]
+
+        alike = keys.shape == values.shape
+        if not self._groups and alike:
+            zeros(2 * self.n_layers, keys)
         first = self._groups[0] if self._groups else None
-        if first is None:
-            first = states.new_zeros(2 * self.n_layers, *shape)
-            self._groups.append(first)
-        if first.shape[1:] == shape and first.device == states.device:
+        if alike and len(first) == 2 * self.n_layers and _fits(first, keys):
             view = (first[2 * layer_idx], first[2 * layer_idx + 1])
-        else:  # a model that mixes head sizes or devices
-            own = states.new_zeros(2, *shape)
-            self._groups.append(own)
-            view = (own[0], own[1])
+        else:  # a model that mixes head sizes (DeepSeek: keys and values differ) or devices
+            view = (zeros(1, keys)[0], zeros(1, values)[0])
         self._views[layer_idx] = view
         return view
+
+
+def _fits(store: Tensor, states: Tensor) -> bool:
+    """Whether (n, B, heads, M, d) has the heads, their size and the device of (B, heads, n, d)."""
+    return (
+        store.shape[1:3] == states.shape[:2]
+        and store.shape[4] == states.shape[3]
+        and store.device == states.device
+    )
