@@ -81,6 +81,13 @@ def show(results: dict) -> str:
                 f"warning: {mode}: the scores of {r.far_logits} positions differ by more than "
                 "rounding explains, though no token did"
             )
-    bad = sum(r.unexplained for r in results.values())
-    lines.append(f"{bad} unexplained differences" if bad else "every token is plain decoding's")
+    bad, ties = (
+        sum(getattr(r, key) for r in results.values()) for key in ("unexplained", "near_ties")
+    )
+    if bad:
+        lines.append(f"NOT lossless: {bad} unexplained differences")
+    elif ties:
+        lines.append(f"lossless up to rounding: {ties} near-ties, nothing unexplained")
+    else:
+        lines.append("lossless: every token is that of plain decoding")
     return "\n".join(lines)

@@ -294,6 +294,7 @@ def check_mode(
                 if tokens != own.tokens:
                     own = reference(target, prompts[i], config, seed + i, tokens)
                 logits = torch.cat(recorder.logits[row])
+                assert len(logits) == len(tokens), "scores were recorded for other tokens"
                 scores = processed(target, prompts[i], tokens, logits, config, seed + i)
                 compare_row(result, own, tokens, made.finish[row], scores, i, batch_size)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,4 +76,13 @@ def write_result(path: str | None, config: Any, target: Target, body: dict[str, 
         device=device_name(target.device),
         threads=torch.get_num_threads(),
     )
-    write_json(path, plain_values({**body, "provenance": facts}))
+    write_json(path, _finite(plain_values({**body, "provenance": facts})))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity and no nan: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,339 @@
+"""Figures on hand-made numbers, and the evaluation commands end to end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+
+import redrafter.evaluation.lossless as lossless
+from redrafter.cli import costs as costs_cli
+from redrafter.cli import lossless as lossless_cli
+from redrafter.cli import speed as speed_cli
+from redrafter.config import DataConfig, SpeedConfig, TargetConfig, TrainConfig, TreeConfig
+from redrafter.contracts import InputError, StepStats
+from redrafter.decode.tree import BUCKETS
+from redrafter.drafters.bigram import CountedBigrams
+from redrafter.drafters.lookup import PromptLookup
+from redrafter.evaluation.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
+from redrafter.evaluation.figures import (
+    acceptance,
+    bootstrap,
+    loop_share,
+    mean_of_ratios,
+    median,
+    pooled,
+    speed_bound,
+)
+from redrafter.evaluation.methods import Batch, Loop, Method, Run, parse_methods, tree_of
+from redrafter.evaluation.prompts import holdout_warning, number_list
+from redrafter.evaluation.speed import Summary, run_interleaved
+from redrafter.files import write_config
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.target.model import load_target
+
+# ---------------------------------------------------------------- figures
+
+
+def test_loop_share_counts_repeated_four_grams_of_the_answer():
+    # 2341, 3412, 4123 and 2349 are new, 1234 is not.
+    assert loop_share([([1, 2, 3, 4], [1, 2, 3, 4, 9])]) == 1 / 5
+    # The prompt's own repetition (1111) is not counted, what the answer repeats of it is.
+    assert loop_share([([1] * 6, [1, 2])]) == 1 / 2
+    # Rows do not see each other, and a row of three tokens has no 4-gram.
+    assert loop_share([([1, 2], [3, 4]), ([1, 2], [3, 4]), ([1], [2, 3])]) == 0.0
+    assert loop_share([([1], [2, 3])]) is None
+
+
+def test_acceptance_names_both_rates():
+    rates = acceptance(drafted_at=[10, 10, 5, 0], accepted_at=[8, 4, 1, 0])
+    assert rates["unconditional"] == [0.8, 0.4, 0.2, None]
+    assert rates["conditional"] == pytest.approx([0.8, 0.5, 0.5, None])
+    assert acceptance([3, 3], [0, 0])["conditional"] == [0.0, None]
+
+
+def test_bound_is_tokens_per_step_over_relative_cost():
+    assert speed_bound(tau=3.0, t_1_s=0.010, draft_s=0.005, t_n_s=0.015) == pytest.approx(1.5)
+
+
+def test_bootstrap_interval():
+    assert bootstrap(median, [1.5] * 7) == (1.5, 1.5, 1.5)
+    ratios = np.random.default_rng(1).normal(2.0, 0.5, 40)
+    value, low, high = bootstrap(median, ratios)
+    assert value == np.median(ratios)
+    # Asymptotic half width of a median's interval: 1.96 * 1.2533 * 0.5 / sqrt(40) = 0.194
+    assert 0.10 < value - low < 0.40 and 0.10 < high - value < 0.40
+    assert bootstrap(median, ratios) == (value, low, high), "the seed is fixed"
+    # Resampled together: numerator and denominator of a prompt stay a pair.
+    steps = np.arange(1, 30)
+    assert bootstrap(pooled, 3 * steps, steps) == (3.0, 3.0, 3.0)
+
+
+def test_pooled_and_per_request_tokens_per_step_differ():
+    emitted, steps = np.array([9.0, 1.0, 0.0]), np.array([3.0, 1.0, 0.0])
+    assert pooled(emitted, steps) == 2.5
+    assert mean_of_ratios(emitted, steps) == 2.0, "a prompt without steps is left out"
+
+
+def test_cost_table_interpolates_and_refuses_to_guess():
+    def entry(n, seconds, batch=1):
+        return TargetCost(n, 64, batch, Cost(seconds, seconds, seconds))
+
+    table = CostTable([entry(1, 1.0), entry(5, 3.0), entry(1, 9.0, batch=4)], [])
+    assert (table.t(1, 64, 1), table.t(3, 64, 1), table.t(1, 64, 4)) == (1.0, 2.0, 9.0)
+    for n, context, batch in ((6, 64, 1), (1, 65, 1), (2, 64, 4)):
+        with pytest.raises(KeyError):
+            table.t(n, context, batch)
+
+
+def test_cost_meter_measures_everything_in_turn():
+    drafters = {"lookup": PromptLookup(3), "bigram": CountedBigrams([[1, 2, 1]], 48, 2, 2)}
+    meter = CostMeter(
+        tiny("llama"), new_tokens=(1, 3), contexts=(8, 16), batches=(1, 2), drafters=drafters,
+        temperature=1.0,
+    )  # fmt: skip
+    table = meter.run(rounds=3)
+    assert [(c.n, c.context, c.batch) for c in table.target] == [
+        (n, context, batch) for context in (8, 16) for batch in (1, 2) for n in (1, 3)
+    ]
+    assert all(0 < c.cost.q1_s <= c.cost.median_s <= c.cost.q3_s for c in table.target)
+    assert [len(c.levels) for c in table.drafters] == [3, 2] * 4
+    for entry in table.drafters:
+        assert entry.draft.q3_s >= max(level.q1_s for level in entry.levels)
+    assert {len(rows) for rows in meter.samples.values()} == {3}
+    with pytest.raises(InputError, match="positions"):
+        CostMeter(tiny("llama"), contexts=(60,))
+
+
+# ---------------------------------------------------------------- speed, with a clock made by hand
+
+
+class Clockwork(Method):
+    """Takes the seconds it is told to, per token of the answer, behind a prefill of 1 s."""
+
+    def __init__(self, log, name, answers, token_s, steps_of=None, drafter=None):
+        self.log = log
+        self.name, self.answers, self.token_s = name, answers, token_s
+        self.steps_of, self.drafter = steps_of, drafter
+
+    def run(self, batch):
+        self.log.append(self.name)
+        row = self.answers[batch.seeds[0]]
+        new = len(row) - 1
+        steps = new if self.steps_of is None else self.steps_of
+        stats = StepStats([steps], [new], [steps], [new - steps], steps * 3, steps)
+        if self.drafter is None:
+            stats.drafted_at, stats.accepted_at = [], []
+        verify = 0.9 * new * self.token_s
+        seconds = {"prefill": 1.0, "draft": 0.0, "verify": verify, "forward": verify}
+        return Run([row], {**seconds, "total": 1.0 + new * self.token_s}, stats, [3] * steps)
+
+    def _run(self, batch): ...
+
+
+def test_speed_figures_of_a_known_clock():
+    answers = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 8, 9, 8, 9, 8]]
+    batches = [Batch([[0]], [i]) for i in range(2)]
+    wrong = [answers[0], [8, 9, 8, 9, 8, 9, 9]]
+    log: list[str] = []
+    methods = [
+        Clockwork(log, "stock", answers, 2.0),
+        Clockwork(log, "plain", answers, 1.0),
+        Clockwork(log, "head", answers, 0.5, steps_of=2, drafter=PromptLookup(1)),
+        Clockwork(log, "lookup", wrong, 1.0, steps_of=6, drafter=PromptLookup(1)),
+    ]
+    runs = run_interleaved(methods, batches, repeats=2)
+    names = [m.name for m in methods]
+    turns = [log[i : i + 4] for i in range(0, 16, 4)]
+    assert [sorted(turn) for turn in turns] == [sorted(names)] * 4
+    assert [turn[0] for turn in turns] == names, "each turn starts with another method"
+    exact = Cost(1.0, 1.0, 1.0)
+    costs = CostTable(
+        [TargetCost(1, 5, 1, exact), TargetCost(5, 5, 1, Cost(2.0, 2.0, 2.0))],
+        [DrafterCost(n, 5, 1, Cost(0.5, 0.5, 0.5), []) for n in ("head", "lookup")],
+    )
+    config = SpeedConfig(TargetConfig("x"), "x", n_prompts=2)
+    body = Summary(methods, runs, batches, answers, costs, config).body()
+    head, plain, stock = (body["methods"][n] for n in ("head", "plain", "stock"))
+    assert body["best_plain"] == "plain" and body["exact"] is False
+    assert body["loop_share"] == 2 / 10  # 8 9 8 9 and 9 8 9 8, once more each
+    assert plain["speedup_stock"] == pytest.approx(13 / 7)
+    assert stock["speedup_plain"] == pytest.approx(7 / 13)
+    assert head["speedup_plain"] == pytest.approx(7 / 4)
+    assert head["speedup_stock"] == pytest.approx(13 / 4)
+    assert head["decode_speedup_plain"] == pytest.approx(2.0), "without the prefill"
+    assert head["tokens_per_step"] == head["tokens_per_step_mean"] == 3.0
+    assert head["bound"] == pytest.approx(3.0 * 1.0 / (0.5 + 1.5)), "t(3) lies between 1 and 5"
+    assert head["efficiency"] == pytest.approx(2.0 / 1.5)
+    assert head["low"]["speedup_plain"] == head["high"]["speedup_plain"] == pytest.approx(7 / 4)
+    assert head["acceptance"]["unconditional"] == [2.0]  # (6 - 2) / 2, as the clockwork counts
+    assert head["outside_share"] == pytest.approx(0.1)
+    assert plain["plain_overhead"] == pytest.approx(1 / 0.9)
+    assert (head["equal_share"], body["methods"]["lookup"]["equal_share"]) == (1.0, 0.5)
+
+
+def test_method_names():
+    assert parse_methods("stock, plain,stock") == ["stock", "plain"]
+    default = TreeConfig(width=2, depth=3, shape="beams")
+    assert tree_of("head", default) == default
+    assert tree_of("head:8x5", default) == TreeConfig(width=8, depth=5)
+    assert tree_of("head:8x5:beams", default) == TreeConfig(width=8, depth=5, shape="beams")
+    best = TreeConfig(width=8, depth=5, shape="best", nodes=16)
+    assert tree_of("head:8x5:best:16", default) == best
+    for bad in ("head:8", "head:0x4", "head:4x4:oval", "head:4x4:levels:3", "head:4x4:best:x"):
+        with pytest.raises(InputError, match=bad):
+            tree_of(bad, default)
+    for bad in ("warp", "plain:4x4", "", "stock,Head"):
+        with pytest.raises(InputError, match="methods"):
+            parse_methods(bad)
+
+
+def test_number_lists_name_their_option():
+    assert number_list("batch_sizes", "1,4,1", int, 1) == [1, 4]
+    for bad in ("1,x", "", "0"):
+        with pytest.raises(InputError, match="batch_sizes"):
+            number_list("batch_sizes", bad, int, 1)
+
+
+# ---------------------------------------------------------------- held-out rows
+
+
+def test_head_trained_on_the_evaluated_rows_is_told(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"text": "x"}\n' * 20)
+    head = tmp_path / "run" / "head"
+    head.mkdir(parents=True)
+    assert holdout_warning(str(head), str(file), 0) is None, "nothing is known"
+    data = DataConfig(prompts=str(file), holdout_rows=5)
+    config = TrainConfig(TargetConfig("x"), data, output_dir="x")
+    write_config(head.parent / "config.yaml", config)
+    assert holdout_warning(str(head), str(file), 15) is None
+    assert "first 15 rows" in holdout_warning(str(head), str(file), 14)
+    assert holdout_warning(str(head), str(tmp_path / "other.jsonl"), 0) is None
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def files(tiny_target, tmp_path_factory):
+    """Arguments that every command takes, and a head with random weights."""
+    torch.manual_seed(0)
+    head = tmp_path_factory.mktemp("head")
+    RecurrentHead.for_target(load_target(str(tiny_target))).save_pretrained(head)
+    target = ["--target.path", str(tiny_target)]
+    some = ["--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--n_prompts", "3"]
+    return {"target": target, "prompts": [*target, *some], "head": ["--head", str(head)]}
+
+
+def test_speed_command(files, tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    more = ["--methods", "stock,plain,lookup,bigram:2x2,replay,head:2x2:beams",
+            "--max_new_tokens", "24", "--bigram_prompts", "4", "--cost_rounds", "4"]  # fmt: skip
+    assert speed_cli.main([*files["prompts"], *files["head"], *more, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "exact: yes" in shown and "lookup" in shown and "bigrams counted on" in shown
+    body = json.loads(out.read_text())
+    methods = body["methods"]
+    assert list(methods) == ["stock", "plain", "lookup", "bigram:2x2", "replay", "head:2x2:beams"]
+    for name, m in methods.items():
+        assert m["equal_share"] == 1.0, name
+        assert m["low"]["speedup_plain"] <= m["speedup_plain"] <= m["high"]["speedup_plain"]
+        assert m["speedup_stock"] > 0 and m["tokens"] == methods["plain"]["tokens"]
+        assert m["loop_share"] == body["loop_share"]
+        if name not in ("stock", "plain"):
+            assert m["efficiency"] == pytest.approx(m["decode_speedup_plain"] / m["bound"])
+            assert m["tokens_per_step"] >= 1.0
+            assert 0 <= m["outside_share"] < 1
+    assert methods["replay"]["tokens_per_step"] > 3.5, "the drafter that knows the answer"
+    assert methods["plain"]["plain_overhead"] >= 1.0
+    assert methods["plain"]["tokens_per_step"] == 1.0
+    sizes = [entry["n"] for entry in body["costs"]["target"]]
+    assert sizes == [n for n in BUCKETS if n < 11] + [11], "all tree sizes up to the largest"
+    about = body["provenance"]
+    assert about["config"]["max_new_tokens"] == 24 and about["target"]["dtype"] == "float32"
+    assert {"argv", "versions", "git_commit", "device", "threads", "written"} <= set(about)
+
+
+def test_speed_command_sampled_in_batches(files, tmp_path):
+    out = tmp_path / "speed.json"
+    more = ["--methods", "plain,lookup,replay", "--temperature", "1", "--batch_size", "2",
+            "--max_new_tokens", "12", "--cost_rounds", "2", "--ignore_eos", "true"]  # fmt: skip
+    assert speed_cli.main([*files["prompts"], *more, "--out", str(out)]) == 0
+    body = json.loads(out.read_text())
+    assert body["exact"] is True and body["methods"]["plain"]["tokens"] == 36
+    assert body["methods"]["lookup"]["speedup_stock"] is None, "stock was not run"
+
+
+def test_lossless_command(files, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "lossless.json"
+    args = [*files["prompts"], *files["head"], "--max_new_tokens", "16", "--batch_sizes", "1,3",
+            "--temperatures", "1,0.5", "--tree.width", "2", "--out", str(out)]  # fmt: skip
+    assert lossless_cli.main(args) == 0
+    assert "lossless" in capsys.readouterr().out
+    body = json.loads(out.read_text())
+    for mode in ("greedy", "seeded", "seeded_0.5"):
+        assert body[mode]["unexplained"] == 0 and body[mode]["prompts"] == 3
+        assert body[mode]["compared_tokens"] > 50
+    # A difference must reach the exit status.
+    real = lossless.speculative
+
+    def faulty(*args, **options):
+        made = real(*args, **options)
+        made.tokens[0][5] = (made.tokens[0][5] + 1) % 500
+        return made
+
+    monkeypatch.setattr(lossless, "speculative", faulty)
+    assert lossless_cli.main(args) == 1
+    assert "UNEXPLAINED greedy: prompt 0" in capsys.readouterr().out
+    assert json.loads(out.read_text())["greedy"]["unexplained"] > 0
+
+
+def test_costs_command(files, tmp_path, capsys):
+    out = tmp_path / "costs.json"
+    more = ["--new_tokens", "1,3", "--contexts", "16", "--batch_sizes", "1,2", "--rounds", "3",
+            "--tree.depth", "2", "--out", str(out)]  # fmt: skip
+    assert costs_cli.main([*files["target"], *files["head"], *more]) == 0
+    assert "whole draft" in capsys.readouterr().out
+    body = json.loads(out.read_text())
+    assert len(body["target"]) == 4 and len(body["drafters"][0]["levels"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "named"),
+    [
+        (speed_cli, ["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (speed_cli, ["--n_prompts", "100000"], "100000"),
+        (speed_cli, ["--methods", "stock,warp"], "warp"),
+        (speed_cli, ["--methods", "head"], "--head"),
+        (speed_cli, ["--methods", "plain", "--max_new_tokens", "600"], "max_new_tokens"),
+        (speed_cli, ["--methods", "plain", "--batch_size", "0"], "batch_size"),
+        (speed_cli, ["--methods", "bigram", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
+        (lossless_cli, ["--head", "no_head"], "no_head"),
+        (lossless_cli, ["--head", "x", "--batch_sizes", "one"], "batch_sizes"),
+        (speed_cli, ["--target.path", "./no_model"], "no_model"),
+    ],
+)
+def test_bad_input_is_named_without_a_traceback(files, capsys, command, change, named):
+    with pytest.raises(SystemExit) as stop:
+        methods = [] if command is lossless_cli else ["--methods", "plain"]
+        command.main([*files["prompts"], *methods, *change])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert named in shown and "Traceback" not in shown
+
+
+def test_stock_in_a_padded_batch_is_stock_alone(files):
+    from redrafter.data.answers import generation_config
+    from redrafter.evaluation.methods import Stock
+
+    target = load_target(files["target"][1])
+    rows = [target.tokenizer(text).input_ids for text in ("def f(", "import os\nimport", "x")]
+    config = generation_config(0.0, 12)
+    stock, plain = (kind("x", target, config) for kind in (Stock, Loop))
+    together = stock.run(Batch(rows, [0, 1, 2])).tokens
+    assert together == [stock.run(Batch([row], [0])).tokens[0] for row in rows]
+    assert together == plain.run(Batch(rows, [0, 1, 2])).tokens
+    assert not math.isnan(stock.run(Batch(rows, [0, 1, 2])).seconds["total"])

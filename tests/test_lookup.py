@@ -1,0 +1,149 @@
+"""The baselines that draft without a network: against brute force, and inside the loop."""
+
+from collections import Counter
+from itertools import pairwise
+from math import log
+
+import pytest
+import torch
+from models import VOCAB, alone, prompts, settings, tiny
+
+from redrafter.contracts import InputError, Sequences
+from redrafter.decode.speculative import speculative
+from redrafter.drafters.bigram import CountedBigrams, count_bigrams
+from redrafter.drafters.lookup import PromptLookup, leftmost_match
+
+
+def known_rows(rows: list[list[int]], room: int = 6) -> Sequences:
+    """Rows as the loop holds them; what lies past a row's end is stale and must not be read."""
+    width = max(map(len, rows)) + room
+    # Stale content repeats the row's own end: whoever looks at it finds a match there.
+    ids = torch.tensor([(row + row[-3:] * width)[:width] for row in rows])
+    length = torch.tensor([len(row) for row in rows])
+    return Sequences(ids, length, length.clone(), torch.ones(len(rows), dtype=torch.bool))
+
+
+def brute_force_lookup(row: list[int], max_ngram: int, depth: int) -> tuple[list[int], int]:
+    for n in range(max_ngram, 0, -1):
+        for start in range(len(row) - n):
+            if row[start : start + n] == row[-n:]:
+                return row[start + n : start + n + depth], n
+    return [], 0
+
+
+def small_rows(count: int = 60, vocab: int = 3) -> list[list[int]]:
+    random = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 14, (count,), generator=random).tolist()
+    return [torch.randint(vocab, (n,), generator=random).tolist() for n in lengths]
+
+
+# ---------------------------------------------------------------- prompt lookup
+
+
+@pytest.mark.parametrize("max_ngram", [1, 3, 20])
+def test_leftmost_match_is_brute_forces(max_ngram):
+    rows = small_rows()
+    seqs = known_rows(rows)
+    place, ngram = leftmost_match(seqs.ids, seqs.length, max_ngram)
+    found = Counter()
+    for row, at, n in zip(rows, place.tolist(), ngram.tolist(), strict=True):
+        tokens, expected = brute_force_lookup(row, max_ngram, depth=4)
+        assert n == expected
+        assert not n or row[at : at + 4] == tokens
+        found[n] += 1
+    assert found[0] and found[1], "the rows must show both a match and none"
+
+
+@pytest.mark.parametrize("levels", [0, 1, 5])
+def test_lookup_tree_is_the_copied_chain(levels):
+    rows = small_rows()
+    drafter = PromptLookup(depth=5, max_ngram=3)
+    drafter.begin(known_rows(rows))
+    drafter.start()
+    features = [drafter.extend(level) for level in range(1, levels + 1)]
+    tree = drafter.tree()
+    assert tree.n_nodes <= 1 + levels
+    for b, row in enumerate(rows):
+        tokens, n = brute_force_lookup(row, 3, levels)
+        valid = tree.valid[b].tolist()
+        assert tree.tokens[b, tree.valid[b]].tolist() == [row[-1], *tokens]
+        assert valid == sorted(valid, reverse=True), "a chain has no holes"
+        shown = [int(f[b, 0]) for f in features]
+        assert shown == [n if k < len(tokens) else 0 for k in range(levels)]
+
+
+def test_lookup_without_a_match_verifies_the_root_alone():
+    drafter = PromptLookup()
+    drafter.begin(known_rows([[1, 2, 3, 4], [5, 6, 7]]))
+    drafter.start()
+    for level in range(1, 11):
+        drafter.extend(level)
+    assert drafter.tree().n_nodes == 1
+
+
+# ---------------------------------------------------------------- bigrams
+
+
+def test_bigram_table_is_counted():
+    rows = [[*row, 7] for row in small_rows(vocab=5)]
+    pairs = Counter(pair for row in rows for pair in pairwise(row))
+    tokens, log_p = count_bigrams(rows, vocab_size=9, width=3)
+    assert tokens.shape == log_p.shape == (9, 3)
+    for a in range(9):
+        after = {b: n for (first, b), n in pairs.items() if first == a}
+        best = sorted(after.items(), key=lambda item: (-item[1], item[0]))[:3]
+        total = sum(after.values())
+        kept = log_p[a] > float("-inf")
+        assert tokens[a, kept].tolist() == [b for b, _ in best]
+        expected = [log(n / total) for _, n in best]
+        assert torch.allclose(log_p[a, kept], torch.tensor(expected), atol=1e-6)
+    assert not (log_p[8] > float("-inf")).any(), "token 8 was never seen"
+
+
+def test_bigram_tree_keeps_the_best_paths_of_every_level():
+    # After 0 come 1 (3 of 4) and 2; after 1 come 3, 4; after 2 comes 5 alone: of the level below,
+    # (1, 3) .75 * .6 and (1, 4) .75 * .4 beat (2, 5) .25.
+    rows = [[0, 1]] * 3 + [[0, 2]] + [[1, 3]] * 3 + [[1, 4]] * 2 + [[2, 5]]
+    drafter = CountedBigrams(rows, vocab_size=6, width=2, depth=3)
+    drafter.begin(known_rows([[0], [2]]))
+    drafter.start()
+    for level in (1, 2, 3):
+        drafter.extend(level)
+    tree = drafter.tree()
+    assert tree.tokens[0, :5].tolist() == [0, 1, 2, 3, 4]
+    assert tree.parent[0, :5].tolist() == [0, 0, 0, 1, 1]
+    assert tree.depth[0].tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert tree.valid[0].tolist() == [True] * 5 + [False] * 2, "nothing ever followed 3 or 4"
+    assert tree.valid[1].tolist() == [True, True] + [False] * 5
+    assert torch.allclose(tree.log_q[0, 3:5].exp(), torch.tensor([0.45, 0.3]))
+
+
+def test_bigrams_refuse_what_cannot_be_counted():
+    with pytest.raises(InputError, match="no two successive tokens"):
+        count_bigrams([[1], []], 5, 2)
+    with pytest.raises(InputError, match="row 1"):
+        count_bigrams([[1, 2], [3, 5]], 5, 2)
+
+
+# ---------------------------------------------------------------- inside the loop
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("which", ["lookup", "bigram"])
+def test_baselines_change_nothing_and_accept_something(which, sampled):
+    target, rows = tiny("llama"), prompts()
+    rows[0] = rows[0] * 3  # something to look up
+    config = settings(do_sample=sampled)
+    texts, finish = alone(target, rows, config)
+    whole = [row + text for row, text in zip(rows, texts, strict=True)]
+    drafter = PromptLookup(4) if which == "lookup" else CountedBigrams(whole, VOCAB, 3, 3)
+    made = speculative(target, rows, config, seeds=range(len(rows)), drafter=drafter)
+    assert (made.tokens, made.finish) == (texts, finish)
+    assert made.stats.drafted_at[0] > 0
+    assert made.stats.accepted_at[0] > 0 or which == "lookup"
+    # A row's draft does not depend on its neighbours.
+    single = [
+        speculative(target, [row], config, seeds=[i], drafter=drafter).stats.accepted_at
+        for i, row in enumerate(rows)
+    ]
+    assert made.stats.accepted_at == [sum(level) for level in zip(*single, strict=True)]

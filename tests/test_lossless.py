@@ -1,0 +1,139 @@
+"""Is a changed token found, and is a near-tie told from a fault? By planting both."""
+
+import copy
+
+import pytest
+import torch
+from models import EOS, alone, prompts, settings, tiny
+
+import redrafter.evaluation.lossless as lossless
+from redrafter.drafters.bigram import CountedBigrams
+from redrafter.target.model import Target, TargetOutput
+
+
+class Planted:
+    """A target whose forwards over a tree (not the prefill) are changed by `fault(logits)`."""
+
+    def __init__(self, target: Target, fault):
+        self._target, self.fault = target, fault
+
+    def __getattr__(self, name):
+        return getattr(self._target, name)
+
+    def forward(self, *args, keep=None, **kwargs) -> TargetOutput:
+        out = self._target.forward(*args, keep=keep, **kwargs)
+        return out if keep is not None else TargetOutput(self.fault(out.logits), out.hidden)
+
+
+def check(target, config, **options):
+    rows = prompts((9, 3, 14, 8, 5))
+    texts, _ = alone(target, rows, config)
+    known = [row + text for row, text in zip(rows, texts, strict=True)]
+    drafter = CountedBigrams(known, target.vocab_size, width=3, depth=3)
+    return lossless.check_mode(target, drafter, rows, config, (1, 4), **options)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_clean_run_is_lossless(sampled):
+    result = check(tiny("llama"), settings(do_sample=sampled, temperature=0.7))
+    assert (result.near_ties, result.unexplained, result.far_logits) == (0, 0, 0)
+    assert result.rows_equal == result.rows_compared == 10
+    assert result.compared_tokens > 100
+    assert result.temperature == (0.7 if sampled else 0.0)
+    assert 0 < result.largest_difference < result.rounding < 1e-10
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_planted_logits_are_found(sampled):
+    def fault(logits):
+        random = torch.Generator().manual_seed(0)
+        return logits + torch.randn(logits.shape, generator=random, dtype=logits.dtype)
+
+    target = tiny("llama")
+    result = check(target, settings(do_sample=sampled), speculative_target=Planted(target, fault))
+    # Every token is the argmax of the scores it was chosen by, so each gap is within twice the
+    # difference: only the bound on that difference tells.
+    assert result.unexplained > 0 and result.near_ties == 0 and result.far_logits > 0
+    assert all(case.gap <= 2 * case.difference for case in result.cases if case.gap is not None)
+
+
+def test_small_faults_show_even_where_no_token_changes():
+    target = tiny("llama")
+    result = check(target, settings(), speculative_target=Planted(target, lambda x: x + 1e-6))
+    assert result.rows_equal == result.rows_compared and result.unexplained == 0
+    assert result.far_logits > 0
+
+
+def test_planted_acceptance_fault_is_found(monkeypatch):
+    import redrafter.decode.speculative as loop
+
+    real = loop.verify
+
+    def faulty(*args):
+        verdict = real(*args)
+        verdict.tokens[:, 0] = (verdict.tokens[:, 0] + (verdict.count == 0)) % 48
+        return verdict
+
+    monkeypatch.setattr(loop, "verify", faulty)
+    result = check(tiny("llama"), settings())
+    wrong = [case for case in result.cases if not case.explained]
+    assert wrong and all(c.gap is None or c.gap > 2 * c.difference for c in wrong)
+
+
+def test_planted_tie_is_explained():
+    """Tokens of equal score, and a tree whose rounding prefers the other one."""
+    target = Target(copy.deepcopy(tiny("llama").model).float())
+    with torch.inference_mode():
+        half = target.vocab_size // 2
+        target.lm_head.weight[half:] = target.lm_head.weight[:half]
+    nudge = torch.zeros(target.vocab_size)
+    nudge[target.vocab_size // 2 :] = 1e-5
+    greedy = settings(eos_token_id=-1)
+    result = check(target, greedy, speculative_target=Planted(target, lambda x: x + nudge))
+    assert result.near_ties > 50 and result.unexplained == 0 and result.rows_equal == 0
+    assert len(result.cases) <= lossless.MAX_CASES and {c.gap for c in result.cases} == {0.0}
+    # The same preference, but larger than rounding can be.
+    result = check(target, greedy, speculative_target=Planted(target, lambda x: x + 1000 * nudge))
+    assert result.unexplained > 50 and result.near_ties == 0
+
+
+@pytest.mark.parametrize(
+    ("gap", "difference", "explained"),
+    [(0.9e-5, 0.5e-5, True), (1.1e-5, 0.5e-5, False), (1e-5, 1.1e-4, False), (1e-5, 0.9e-4, True)],
+)
+def test_near_tie_rule_on_both_sides(gap, difference, explained):
+    scores = torch.tensor([[1.0 + gap, 1.0, 0.0]], dtype=torch.float64)
+    ours = scores + torch.tensor([[0.0, 0.0, difference]])
+    own = lossless.Reference([1], "length", scores, rounding=1e-4)
+    result = lossless.ModeResult(0.0, 1)
+    lossless.compare_row(result, own, [1], "length", ours, prompt=0, batch_size=1)
+    assert (result.near_ties, result.unexplained) == (int(explained), int(not explained))
+
+
+@pytest.mark.parametrize(("tokens", "finish"), [([0], "eos"), ([0, 1], "length"), ([0], "length")])
+def test_stopping_elsewhere_is_a_difference(tokens, finish):
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    own = lossless.Reference([0, 1], "eos", scores, rounding=1e-4)
+    result = lossless.ModeResult(0.0, 1)
+    lossless.compare_row(result, own, tokens, finish, scores[: len(tokens)], 0, 1)
+    assert (result.unexplained, result.cases[0].explained) == (1, False)
+
+
+def test_teacher_forcing_follows_the_given_text():
+    target, row = tiny("qwen3"), prompts((9,))[0]
+    config = settings(do_sample=True)
+    own = lossless.reference(target, row, config, seed=5)
+    again = lossless.reference(target, row, config, seed=5, text=own.tokens)
+    assert own.tokens == again.tokens and torch.equal(own.scores, again.scores)
+    other = [(token + 1) % target.vocab_size for token in own.tokens]
+    other = [token + 1 if token in EOS else token for token in other]
+    forced = lossless.reference(target, row, config, seed=5, text=other)
+    assert forced.tokens[: len(other)] == other
+    assert torch.equal(forced.scores[0], own.scores[0])
+    assert not torch.equal(forced.scores[1], own.scores[1])
+
+
+def test_equal_lengths_are_made_ragged():
+    assert [len(r) for r in lossless.ragged([[1] * 9] * 5)] == [9, 8, 7, 6, 9]
+    assert lossless.ragged([[1], [1, 2]]) == [[1], [1, 2]]
+    assert lossless.ragged([[1]] * 3) == [[1]] * 3, "a prompt keeps a token"
