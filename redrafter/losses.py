@@ -114,7 +114,7 @@ class _Chunked(torch.autograd.Function):
         grad_features = torch.empty_like(features) if need_features else None
         grad_matrix = torch.zeros_like(matrix) if need_matrix else None
         total, counts = None, None
-        for start in range(0, len(features), chunk):
+        for start in range(0, max(1, len(features)), chunk):  # one empty chunk if M = 0
             rows = slice(start, min(start + chunk, len(features)))
             with torch.enable_grad():
                 logits = F.linear(features[rows].detach().to(matrix.dtype), matrix.detach())

@@ -1,0 +1,36 @@
+"""Command: fit a recurrent draft head to a frozen language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.config import TrainConfig
+
+_DESCRIPTION = """\
+Fit a ReDrafter head to a frozen language model, on the model's own answers to your prompts.
+
+  accelerate launch train/redrafter.py --config configs/stories260k.yaml \
+--target.path MODEL --output_dir OUT
+
+makes the answers (kept in OUT/answers), trains on them, measures tokens per step on held-out
+prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an interruption.
+"""
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """argv: arguments without the program's name; None takes those of this process."""
+    config = parse(TrainConfig, argv, "train/redrafter.py", _DESCRIPTION)
+    from transformers.utils import logging  # heavy: not needed for --help
+
+    from redrafter.training.loop import train
+
+    logging.disable_progress_bar()
+    best = train(config)
+    print(f"{config.output_dir}: head of step {best['step']}", best.get("tokens_per_step", ""))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""Checkpoints: safetensors and JSON only, whole or absent, and exact on resume.
+
+    checkpoints/step-N/config.json, model.safetensors   the head after N optimiser steps
+                       optimizer.safetensors            AdamW's averages and step, by parameter name
+                       rng.safetensors                  torch's generators
+                       state.json                       progress, configuration, what was measured
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from redrafter.contracts import InputError
+from redrafter.files import new_folder, write_json
+from redrafter.heads.recurrent import RecurrentHead, read_tensors
+
+_AVERAGES = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save(
+    folder: Path,
+    step: int,
+    head: RecurrentHead,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write folder/step-N in one piece. state: anything JSON can hold."""
+    path = folder / f"step-{step}"
+    averages = {
+        f"{name}.{key}": optimizer.state[parameter][key].contiguous()
+        for name, parameter in head.named_parameters()
+        for key in _AVERAGES
+        if parameter in optimizer.state
+    }
+    with new_folder(path) as part:
+        head.save_pretrained(part)
+        save_file(averages, part / "optimizer.safetensors")
+        save_file(_generators(), part / "rng.safetensors")
+        write_json(part / "state.json", {"step": step, **state})
+    return path
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda:{index}"] = state
+    return states
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json`. Raises InputError naming the file."""
+    file = path / "state.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}): resume from another one") from None
+
+
+def load(path: Path, head: RecurrentHead, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights, AdamW's state and generators back. Raises InputError naming a bad file."""
+    load_weights(path, head)
+    parameters = dict(head.named_parameters())
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, parameter in parameters.items():
+        expected |= {f"{name}.{key}": tuple(parameter.shape) for key in _AVERAGES[:2]}
+        expected[f"{name}.step"] = ()
+    tensors = read_tensors(path / "optimizer.safetensors", expected)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            key: tensors[f"{name}.{key}"].to(_device_of(key, parameter, optimizer))
+            for key in _AVERAGES
+        }
+    try:
+        with safetensors.safe_open(path / "rng.safetensors", framework="pt") as opened:
+            names = opened.keys()
+            generators = {name: opened.get_tensor(name) for name in names}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path / 'rng.safetensors'} cannot be read ({error})") from None
+    torch.set_rng_state(generators["cpu"])
+    for name, state in generators.items():
+        if name != "cpu" and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, name)
+
+
+def _device_of(key: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:
+    """Only the fused AdamW keeps its step count on the parameter's device."""
+    fused = optimizer.param_groups[0].get("fused")
+    return torch.device("cpu") if key == "step" and not fused else parameter.device
+
+
+def load_weights(path: Path, head: RecurrentHead) -> None:
+    """Weights of a checkpoint into a head of the same configuration."""
+    expected = {name: tuple(t.shape) for name, t in head.state_dict().items()}
+    head.load_state_dict(read_tensors(path / "model.safetensors", expected))
+
+
+def all_steps(folder: Path) -> list[int]:
+    """Steps that have a whole checkpoint, ascending."""
+    found = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints, the best one, and the best one that any of
+    those kept knows of (a run resumed there needs it)."""
+    steps = all_steps(folder)
+    kept = set(steps[-keep:])
+    for step in sorted(kept):
+        known = read_state(folder / f"step-{step}").get("best")
+        kept.add(known["step"] if known else step)
+    if best is not None:
+        kept.add(best)
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder / f"step-{step}")
+
+
+def find(resume: str, folder: Path) -> Path | None:
+    """What `--resume` means: a checkpoint's folder, or None to start anew.
+
+    Raises InputError where a run would overwrite another, or there is nothing to resume from.
+    """
+    steps = all_steps(folder)
+    if resume == "none":
+        if steps:
+            raise InputError(
+                f"{folder} holds checkpoints up to step {steps[-1]}: give --resume auto to go on, "
+                "another --output_dir, or remove it"
+            )
+        return None
+    if resume == "auto":
+        return folder / f"step-{steps[-1]}" if steps else None
+    if not (Path(resume) / "state.json").is_file():
+        raise InputError(f"--resume {resume}: no state.json there; not a checkpoint of a training")
+    return Path(resume)
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], free: frozenset[str], path: Path) -> None:
+    """Raises InputError naming the first values that differ between two configurations.
+
+    free: dotted keys, or sections ending in a dot, that may differ
+    """
+    old, new = flat(old), flat(new)
+    changed = [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+        and key not in free
+        and not any(key.startswith(name) for name in free if name.endswith("."))
+    ]
+    if changed:
+        raise InputError(
+            f"{path} was made with other settings ({'; '.join(changed[:5])}): resuming would not "
+            "give the same run. Set them back, or start anew in another --output_dir"
+        )

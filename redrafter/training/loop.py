@@ -1,0 +1,327 @@
+"""The training run: prepare, step, measure, save, export."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from redrafter.config import OptimConfig, TrainConfig
+from redrafter.contracts import InputError
+from redrafter.data.answers import Answers, make_answers
+from redrafter.data.prompts import Prompt, load_prompts
+from redrafter.files import (
+    plain_values,
+    provenance,
+    remove_leftovers,
+    write_config,
+    write_json,
+)
+from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.target.model import Target, load_target
+from redrafter.training import checkpoint
+from redrafter.training.feed import Feed, frequent_ids
+from redrafter.training.measure import Measure
+from redrafter.training.step import batch_loss, needs_teacher, total_weight
+
+#: values that may change between a checkpoint and the run that resumes from it
+_FREE = frozenset(
+    {
+        "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
+        "target.path", "target.device", "target.revision", "data.prompts", "data.answers",
+        "data.keep_states", "data.max_state_bytes", "data.answer_batch", "data.forward_tokens",
+        "loss.chunk_rows",
+    }
+)  # fmt: skip
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Of optimiser step `step` (0, 1, ...): linear warm-up, then a cosine. A pure function, so
+    there is no scheduler to save."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    low = config.lr * config.final_lr_ratio
+    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """A misconfigured launch runs unsynchronised copies that all think they are alone."""
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise InputError(
+            f"{expected} processes were launched, but accelerate sees {accelerator.num_processes}: "
+            "they would train unsynchronised copies. Check the accelerate configuration"
+        )
+    if accelerator.num_processes > 1:
+        raise InputError(
+            f"{accelerator.num_processes} processes: training knows one process for now. Launch "
+            "with --num_processes 1"
+        )
+
+
+def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; decay on matrices only."""
+    matrices = [p for p in head.parameters() if p.dim() > 1]
+    others = [p for p in head.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True
+    )
+
+
+def make_head(config: TrainConfig, target: Target, answers: Answers) -> RecurrentHead:
+    """A new head for the target, or the one to go on from; float32."""
+    wanted = config.head
+    if wanted.init_from is not None:
+        head = load_head(wanted.init_from, target, allow_other_target=True).float()
+        head.config.target_fingerprint = target.fingerprint()
+        head.config.target_name = target_name(target)
+    else:
+        draft_ids = None
+        if wanted.draft_vocab_size is not None:
+            draft_ids = frequent_ids(answers, wanted.draft_vocab_size, target.vocab_size)
+        fields = {
+            name: getattr(wanted, name)
+            for name in ("num_draft_layers", "exit_dim", "first_state", "cell", "embedding_scale",
+                         "input_norm", "output")
+        }  # fmt: skip
+        head = RecurrentHead.for_target(target, draft_ids=draft_ids, **fields)
+        head.config.target_name = target_name(target)
+    head.config.trained_depth = config.optim.depth
+    return head
+
+
+def target_name(target: Target) -> str:
+    """The last part of the target's path: a head that is shared should not tell of folders."""
+    return Path(str(target.name)).name
+
+
+class Run:
+    """One training run. `Run(config).train()` returns what the best head measured."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.out = Path(config.output_dir)
+        self.checkpoints = self.out / "checkpoints"
+        resume_from = checkpoint.find(config.resume, self.checkpoints)  # fails before any work
+        project = ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs"))
+        self.accelerator = Accelerator(log_with=config.tracker, project_config=project)
+        check_processes(self.accelerator)
+        self.target = load_target(config.target)
+        torch.manual_seed(config.seed)
+        answers = self._answers()
+        self.head = make_head(config, self.target, answers)
+        optim, loss = config.optim, config.loss
+        self.feed = Feed(
+            self.target, answers, config.data,
+            positions=optim.batch_positions * optim.accumulation, depth=optim.depth,
+            seed=config.seed, draft_ids=getattr(self.head, "draft_ids", None),
+            teacher=needs_teacher(loss), progress=True,
+        )  # fmt: skip
+        self.data_digest = answers.digest
+        self.measure = None
+        if config.eval.prompts > 0:
+            self.measure = Measure(self.target, self._prompts("last"), config, self.answers_folder)
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.head, make_optimizer(self.head, optim)
+        )
+        self.done = 0  # optimiser steps
+        self.best: dict[str, Any] | None = None
+        self.history: list[dict[str, Any]] = []
+        if resume_from is not None:
+            self._resume(resume_from)
+
+    # -- data ------------------------------------------------------------------------------
+
+    @property
+    def answers_folder(self) -> Path:
+        return Path(self.config.data.answers or self.out / "answers")
+
+    def _prompts(self, part: str) -> list[Prompt]:
+        data, measured = self.config.data, self.config.eval
+        first = part == "first"
+        room = data.max_new_tokens if first else measured.max_new_tokens
+        context = self.target.max_positions
+        return load_prompts(
+            data.prompts, self.target.tokenizer, data.format,
+            n=data.n_prompts if first else measured.prompts,
+            part=part, holdout_rows=data.holdout_rows,
+            text_prompt_tokens=data.text_prompt_tokens,
+            max_tokens=None if context is None else context - room,
+        )  # fmt: skip
+
+    def _answers(self) -> Answers:
+        data = self.config.data
+        return make_answers(
+            self.target, self._prompts("first"),
+            temperatures=data.temperatures, samples_per_prompt=data.samples_per_prompt,
+            max_new_tokens=data.max_new_tokens, batch_size=data.answer_batch,
+            seed=self.config.seed, folder=self.answers_folder,
+        )  # fmt: skip
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and export the best head to the output folder."""
+        config = self.config
+        self.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.checkpoints)
+        write_config(self.out / "config.yaml", config)
+        if config.tracker is not None:
+            scalars = checkpoint.flat(plain_values(config))
+            self.accelerator.init_trackers(
+                "redrafter", {k: v for k, v in scalars.items() if isinstance(v, (int, float, str))}
+            )
+        total = config.optim.steps
+        window, clock = None, time.perf_counter()
+        bar = tqdm(total=total, initial=self.done, desc="training", unit="step")
+        with bar:
+            while self.done < total:
+                counts = self._step(self.done)
+                window = counts if window is None else window + counts
+                self.done += 1
+                bar.update()
+                last = self.done == total
+                evaluate = self.measure and (last or self.done % config.eval.every_steps == 0)
+                save = last or self.done % config.save_steps == 0
+                if self.done % config.log_steps == 0 or evaluate or save:
+                    self._log(window, time.perf_counter() - clock, bar)
+                    window, clock = None, time.perf_counter()
+                if evaluate:
+                    save |= self._evaluate(bar)
+                    clock = time.perf_counter()
+                if save:
+                    self._save()
+        self._export()
+        self.accelerator.end_training()
+        return self.best or {"step": self.done}
+
+    def _step(self, step: int) -> Tensor:
+        """One optimiser step. Returns the counts of `batch_loss`."""
+        config, optim = self.config, self.config.optim
+        self.model.train()
+        batch = self.feed.step(step)
+        denominator = total_weight(batch, config.loss)
+        counts = None
+        for part in batch.split(optim.accumulation):
+            loss, found = batch_loss(
+                self.model, self.head, self.target, part, config.loss, denominator
+            )
+            self.accelerator.backward(loss)
+            counts = found if counts is None else counts + found
+        if optim.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.head.parameters(), optim.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return counts
+
+    def _log(self, window: Tensor, seconds: float, bar: tqdm) -> None:
+        """The only place that reads the loss from the device."""
+        n, hits, losses = window.tolist()
+        loss, top_1 = sum(losses) / max(1.0, sum(n)), sum(hits) / max(1.0, sum(n))
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss} in the last {self.config.log_steps} steps before step "
+                f"{self.done}: lower optim.lr, set optim.clip_norm, or use a wider target.dtype; "
+                "the last checkpoint is from before"
+            )
+        bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top_1:.3f}", refresh=False)
+        positions_per_step = self.feed.positions
+        steps = n[0] / positions_per_step
+        values = {
+            "train/loss": loss,
+            "train/top_1": top_1,
+            "train/learning_rate": learning_rate(self.config.optim, self.done - 1),
+            "train/steps_per_s": steps / seconds,
+        }
+        self._track(values)
+
+    def _track(self, values: dict[str, float]) -> None:
+        if self.config.tracker is not None:
+            self.accelerator.log(values, step=self.done)
+
+    def _evaluate(self, bar: tqdm) -> bool:
+        """Measure the head; True if it is the best so far."""
+        self.model.eval()
+        found = {"step": self.done, **self.measure(self.head)}
+        self.history.append(found)
+        first = found["tokens_per_step"][self.measure.names[0]]
+        self._track({f"eval/{k}": v for k, v in checkpoint.flat(_scalars(found)).items()})
+        rates = ", ".join(f"{v:.2f} ({k})" for k, v in found["tokens_per_step"].items())
+        bar.write(f"step {self.done}: tokens per step {rates}")
+        better = self.best is None or first > self.best["tokens_per_step"][self.measure.names[0]]
+        if better:
+            self.best = found
+        return better
+
+    # -- files -----------------------------------------------------------------------------
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "config": plain_values(self.config),
+            "data_digest": self.data_digest,
+            "target_fingerprint": self.target.fingerprint(),
+        }
+
+    def _save(self) -> None:
+        state = {**self._facts(), "best": self.best, "history": self.history}
+        checkpoint.save(self.checkpoints, self.done, self.head, self.optimizer.optimizer, state)
+        best = self.best["step"] if self.best else None
+        checkpoint.prune(self.checkpoints, max(1, self.config.keep_checkpoints), best)
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoint.read_state(path)
+        facts = self._facts()
+        checkpoint.check_same(state["config"], facts.pop("config"), _FREE, path)
+        for name, value in facts.items():
+            if state[name] != value:
+                raise InputError(
+                    f"{path} was made with another {name.replace('_', ' ')} ({state[name][:12]}, "
+                    f"now {value[:12]}): give the same target, prompts and seed, or start anew"
+                )
+        checkpoint.load(path, self.head, self.optimizer.optimizer)
+        self.done, self.best, self.history = state["step"], state["best"], state["history"]
+
+    def _export(self) -> None:
+        """The best head, as `load_head` reads it, with where it came from."""
+        step = self.best["step"] if self.best else self.done
+        source = self.checkpoints / f"step-{step}"
+        for name in ("config.json", "model.safetensors"):
+            part = self.out / f".{name}.part"
+            shutil.copyfile(source / name, part)
+            os.replace(part, self.out / name)
+        facts = provenance(**self._facts(), step=step, best=self.best, history=self.history)
+        write_json(self.out / "provenance.json", facts)
+
+
+def _scalars(found: dict[str, Any]) -> dict[str, Any]:
+    """Lists by depth as `..._at_1`, ...; None (nothing to count) left out."""
+    result: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, dict):
+            result[key] = _scalars(value)
+        elif isinstance(value, list):
+            result |= {f"{key}_at_{i}": v for i, v in enumerate(value, start=1) if v is not None}
+        elif key != "step" and value is not None:
+            result[key] = value
+    return result
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run a training; see `Run`."""
+    return Run(config).train()

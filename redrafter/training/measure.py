@@ -1,0 +1,76 @@
+"""What a head is worth, on held-out prompts: accuracy by depth, and real tokens per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from redrafter.config import TrainConfig
+from redrafter.data.answers import generation_config, make_answers
+from redrafter.data.prompts import Prompt
+from redrafter.decode.speculative import speculative
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.target.model import Target
+from redrafter.training.feed import Feed
+from redrafter.training.step import depth_accuracy
+
+
+class Measure:
+    """Calling it on a head returns, by temperature ("greedy", "temperature 1", ...):
+
+    tokens_per_step: tau, by decoding the prompts with the head (docs: redrafter.contracts)
+    top_1, top_5: by depth, teacher-forced on the target's own answers to the prompts
+    """
+
+    def __init__(
+        self, target: Target, prompts: Sequence[Prompt], config: TrainConfig, folder: Path
+    ):
+        self.target, self.prompts, self.config = target, prompts, config
+        self.names = [temperature_name(t) for t in config.eval.temperatures]
+        data = replace(config.data, keep_states="memory", labels="tokens")
+        self.feeds: dict[str, Feed] = {}
+        for temperature, name in zip(config.eval.temperatures, self.names, strict=True):
+            answers = make_answers(
+                target, prompts, temperatures=[temperature], samples_per_prompt=1,
+                max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
+                seed=config.seed, folder=folder,
+            )  # fmt: skip
+            self.feeds[name] = Feed(
+                target, answers, data, positions=1, depth=config.optim.depth, seed=0
+            )
+
+    def __call__(self, head: RecurrentHead) -> dict[str, Any]:
+        rates, top_1, top_5 = {}, {}, {}
+        for temperature, name in zip(self.config.eval.temperatures, self.names, strict=True):
+            rates[name] = self.tokens_per_step(head, temperature)
+            chunk = self.config.loss.chunk_rows
+            batches = self.feeds[name].batches(max(1, chunk // self.config.optim.depth))
+            accuracy = depth_accuracy(head, self.target, batches, chunk)
+            top_1[name], top_5[name] = accuracy["top_1"], accuracy["top_5"]
+        return {"tokens_per_step": rates, "top_1": top_1, "top_5": top_5}
+
+    def tokens_per_step(self, head: RecurrentHead, temperature: float) -> float | None:
+        """tau, pooled over the held-out prompts."""
+        measured = self.config.eval
+        config = generation_config(temperature, measured.max_new_tokens)
+        emitted = steps = 0
+        for start in range(0, len(self.prompts), measured.batch_size):
+            batch = self.prompts[start : start + measured.batch_size]
+            made = speculative(
+                self.target,
+                [p.ids for p in batch],
+                config,
+                seeds=[self.config.seed + p.row for p in batch],
+                drafter=RecurrentDrafter(head, self.target, measured.tree),
+            )
+            emitted += sum(made.stats.emitted)
+            steps += sum(made.stats.steps)
+        return emitted / steps if steps else 0.0
+
+
+def temperature_name(temperature: float) -> str:
+    """For keys and messages."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"

@@ -1,0 +1,112 @@
+"""One batch: from start positions to a loss. The recurrence itself is in the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from redrafter.config import LossConfig
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.losses import SOFT, chunked, mixed
+from redrafter.target.model import Target
+from redrafter.training.feed import Batch
+
+
+def loss_weights(config: LossConfig) -> dict[str, float]:
+    """Name -> weight of the losses that have one."""
+    names = ("cross_entropy", *SOFT)
+    return {name: weight for name in names if (weight := getattr(config, name)) != 0}
+
+
+def needs_teacher(config: LossConfig) -> bool:
+    """Whether a loss compares with the target's distribution."""
+    return any(name in SOFT for name in loss_weights(config))
+
+
+def depth_weights(config: LossConfig, depth: int, device: torch.device) -> Tensor:
+    """(K,), depth_decay^(k-1)."""
+    return config.depth_decay ** torch.arange(depth, device=device, dtype=torch.float64)
+
+
+def total_weight(batch: Batch, config: LossConfig) -> Tensor:
+    """Scalar float64: what the losses of an optimiser step are divided by, summed over all its
+    micro-batches (and ranks) *before* the first of them runs, so that their split does not matter.
+    """
+    return (batch.mask * depth_weights(config, batch.mask.shape[1], batch.mask.device)).sum()
+
+
+def batch_loss(
+    model: nn.Module,
+    head: RecurrentHead,
+    target: Target,
+    batch: Batch,
+    config: LossConfig,
+    denominator: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """This batch's share of the loss of its optimiser step.
+
+    model: `head` itself or what wraps its forward (mixed precision, data parallel)
+    denominator: scalar, `total_weight` of the whole step
+    Returns (scalar loss, (3, K) float64: supervised tokens, top-1 hits and loss sum by depth).
+    """
+    with torch.no_grad():
+        embeddings = target.embed(batch.tokens)
+    features = model(batch.context, embeddings)[batch.mask]  # (M, E)
+    n_depths = batch.mask.shape[1]
+    depth = torch.arange(n_depths, device=batch.mask.device).expand_as(batch.mask)[batch.mask]
+    weight = depth_weights(config, n_depths, batch.mask.device)[depth] / denominator
+    labels = batch.labels[batch.mask]
+    teacher = None if batch.teacher is None else batch.teacher[batch.mask]
+    weights = loss_weights(config)
+    draft_ids = getattr(head, "draft_ids", None)
+
+    def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        logits = wide(logits)
+        log_p = None if teacher is None else teacher_log_p(target, teacher[rows], draft_ids)
+        each = mixed(weights, logits, labels[rows], log_p)
+        with torch.no_grad():
+            hit = (logits.argmax(-1) == labels[rows]).double()
+            found = torch.stack((torch.ones_like(hit), hit, each.double()))
+            counts = found.new_zeros(3, n_depths).index_add_(1, depth[rows], found)
+        return (each * weight[rows].to(each.dtype)).sum(), counts
+
+    return chunked(features, head.vocab_matrix(), loss, config.chunk_rows)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Half precision is no place for a logarithm of a sum."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+@torch.no_grad()
+def teacher_log_p(target: Target, hidden: Tensor, draft_ids: Tensor | None) -> Tensor:
+    """log p of the target at temperature 1, (M, V), or of the kept columns (not renormalised)."""
+    log_p = wide(target.project(hidden)).log_softmax(-1)
+    return log_p if draft_ids is None else log_p[:, draft_ids]
+
+
+@torch.no_grad()
+def depth_accuracy(
+    head: RecurrentHead, target: Target, batches: list[Batch], chunk_rows: int
+) -> dict[str, list[float]]:
+    """Share of supervised tokens among the head's best 1 and best 5, by depth (teacher-forced)."""
+    n_depths = batches[0].mask.shape[1]
+    counts = torch.zeros(3, n_depths, dtype=torch.float64, device=target.device)
+    for batch in batches:
+        features = head(batch.context, target.embed(batch.tokens))
+        depth = torch.arange(n_depths, device=target.device).expand_as(batch.mask)[batch.mask]
+        rows, labels = features[batch.mask], batch.labels[batch.mask]
+        for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
+            logits = rows[part].to(head.vocab_matrix().dtype) @ head.vocab_matrix().T
+            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
+            found = torch.stack(
+                (torch.ones_like(labels[part]), best[:, 0], best.any(-1))
+            ).double()
+            counts.index_add_(1, depth[part], found)
+    n, top_1, top_5 = counts.tolist()
+    return {"top_1": _shares(top_1, n), "top_5": _shares(top_5, n)}
+
+
+def _shares(hits: list[float], n: list[float]) -> list[float | None]:
+    return [h / m if m else None for h, m in zip(hits, n, strict=True)]
+
