@@ -189,6 +189,8 @@ def _branches(drafter: Recorder, rows, want, finish, stats) -> set:
     """
     found = set()
     accepted = [0] * drafter.max_depth
+    assert drafter.prefill.tokens.tolist() == [[w[0]] for w in want]
+    assert drafter.prefill.count.tolist() == [int(len(w) > 1) for w in want]
     for tree, truth, lengths, live in drafter.steps:
         if len(set(live)) > 1:
             found.add("finished beside live")

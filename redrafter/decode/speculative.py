@@ -65,8 +65,8 @@ def speculative(
         _append(seqs, first[:, None], emitter)
         if drafter:
             drafter.begin(seqs)
-            one = torch.ones_like(first)
-            drafter.observe(Truth(first[:, None], one, hidden[:, None], logits[:, None]))
+            count = seqs.live.long()  # a row may have ended with its first token
+            drafter.observe(Truth(first[:, None], count, hidden[:, None], logits[:, None]))
 
     while any(emitter.live):
         seqs.noise = request.noise(seqs.length[:, None] + step)
