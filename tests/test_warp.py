@@ -110,13 +110,15 @@ def processors(changes, extra=None) -> list:
     return build_processors(config, torch.tensor(minimum), EOS, extra)
 
 
-def compare(steps: list) -> float:
+def compare(steps: list, resolution: float | None = None) -> float:
     """Returns the share of the scores that the processors changed."""
     random = torch.Generator().manual_seed(5)
     seqs, warp = sequences(), Warp(steps, SMALL)
     tree = random_tree(random, len(LENGTHS), 12, SMALL, valid=0.8)
     tree.tokens[:, 0] = seqs.root
     logits = 2 * torch.randn(len(LENGTHS), 12, SMALL, generator=random, dtype=torch.float64)
+    if resolution:  # as in half precision, where equal logits are common
+        logits = (logits / resolution).round() * resolution
     logits[0, 0, 3] = float("nan") if any("InfNan" in type(s).__name__ for s in steps) else 0.0
     before = logits.clone()
     got = warp.tree(logits, tree, ancestors(tree, 12), seqs)
@@ -130,6 +132,11 @@ def test_tree_is_rows_at_every_node(name):
     steps = processors(CONFIGS[name])
     changed = compare(steps)
     assert (changed > 0) == (name != "nothing")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equal_logits_are_cut_alike(name):
+    compare(processors(CONFIGS[name]), resolution=1.0)
 
 
 def test_a_users_own_processor_sees_each_nodes_prefix():
