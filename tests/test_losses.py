@@ -1,0 +1,98 @@
+"""The losses: their formulas against numbers worked out by hand, and the chunked sum."""
+
+import math
+
+import pytest
+import torch
+
+from redrafter import losses
+from redrafter.losses import chunked, mixed
+
+P, Q = [0.5, 0.3, 0.2, 0.0], [0.1, 0.6, 0.1, 0.2]
+LOGITS_Q = (torch.tensor(Q, dtype=torch.float64).log() + 3.0)[None]  # unnormalised on purpose
+LOG_P = torch.tensor(P, dtype=torch.float64).log()[None]
+
+
+def test_against_sums_written_out():
+    overlap = sum(min(p, q) for p, q in zip(P, Q, strict=True))
+    divergence = sum(p * math.log(p / q) for p, q in zip(P, Q, strict=True) if p > 0)
+    half = 0.5 * sum(abs(p - q) for p, q in zip(P, Q, strict=True))
+    assert losses.cross_entropy(LOGITS_Q, torch.tensor([1])).item() == pytest.approx(-math.log(0.6))
+    assert losses.kl(LOGITS_Q, LOG_P).item() == pytest.approx(divergence)
+    assert losses.acceptance(LOGITS_Q, LOG_P).item() == pytest.approx(overlap)
+    assert losses.total_variation(LOGITS_Q, LOG_P).item() == pytest.approx(half)
+    assert losses.minus_log_acceptance(LOGITS_Q, LOG_P).item() == pytest.approx(-math.log(overlap))
+
+
+def test_a_pruned_vocabulary_counts_as_lost():
+    kept = [0, 1]
+    q = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    found = losses.total_variation(q.log()[None], LOG_P[:, kept])
+    assert found.item() == pytest.approx(1 - (min(0.5, 0.4) + min(0.3, 0.6)))
+
+
+@pytest.mark.parametrize("name", [*losses.SOFT])
+def test_gradients_are_finite_where_p_is_zero_or_q_is_far(name):
+    logits = torch.tensor([[60.0, 0.0, -60.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    log_p = torch.tensor([[-math.inf, -80.0, 0.0, -math.inf]], dtype=torch.float64)
+    value = losses.SOFT[name](logits, log_p).sum()
+    value.backward()
+    assert math.isfinite(value.item())
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*losses.SOFT])
+def test_the_minimum_is_at_p(name):
+    torch.manual_seed(0)
+    log_p = torch.randn(1, 6, dtype=torch.float64).log_softmax(-1)
+    at_p = losses.SOFT[name](log_p, log_p).item()
+    assert at_p == pytest.approx(0.0, abs=1e-12)
+    for _ in range(20):
+        assert losses.SOFT[name](log_p + 0.1 * torch.randn_like(log_p), log_p).item() > at_p
+
+
+WEIGHTS = dict(cross_entropy=1.0, kl=0.5, total_variation=0.3, minus_log_acceptance=0.2)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+@pytest.mark.parametrize("trained", ["both", "features", "matrix"])
+def test_chunked_equals_the_reference(chunk, trained):
+    torch.manual_seed(1)
+    rows, width, vocab = 37, 8, 50
+    features = torch.randn(rows, width, dtype=torch.float64)
+    matrix = torch.randn(vocab, width, dtype=torch.float64)
+    inputs = [t for t, name in ((features, "features"), (matrix, "matrix"))
+              if trained in (name, "both")]  # fmt: skip
+    for t in inputs:
+        t.requires_grad_()
+    labels, weight = torch.randint(vocab, (rows,)), torch.rand(rows, dtype=torch.float64)
+    log_p = torch.randn(rows, vocab, dtype=torch.float64).log_softmax(-1)
+    largest = 0
+
+    def loss(logits, s):
+        nonlocal largest
+        largest = max(largest, len(logits))
+        each = mixed(WEIGHTS, logits, labels[s], log_p[s])
+        return (each * weight[s]).sum(), (logits.argmax(-1) == labels[s]).sum()[None]
+
+    reference = (mixed(WEIGHTS, features @ matrix.T, labels, log_p) * weight).sum()
+    wanted = torch.autograd.grad(3 * reference, inputs)
+    value, hits = chunked(features, matrix, loss, chunk)
+    found = torch.autograd.grad(3 * value, inputs)  # 3: what comes from above must be passed on
+    assert largest == min(chunk, rows)
+    assert hits.item() == ((features @ matrix.T).argmax(-1) == labels).sum().item()
+    torch.testing.assert_close(value, reference, atol=1e-6, rtol=0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_no_rows_and_no_gradients():
+    def loss(logits, s):
+        return logits.sum(), torch.tensor([logits.shape[0]])
+
+    features = torch.zeros(0, 3, requires_grad=True)
+    value, counts = chunked(features, torch.ones(4, 3), loss, 5)
+    value.backward()
+    assert value.item() == 0 and counts.item() == 0 and features.grad.shape == (0, 3)
+    with torch.no_grad():
+        assert not chunked(features, torch.ones(4, 3), loss, 5)[0].requires_grad

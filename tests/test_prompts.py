@@ -1,0 +1,131 @@
+"""Prompt files in every format, the split between training and evaluation, and bad rows."""
+
+import gzip
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from redrafter.contracts import InputError
+from redrafter.data.prompts import load_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_target):
+    return AutoTokenizer.from_pretrained(tiny_target)
+
+
+@pytest.fixture
+def plain_tokenizer(tiny_target):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+QUESTION = "sort a list"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("question", {"question": QUESTION}),
+        ("turns", {"turns": [QUESTION, "again"], "category": "code"}),
+        ("messages", {"messages": [{"role": "user", "content": QUESTION},
+                                   {"role": "assistant", "content": "sorted(x)"}]}),
+        ("messages", {"conversations": [{"role": "user", "content": QUESTION}]}),
+    ],
+)  # fmt: skip
+def test_one_user_message_reads_alike_in_every_format(
+    tmp_path, tokenizer, plain_tokenizer, format, row, suffix
+):
+    path = write(tmp_path / f"p{suffix}", [row])
+    (prompt,) = load_prompts(path, tokenizer, format)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(prompt.ids) == chat
+    assert prompt.ids.count(tokenizer.bos_token_id) == chat.count(tokenizer.bos_token)
+    assert prompt.category == row.get("category")
+    (raw,) = load_prompts(path, plain_tokenizer, format)
+    assert tuple(plain_tokenizer(QUESTION).input_ids) == raw.ids != prompt.ids
+
+
+def test_messages_stop_before_the_last_answer(tmp_path, tokenizer):
+    talk = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    path = write(tmp_path / "p.jsonl", [{"messages": messages}])
+    (prompt,) = load_prompts(path, tokenizer, "messages")
+    wanted = tokenizer.apply_chat_template(
+        messages[:3], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(prompt.ids) == wanted
+
+
+def test_text_keeps_its_first_tokens(tmp_path, tokenizer):
+    text = "import os\nfor name in os.listdir('.'):\n    print(name)\n"
+    path = write(tmp_path / "p.jsonl", [{"text": text}])
+    whole = tokenizer(text).input_ids
+    special = len(tokenizer("").input_ids)
+    for n in (1, 5):
+        (prompt,) = load_prompts(path, tokenizer, "text", text_prompt_tokens=n)
+        assert list(prompt.ids) == whole[: special + n]
+
+
+def test_training_and_evaluation_never_share_a_row(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", [{"question": f"question {i}"} for i in range(10)])
+
+    def rows(**options):
+        return [p.row for p in load_prompts(path, tokenizer, "question", **options)]
+
+    assert rows(holdout_rows=3) == list(range(7))
+    assert rows(holdout_rows=3, n=4) == list(range(4))
+    assert rows(holdout_rows=3, part="last") == [7, 8, 9]
+    assert rows(holdout_rows=3, part="last", n=2) == [8, 9]
+    assert rows(holdout_rows=3, part="last", n=9) == [7, 8, 9], "evaluation reached into training"
+    assert rows(part="last", n=2) == [8, 9]
+    with pytest.raises(InputError, match="holdout_rows"):
+        rows(holdout_rows=10)
+
+
+@pytest.mark.parametrize(
+    ("format", "line", "named"),
+    [
+        ("question", '{"text": "x"}', "question"), ("question", "{", "not valid JSON"),
+        ("question", "[1]", "not a JSON object"), ("question", '{"question": 3}', "question"),
+        ("turns", '{"turns": []}', "turns"), ("turns", '{"turns": [1]}', "turns"),
+        ("messages", '{"messages": [{"role": "user"}]}', "content"),
+        ("messages", '{"messages": [{"role": "assistant", "content": "x"}]}', "before"),
+        ("text", '{"text": ""}', "text"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named_by_file_and_line(tmp_path, tokenizer, format, line, named):
+    good = {"question": "x", "text": "x", "turns": ["x"],
+            "messages": [{"role": "user", "content": "x"}]}  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(good) + "\n\n" + line + "\n")
+    with pytest.raises(InputError, match=named) as error:
+        load_prompts(path, tokenizer, format)
+    assert f"{path}:3" in str(error.value)
+
+
+def test_too_long_missing_and_unreadable(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", [{"question": "x"}, {"question": "x " * 50}])
+    with pytest.raises(InputError, match=r"p\.jsonl:2: a prompt of \d+ tokens, only 20"):
+        load_prompts(path, tokenizer, "question", max_tokens=20)
+    with pytest.raises(InputError, match="does not exist"):
+        load_prompts(tmp_path / "none.jsonl", tokenizer, "question")
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_prompts(path, None, "question")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read"):
+        load_prompts(tmp_path / "b.jsonl.gz", tokenizer, "question")
