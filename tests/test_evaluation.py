@@ -28,7 +28,7 @@ from redrafter.evaluation.figures import (
     speed_bound,
 )
 from redrafter.evaluation.methods import Batch, Loop, Method, Run, parse_methods, tree_of
-from redrafter.evaluation.prompts import holdout_warning, number_list
+from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
 from redrafter.evaluation.speed import Summary, run_interleaved
 from redrafter.files import write_config
 from redrafter.heads.recurrent import RecurrentHead
@@ -299,6 +299,18 @@ def test_costs_command(files, tmp_path, capsys):
     assert "whole draft" in capsys.readouterr().out
     body = json.loads(out.read_text())
     assert len(body["target"]) == 4 and len(body["drafters"][0]["levels"]) == 2
+
+
+def test_evaluation_takes_the_last_rows_and_counts_on_others(files, tmp_path):
+    target = load_target(files["target"][1])
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(f'{{"question": "{i}"}}\n' for i in range(9)))
+    config = SpeedConfig(TargetConfig("x"), str(file), n_prompts=3, max_new_tokens=4)
+    evaluated, others = evaluation_prompts(target, config, more=4)
+    assert [p.row for p in evaluated] == [6, 7, 8]
+    assert [p.row for p in others] == [2, 3, 4, 5], "disjoint from the evaluated ones"
+    with pytest.raises(InputError, match="9 rows"):
+        evaluation_prompts(target, config, more=7)
 
 
 @pytest.mark.parametrize(
