@@ -260,8 +260,11 @@ class TrainEvalConfig:
 
     every_steps: int = 1000
     """Steps between evaluations; one is always made at the end."""
+    file: str | None = None
+    """File of held-out prompts, of the same format; none takes the held-out end of
+    `data.prompts`."""
     prompts: int = 40
-    """Held-out prompts, from the end of the file."""
+    """Held-out prompts, from the end of the file; 0 measures nothing, and exports the last head."""
     max_new_tokens: int = 128
     """Tokens per held-out answer."""
     batch_size: int = 40

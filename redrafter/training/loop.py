@@ -155,10 +155,11 @@ class Run:
         first = part == "first"
         room = data.max_new_tokens if first else measured.max_new_tokens
         context = self.target.max_positions
+        own_file = not first and measured.file is not None
         return load_prompts(
-            data.prompts, self.target.tokenizer, data.format,
+            measured.file if own_file else data.prompts, self.target.tokenizer, data.format,
             n=data.n_prompts if first else measured.prompts,
-            part=part, holdout_rows=data.holdout_rows,
+            part=part, holdout_rows=0 if own_file else data.holdout_rows,
             text_prompt_tokens=data.text_prompt_tokens,
             max_tokens=None if context is None else context - room,
         )  # fmt: skip
@@ -241,15 +242,14 @@ class Run:
                 "the last checkpoint is from before"
             )
         bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top_1:.3f}", refresh=False)
-        positions_per_step = self.feed.positions
-        steps = n[0] / positions_per_step
-        values = {
-            "train/loss": loss,
-            "train/top_1": top_1,
-            "train/learning_rate": learning_rate(self.config.optim, self.done - 1),
-            "train/steps_per_s": steps / seconds,
-        }
-        self._track(values)
+        self._track(
+            {
+                "train/loss": loss,
+                "train/top_1": top_1,
+                "train/learning_rate": learning_rate(self.config.optim, self.done - 1),
+                "train/tokens_per_s": sum(n) / seconds,
+            }
+        )
 
     def _track(self, values: dict[str, float]) -> None:
         if self.config.tracker is not None:
