@@ -138,7 +138,7 @@ class SpeedConfig:
     {"tokens": [...]}. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
     bigram_prompts: int = 64
     """Rows before the evaluated ones whose plain answers are counted where `answers` is None."""
-    cost_rounds: int = 20
+    cost_rounds: int = 60
     """Measurements of each forward and drafted level, for the bound."""
     seed: int = 0
     """Prompt i samples with seed + i."""

@@ -56,11 +56,10 @@ def show(costs) -> str:
         return f"[{milliseconds(cost.q1_s)}, {milliseconds(cost.q3_s)}]"
 
     rows = []
+    singles = {(e.context, e.batch): e.cost.median_s for e in costs.target if e.n == 1}
     for entry in costs.target:
-        try:
-            ratio = entry.cost.median_s / costs.t(1, entry.context, entry.batch)
-        except KeyError:  # n = 1 was not asked for
-            ratio = None
+        one = singles.get((entry.context, entry.batch))
+        ratio = None if one is None else entry.cost.median_s / one
         rows.append(
             [f"target n={entry.n}", entry.context, entry.batch, milliseconds(entry.cost.median_s),
              quartiles(entry.cost), ratio]

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"plain answers to rows {others[0].row}..{others[-1].row} of {config.prompts}"
         )
     warning = head and holdout_warning(config.head, config.prompts, prompts[0].row)
-    body["warnings"] = [warning] if warning else []
+    if warning:
+        body["warnings"].append(warning)
     print(show(body))
     write_result(config.out, config, target, body)
     return 0

@@ -71,10 +71,14 @@ class CostTable:
     drafters: list[DrafterCost]
 
     def t(self, n: int, context: int, batch: int) -> float:
-        """Median seconds of a target forward of n new tokens; between two measured n, in
-        proportion. KeyError if n lies outside of what was measured there."""
+        """Seconds of a target forward of n new tokens; between two measured n, in proportion.
+
+        The lower quartile, as for `draft`: where other work shares the machine, the median of a
+        short forward says whether it was interrupted, not what it costs. On an idle machine the
+        two agree. KeyError if n lies outside of what was measured there.
+        """
         known = sorted(
-            (entry.n, entry.cost.median_s)
+            (entry.n, entry.cost.q1_s)
             for entry in self.target
             if (entry.context, entry.batch) == (context, batch)
         )
@@ -83,8 +87,8 @@ class CostTable:
         return float(np.interp(n, *zip(*known, strict=True)))
 
     def draft(self, name: str) -> float:
-        """Median seconds of one draft (the first setting measured)."""
-        return next(entry.draft.median_s for entry in self.drafters if entry.name == name)
+        """Seconds of one draft, lower quartile (the first setting measured)."""
+        return next(entry.draft.q1_s for entry in self.drafters if entry.name == name)
 
 
 class _Bench:

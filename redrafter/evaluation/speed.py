@@ -20,7 +20,6 @@ from transformers import GenerationConfig
 from redrafter.config import SpeedConfig
 from redrafter.contracts import StepStats
 from redrafter.data.answers import generation_config
-from redrafter.decode.tree import BUCKETS
 from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.figures import (
     Interval,
@@ -34,6 +33,9 @@ from redrafter.evaluation.figures import (
 )
 from redrafter.evaluation.methods import Batch, Method, Run, plain_answers
 from redrafter.target.model import Target
+
+# Quartile ratio of one forward's times from which a machine counts as busy.
+_NOISY = 1.25
 
 Runs = dict[str, list[list[Run]]]  # method -> batch -> repeat
 
@@ -68,19 +70,27 @@ def middle_context(batches: Sequence[Batch], answers: Sequence[Sequence[int]]) -
 
 
 def cost_meter(
-    target: Target, methods: Sequence[Method], batches: Sequence[Batch], context: int, config
+    target: Target,
+    methods: Sequence[Method],
+    batches: Sequence[Batch],
+    context: int,
+    sizes: set[int],
+    temperature: float,
 ) -> CostMeter:
-    """Measures t(n) at every usual tree size, and every drafter's draft, at one context."""
+    """Measures t(n) and every drafter's draft at one context.
+
+    sizes: of trees, seen in the warm-up; others are interpolated
+    """
     drafters = {m.name: m.drafter for m in methods if m.drafter is not None}
     largest = max([1, *(d.max_nodes for d in drafters.values())])
     limit = target.max_positions
     return CostMeter(
         target,
-        new_tokens=sorted({n for n in BUCKETS if n < largest} | {largest}),
+        new_tokens=sorted({1, largest} | sizes),
         contexts=[context if limit is None else max(1, min(context, limit - largest - 1))],
         batches=[len(batches[0].prompts)],
         drafters=drafters,
-        temperature=config.temperature,
+        temperature=temperature,
     )
 
 
@@ -298,9 +308,23 @@ def measure_speed(
     config: SpeedConfig,
 ) -> dict[str, Any]:
     """Run and summarise. `batches` and `answers` are from `make_batches`."""
-    for method in methods:  # warm up
+    sizes: set[int] = set()
+    for method in methods:  # the warm-up
         method.prepare(batches[0])
-        method.run(batches[0])
-    meter = cost_meter(target, methods, batches, middle_context(batches, answers), config)
+        sizes.update(method.run(batches[0]).nodes)
+    context = middle_context(batches, answers)
+    meter = cost_meter(target, methods, batches, context, sizes, config.temperature)
     runs = run_interleaved(methods, batches, config.repeats, meter, config.cost_rounds)
-    return Summary(methods, runs, batches, answers, meter.table(), config).body()
+    body = Summary(methods, runs, batches, answers, meter.table(), config).body()
+    return {**body, "warnings": noise_warning(meter.table())}
+
+
+def noise_warning(costs: CostTable) -> list[str]:
+    """Says so where the middle half of equal forwards differs much."""
+    spread = max(entry.cost.q3_s / entry.cost.q1_s for entry in costs.target)
+    if spread <= _NOISY:
+        return []
+    return [
+        f"equal forwards differ by a factor of {spread:.1f} between their quartiles: the machine "
+        "is busy, seconds and speedups are rough"
+    ]
