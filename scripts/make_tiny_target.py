@@ -83,8 +83,8 @@ class Size:
 
 SIZES = {
     "quickstart": Size(
-        vocab=2048, width=192, layers=4, heads=6, kv_heads=2, ffn=512, context_tokens=512,
-        batch_rows=4, steps=340, lr=0.02, lr_other=4e-3, corpus_chars=20_000_000,
+        vocab=1024, width=128, layers=4, heads=4, kv_heads=2, ffn=384, context_tokens=512,
+        batch_rows=2, steps=1000, lr=0.02, lr_other=4e-3, corpus_chars=20_000_000,
     ),
     "test": Size(
         vocab=512, width=64, layers=2, heads=4, kv_heads=2, ffn=176, context_tokens=512,
@@ -199,8 +199,9 @@ def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int
 
     rows = []
     for text in texts:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+        # The backend itself, because the wrapper warns of every file longer than the context.
+        encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids, starts = encoded.ids, [start for start, _ in encoded.offsets]
         i = 0
         while i + length - 1 <= len(ids):
             rows.append([0, *ids[i : i + length - 1]])
