@@ -20,6 +20,7 @@ from redrafter.target.model import Target
 VOCAB = 48
 CONTEXT = 64
 WINDOW = 8  # shorter than the texts made here
+NARROW = 3  # shorter than a drafted path: a node does not see all of its ancestors
 NEW = 20  # tokens per text; the windows are passed and some rows meet an EOS
 EOS = (5, 17)
 
@@ -33,7 +34,7 @@ _FAMILIES = {
     "qwen3": dict(num_key_value_heads=2, head_dim=8),
     "gemma3_text": dict(
         num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, num_hidden_layers=3,
-        sliding_window=WINDOW, initializer_range=0.2,
+        sliding_window=NARROW, initializer_range=0.2,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "mistral": dict(num_key_value_heads=2, head_dim=8, sliding_window=WINDOW),
