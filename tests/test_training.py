@@ -306,7 +306,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(argv, tmp_path):
 
     with pytest.raises(InputError, match="--resume auto"):
         Run(parse(TrainConfig, argv("killed", **longer), "test"))
-    resumed, _ = run(parse(TrainConfig, argv("killed", resume="auto", **longer), "test"))
+    again = parse(TrainConfig, argv("killed", resume="auto", **longer), "test")
+    at_hand = Run(again)  # before it trains on: later evaluations could hide what was lost
+    assert at_hand.done == stopped_at and at_hand.best is not None
+    assert at_hand.best in at_hand.history
+    assert at_hand.history == [f for f in straight.history if f["step"] <= stopped_at]
+    resumed, _ = run(again)
     assert checkpoint.all_steps(folder) == checkpoint.all_steps(straight.out / "checkpoints")
     last = f"checkpoints/step-{steps}"
     for name in ("model", "optimizer", "rng"):
