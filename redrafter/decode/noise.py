@@ -15,16 +15,20 @@ _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MUL_2 = 0x94D049BB133111EB - (1 << 64)
 
 
+# Numbers computed ahead at most: 8 MiB of float64.
+_AHEAD = 1 << 20
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     # torch shifts signed integers arithmetically; the mask makes it a logical shift.
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 64-bit integers in which every input bit moves every output bit."""
-    x = (x ^ _shift_right(x, 30)) * _MUL_1
-    x = (x ^ _shift_right(x, 27)) * _MUL_2
-    return x ^ _shift_right(x, 31)
+def _mix_(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers in which every input bit moves every output bit; in place."""
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MUL_1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MUL_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
@@ -32,10 +36,39 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 
     With it, argmax_v(log p(v) + gumbel) is distributed as p.
     """
-    token = torch.arange(1, vocab_size + 1, device=position.device)
-    stream = _mix(_mix(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN)
-    bits = _mix(stream[:, :, None] + token * _GOLDEN)
+    token = torch.arange(1, vocab_size + 1, device=position.device) * _GOLDEN
+    stream = _mix_(_mix_(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN)
+    bits = _mix_(stream[:, :, None] + token)
     # 52 bits, centred in their cell, so u is never 0 or 1 (with 53 the largest would round to 1,
     # and infinite noise on a token of probability 0 is nan)
-    u = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
+    u = _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
     return u.log_().neg_().log_().neg_()
+
+
+class NoiseAhead:
+    """`gumbel` of a generation, some positions ahead of their use.
+
+    Where the vocabulary is small, a block costs little more than one position: this is what keeps
+    sampling nearly as cheap as greedy decoding. Values are those of `gumbel`, always.
+    """
+
+    def __init__(self, seed: Tensor, vocab_size: int):
+        self.seed, self.vocab_size = seed, vocab_size
+        self.span = max(1, min(64, _AHEAD // (len(seed) * vocab_size)))
+        self._base: list[int] = []
+        self._block = torch.empty(0)
+
+    def __call__(self, first: list[int], n: int) -> Tensor:
+        """(B, n, V): the noise of positions first[b] .. first[b] + n - 1 of every row."""
+        skip = [f - b for f, b in zip(first, self._base, strict=False)]
+        if not skip or min(skip) < 0 or max(skip) + n > self._block.shape[1]:
+            device = self.seed.device
+            ahead = torch.arange(max(n, self.span), device=device)
+            position = torch.tensor(first, device=device)[:, None] + ahead
+            self._block = gumbel(self.seed, position, self.vocab_size)
+            self._base, skip = list(first), [0] * len(first)
+        if min(skip) == max(skip):
+            return self._block[:, skip[0] : skip[0] + n]
+        row = torch.arange(len(skip), device=self._block.device)[:, None]
+        where = torch.tensor(skip, device=row.device)[:, None]
+        return self._block[row, where + torch.arange(n, device=row.device)]

@@ -52,7 +52,7 @@ def plain(
     zeros = torch.zeros(1, 1, 1, cache.capacity, dtype=target.dtype, device=target.device)
     while True:
         scores = request.warp.rows(logits, seqs)
-        noise = request.noise(seqs.length[:, None])
+        noise = request.noise(emitter.lengths, 1)
         chosen = choose(scores, None if noise is None else noise[:, 0])
         for row, token in enumerate(chosen.tolist()):
             if emitter.finish[row] is None:

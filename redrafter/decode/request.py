@@ -17,7 +17,7 @@ from transformers import (
 
 from redrafter.contracts import Generation, InputError, Sequences, StepStats
 from redrafter.decode.cache import RowCache
-from redrafter.decode.noise import gumbel
+from redrafter.decode.noise import NoiseAhead
 from redrafter.decode.warp import Warp, build_processors
 from redrafter.target.model import Target
 
@@ -74,7 +74,9 @@ class Request:
         self.streamer = streamer
         self.sampled = bool(config.do_sample)
         device = target.device
-        self.seeds = _seeds(seeds, self.n_rows).to(device) if self.sampled else None
+        self._noise = None
+        if self.sampled:
+            self._noise = NoiseAhead(_seeds(seeds, self.n_rows).to(device), target.vocab_size)
         minimum = [
             max(config.min_new_tokens or 0, (config.min_length or 0) - len(p)) for p in self.prompts
         ]
@@ -103,11 +105,9 @@ class Request:
             )
         return limit if context is None else min(limit, context)
 
-    def noise(self, position: Tensor) -> Tensor | None:
-        """position: (B, P) absolute. (B, P, V) Gumbel noise, or None for greedy decoding."""
-        if not self.sampled:
-            return None
-        return gumbel(self.seeds, position, self.target.vocab_size)
+    def noise(self, first: list[int], n: int) -> Tensor | None:
+        """(B, n, V) Gumbel noise of n absolute positions per row from `first` on; None: greedy."""
+        return self._noise(first, n) if self._noise else None
 
     def sequences(self, slack: int) -> Sequences:
         """Prompts on the device, with room for every row's limit and `slack` more tokens."""

@@ -55,10 +55,9 @@ def speculative(
     emitter, timer = Emitter(request), StepTimer(request.n_rows, depth)
     seqs = request.sequences(slack=depth + 1)
     limit = torch.tensor(request.limit, device=target.device)
-    step = torch.arange(depth + 1, device=target.device)
     with timer("prefill"):
         cache, logits, hidden = request.prefill(seqs, slack=drafter.max_nodes if drafter else 1)
-        noise = request.noise(seqs.length[:, None])
+        noise = request.noise(emitter.lengths, 1)
         first = choose(request.warp.rows(logits, seqs), None if noise is None else noise[:, 0])
         for row, token in enumerate(first.tolist()):
             emitter.emit(row, [token])
@@ -69,7 +68,7 @@ def speculative(
             drafter.observe(Truth(first[:, None], count, hidden[:, None], logits[:, None]))
 
     while any(emitter.live):
-        seqs.noise = request.noise(seqs.length[:, None] + step)
+        seqs.noise = request.noise(emitter.lengths, depth + 1)
         with timer("draft"):
             tree = _draft(drafter, lookahead, seqs, limit)
             seen = ancestors(tree, depth)

@@ -184,7 +184,7 @@ def processed(
         live=torch.ones_like(length, dtype=torch.bool),
     )
     scores = request.warp.rows(logits, rows)
-    noise = request.noise(length[None])
+    noise = request.noise([len(prompt)], n)
     return scores if noise is None else scores + noise[0].to(scores.dtype)
 
 
