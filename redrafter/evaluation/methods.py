@@ -244,8 +244,8 @@ def build_method(
 
 
 def read_answers(path: str) -> list[list[int]]:
-    """Token rows to count on: a folder of answers that training made (prompts left out), or JSON
-    lines of {"tokens": [...]}. Raises InputError naming the file."""
+    """Token rows to count on: a folder of answers that training made (prompts and held-out answers
+    left out), or JSON lines of {"tokens": [...]}. Raises InputError naming the file."""
     if not Path(path).is_dir():
         rows = [(number, row.get("tokens")) for number, row in read_rows(path)]
         for number, row in rows:
@@ -253,6 +253,7 @@ def read_answers(path: str) -> list[list[int]]:
                 raise InputError(f'{path}:{number + 1}: no list of token ids under "tokens"')
         return [row for _, row in rows]
     files = sorted(Path(path).rglob("answers.safetensors"))
+    files = [f for f in files if "heldout" not in f.relative_to(path).parts]
     if not files:
         raise InputError(f"{path}: no answers.safetensors in it; give a folder made by training")
     rows = []

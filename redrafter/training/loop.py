@@ -134,7 +134,8 @@ class Run:
         self.data_digest = answers.digest
         self.measure = None
         if config.eval.prompts > 0:
-            self.measure = Measure(self.target, self._prompts("last"), config, self.answers_folder)
+            folder = self.answers_folder / "heldout"
+            self.measure = Measure(self.target, self._prompts("last"), config, folder)
         self.model, self.optimizer = self.accelerator.prepare(
             self.head, make_optimizer(self.head, optim)
         )
@@ -170,7 +171,7 @@ class Run:
             self.target, self._prompts("first"),
             temperatures=data.temperatures, samples_per_prompt=data.samples_per_prompt,
             max_new_tokens=data.max_new_tokens, batch_size=data.answer_batch,
-            seed=self.config.seed, folder=self.answers_folder,
+            seed=self.config.seed, folder=self.answers_folder / "train",
         )  # fmt: skip
 
     # -- the loop --------------------------------------------------------------------------
