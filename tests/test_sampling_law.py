@@ -10,10 +10,11 @@ import math
 
 import pytest
 import torch
-from models import make_tree, settings, tiny
+from models import alone, endless, make_tree, prompts, replays, settings, tiny
 
 from redrafter.contracts import Drafter, TokenTree
-from redrafter.decode.noise import _GOLDEN, _MUL_1, _MUL_2, gumbel
+from redrafter.decode import noise as noise_module
+from redrafter.decode.noise import _GOLDEN, _MUL_1, _MUL_2, NoiseAhead, gumbel
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import ancestors
@@ -204,6 +205,35 @@ def test_noise_is_the_same_whatever_the_batch():
         assert torch.equal(one[0, 0], batch[b, t])
     # A larger vocabulary only appends, so a padded lm_head changes no real token's noise.
     assert torch.equal(gumbel(seeds, positions, 40)[..., :30], batch)
+
+
+@pytest.mark.parametrize("span", [1, 3, 10])
+def test_noise_ahead_is_noise(monkeypatch, span):
+    """Rows that advance unequally, one that stands still, blocks used up and replaced."""
+    vocab, seeds = 11, torch.tensor([5, -2, 9])
+    monkeypatch.setattr(noise_module, "_AHEAD", span * len(seeds) * vocab)
+    random = torch.Generator().manual_seed(span)
+    source, first = NoiseAhead(seeds, vocab), [7, 0, 30]
+    assert source.span == span
+    for step in range(60):
+        n = 1 + step % 4
+        position = torch.tensor(first)[:, None] + torch.arange(n)
+        assert torch.equal(source(first, n), gumbel(seeds, position, vocab))
+        ahead = torch.randint(5, (2,), generator=random).tolist()
+        first = [first[0] + ahead[0], first[1] + ahead[1], first[2]]
+
+
+def test_texts_do_not_depend_on_how_far_ahead(monkeypatch):
+    target, rows = tiny("llama"), prompts()
+    config = settings(do_sample=True, temperature=1.3)
+    want, _ = alone(target, rows, config)
+    texts = endless(target, rows, config)
+    for span in (1, 2, 7):
+        monkeypatch.setattr(noise_module, "_AHEAD", span * len(rows) * target.vocab_size)
+        assert plain(target, rows, config, seeds=range(4)).tokens == want
+        for drafter in replays(texts).values():
+            got = speculative(target, rows, config, seeds=range(4), drafter=drafter)
+            assert got.tokens == want
 
 
 def test_noise_is_finite_at_both_ends():
