@@ -42,7 +42,8 @@ class TokenTree:
     tokens: (B, N) int64; node 0 is the last emitted, not yet cached token
     parent: (B, N) int64, index of the parent; the root is its own parent
     depth:  (B, N) int64, 0 for the root
-    valid:  (B, N) bool; an invalid node is padding and is never accepted
+    valid:  (B, N) bool; an invalid node is padding and is never accepted. All children of an
+            invalid node are invalid
     log_q:  (B, N) float or None, the drafter's cumulative log-score of each node (root 0), for
             pruning and reports only: exactness never depends on it
     draws:  only where the tree was sampled for a ratio rule
@@ -70,7 +71,7 @@ class Sequences:
     live:     (B,) bool, rows still generating
     noise:    (B, K+1, V) float64, the Gumbel noise of this step: row k belongs to the token at
               absolute position L + k, that is to the nodes of depth k + 1. None when greedy. A
-              drafter may propose with it.
+              drafter may propose with it, and must not write to it.
     temperature: what the target's logits are divided by (1.0 when greedy)
     """
 

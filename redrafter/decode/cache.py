@@ -27,7 +27,7 @@ class RowCache(Cache):
         self.capacity = capacity
         self.device = device
         self.lengths = [0] * batch_size
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self._length: Tensor | None = None
         self.bytes_moved = 0
         # Layers of one shape lie in one tensor, (2 * layers, B, heads, M, d): one move commits all.
         self._groups: list[Tensor] = []
@@ -79,12 +79,22 @@ class RowCache(Cache):
     def __len__(self) -> int:
         return self.n_layers
 
+    def __repr__(self) -> str:
+        return f"RowCache({self.n_layers} layers, {self.capacity} entries, lengths {self.lengths})"
+
     # -- what the loop does ----------------------------------------------------------------
 
     @property
     def width(self) -> int:
         """S, keys that the next forward sees per row."""
         return self._width
+
+    @property
+    def length(self) -> Tensor:
+        """(B,) int64: `lengths` on the device, made when first asked for."""
+        if self._length is None:
+            self._length = torch.tensor(self.lengths, device=self.device)
+        return self._length
 
     @property
     def uniform(self) -> bool:
@@ -98,7 +108,8 @@ class RowCache(Cache):
         if self._width > self.capacity:
             raise RuntimeError(f"cache of {self.capacity} entries cannot hold {self._width}")
         self._uniform = all(length == self._start for length in self.lengths)
-        self._slots = self.length[:, None] + torch.arange(n, device=self.device)
+        if not self._uniform:
+            self._slots = self.length[:, None] + torch.arange(n, device=self.device)
         self.bytes_moved = 0
 
     def commit(self, lengths: list[int], path: Tensor | None = None) -> None:
@@ -121,7 +132,7 @@ class RowCache(Cache):
                 )
                 self.bytes_moved += moved.numel() * moved.element_size()
         self.lengths = list(lengths)
-        self.length = torch.tensor(lengths, device=self.device)
+        self._length = None
 
     def data_ptrs(self) -> list[int]:
         return [store.data_ptr() for store in self._groups]

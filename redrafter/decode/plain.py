@@ -34,7 +34,9 @@ def plain(
     """Decode without drafting. Same signature and result as `speculative`.
 
     prompts: rows of token ids, or (B, T) with `attention_mask` where padded
-    generation_config: transformers'; None takes the target's own
+    generation_config: transformers'; None takes the target's own. It is taken at its word: fields
+        left unset are off. Unlike `generate`, nothing but EOS is filled in from the target's own
+        configuration, and sampling has no hidden top_k = 50
     seeds: one for all rows or one per row; used where `do_sample` is set. A row's text depends on
         its prompt, its seed and the sampling parameters, and on nothing else
     drafter, lookahead: accepted so that the two loops can be swapped, and ignored
