@@ -69,7 +69,7 @@ class Sequences:
     length:   (B,) int64, tokens known (L), the root included; the cache holds L - 1 of them
     prompt_length: (B,) int64
     live:     (B,) bool, rows still generating
-    noise:    (B, K+1, V) float64, the Gumbel noise of this step: row k belongs to the token at
+    noise:    (B, K+1, V) float, the Gumbel noise of this step: row k belongs to the token at
               absolute position L + k, that is to the nodes of depth k + 1. None when greedy. A
               drafter may propose with it, and must not write to it.
     temperature: what the target's logits are divided by (1.0 when greedy)

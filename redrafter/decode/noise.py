@@ -49,11 +49,12 @@ class NoiseAhead:
     """`gumbel` of a generation, some positions ahead of their use.
 
     Where the vocabulary is small, a block costs little more than one position: this is what keeps
-    sampling nearly as cheap as greedy decoding. Values are those of `gumbel`, always.
+    sampling nearly as cheap as greedy decoding. Values are those of `gumbel`, always, rounded to
+    the dtype of the scores that they are added to.
     """
 
-    def __init__(self, seed: Tensor, vocab_size: int):
-        self.seed, self.vocab_size = seed, vocab_size
+    def __init__(self, seed: Tensor, vocab_size: int, dtype: torch.dtype = torch.float64):
+        self.seed, self.vocab_size, self.dtype = seed, vocab_size, dtype
         self.span = max(1, min(64, _AHEAD // (len(seed) * vocab_size)))
         self._base: list[int] = []
         self._block = torch.empty(0)
@@ -65,7 +66,7 @@ class NoiseAhead:
             device = self.seed.device
             ahead = torch.arange(max(n, self.span), device=device)
             position = torch.tensor(first, device=device)[:, None] + ahead
-            self._block = gumbel(self.seed, position, self.vocab_size)
+            self._block = gumbel(self.seed, position, self.vocab_size).to(self.dtype)
             self._base, skip = list(first), [0] * len(first)
         if min(skip) == max(skip):
             return self._block[:, skip[0] : skip[0] + n]

@@ -52,9 +52,10 @@ def plain(
     cache, logits, _ = request.prefill(seqs, slack=0)
     stats.seconds = {"prefill": time.perf_counter() - emitter.started, "draft": 0.0, "verify": 0.0}
     zeros = torch.zeros(1, 1, 1, cache.capacity, dtype=target.dtype, device=target.device)
+    lengths = emitter.lengths
     while True:
         scores = request.warp.rows(logits, seqs)
-        noise = request.noise(emitter.lengths, 1)
+        noise = request.noise(lengths, 1)
         chosen = choose(scores, None if noise is None else noise[:, 0])
         for row, token in enumerate(chosen.tolist()):
             if emitter.finish[row] is None:

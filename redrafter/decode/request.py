@@ -18,7 +18,7 @@ from transformers import (
 from redrafter.contracts import Generation, InputError, Sequences, StepStats
 from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import NoiseAhead
-from redrafter.decode.warp import Warp, build_processors
+from redrafter.decode.warp import Warp, build_processors, score_dtype
 from redrafter.target.model import Target
 
 # Fields of a GenerationConfig that this decoder would otherwise silently ignore, with the values
@@ -76,7 +76,8 @@ class Request:
         device = target.device
         self._noise = None
         if self.sampled:
-            self._noise = NoiseAhead(_seeds(seeds, self.n_rows).to(device), target.vocab_size)
+            own = _seeds(seeds, self.n_rows).to(device)
+            self._noise = NoiseAhead(own, target.vocab_size, score_dtype(target.dtype))
         minimum = [
             max(config.min_new_tokens or 0, (config.min_length or 0) - len(p)) for p in self.prompts
         ]

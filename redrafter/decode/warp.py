@@ -99,7 +99,7 @@ class Warp:
 
     def rows(self, logits: Tensor, seqs: Sequences) -> Tensor:
         """logits: (B, V) for the token at position L of every row. Returns (B, V) scores."""
-        scores = _at_least_float32(logits)
+        scores = _scores(logits)
         for p in self.processors:
             if isinstance(p, MinNewTokens):
                 scores = p(scores, seqs.length - seqs.prompt_length)
@@ -120,7 +120,7 @@ class Warp:
 
         seen: (B, N, N) bool from `tree.ancestors`
         """
-        scores = _at_least_float32(logits)
+        scores = _scores(logits)
         for p in self.processors:
             if isinstance(p, MinNewTokens):
                 n_new = (seqs.length - seqs.prompt_length)[:, None] + tree.depth
@@ -135,8 +135,13 @@ class Warp:
         return scores
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+def score_dtype(logits_dtype: torch.dtype) -> torch.dtype:
+    """Scores are float64 for a float64 target, float32 for every other."""
+    return logits_dtype if logits_dtype == torch.float64 else torch.float32
+
+
+def _scores(logits: Tensor) -> Tensor:
+    return logits.to(score_dtype(logits.dtype))
 
 
 def _is_plain_penalty(p) -> bool:
