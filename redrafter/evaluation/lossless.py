@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
 from redrafter.contracts import Drafter, Truth
@@ -276,10 +277,15 @@ def check_mode(
     temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
     result = ModeResult(temperature, len(prompts))
     recorder = RecordingDrafter(drafter)
-    plain_of = [reference(target, row, config, seed + i) for i, row in enumerate(prompts)]
+    mode = f"temperature {temperature:g}"
+    plain_of = [
+        reference(target, row, config, seed + i)
+        for i, row in enumerate(tqdm(prompts, desc=f"plain, {mode}", unit="row", disable=None))
+    ]
     result.rounding = max(own.rounding for own in plain_of)
     for batch_size in batch_sizes:
-        for start in range(0, len(prompts), batch_size):
+        starts = range(0, len(prompts), batch_size)
+        for start in tqdm(starts, desc=f"batches of {batch_size}, {mode}", disable=None):
             chunk = range(start, min(start + batch_size, len(prompts)))
             made = speculative(
                 speculative_target or target,

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from redrafter.config import SpeedConfig
@@ -107,7 +108,7 @@ def run_interleaved(
     """
     runs: Runs = {method.name: [[] for _ in batches] for method in methods}
     turns = repeats * len(batches)
-    for turn in range(turns):
+    for turn in tqdm(range(turns), desc="prompts, every method", disable=None):
         place, first = turn % len(batches), turn % len(methods)
         for method in [*methods[first:], *methods[:first]]:
             method.prepare(batches[place])
