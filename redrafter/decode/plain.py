@@ -64,7 +64,9 @@ def plain(
         live, lengths = emitter.live, emitter.lengths
         if not any(live):
             break
-        _append(seqs, chosen, lengths)
+        if request.warp.reads_prefix:  # a finished row: stale, unseen
+            seqs.ids.scatter_(1, seqs.length[:, None], chosen[:, None])
+        seqs.length = torch.tensor(lengths, device=target.device)
         clock = time.perf_counter()
         logits = _forward(target, chosen, seqs, cache, lengths, zeros)
         stats.seconds["verify"] += time.perf_counter() - clock
@@ -75,11 +77,6 @@ def plain(
     # The prefill's own token is not a step's.
     stats.emitted = [n - 1 for n in stats.emitted]
     return emitter.result(stats)
-
-
-def _append(seqs: Sequences, chosen: Tensor, lengths: list[int]) -> None:
-    seqs.ids.scatter_(1, seqs.length[:, None], chosen[:, None])  # a finished row: stale, unseen
-    seqs.length = torch.tensor(lengths, device=seqs.ids.device)
 
 
 def _forward(

@@ -96,6 +96,8 @@ class Warp:
         for p in processors:
             _refuse_stateful(p, vocab_size)
         self.processors = processors
+        #: whether any of them looks at the tokens before the one being chosen
+        self.reads_prefix = any(type(p) not in (*_PREFIX_FREE, MinNewTokens) for p in processors)
 
     def rows(self, logits: Tensor, seqs: Sequences) -> Tensor:
         """logits: (B, V) for the token at position L of every row. Returns (B, V) scores."""
