@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From an empty machine to a measured draft head, in about eight minutes on two cores after
+# From an empty machine to a measured draft head, in five to eight minutes after
 # installing: makes a small target model, trains a ReDrafter head for it, proves that drafting
 # changes no token, and measures the speed. Everything lands in quickstart/; a second run keeps the
 # target model and makes the rest again.
