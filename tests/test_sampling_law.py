@@ -223,6 +223,17 @@ def test_noise_ahead_is_noise(monkeypatch, span):
         first = [first[0] + ahead[0], first[1] + ahead[1], first[2]]
 
 
+def test_noise_ahead_of_a_single_row(monkeypatch):
+    """One position at a time and several, mixed, forwards and back: `at` has a shortcut."""
+    vocab, seed = 11, torch.tensor([5])
+    monkeypatch.setattr(noise_module, "_AHEAD", 4 * vocab)
+    source = NoiseAhead(seed, vocab)
+    for position, n in [(7, 1), (8, 3), (9, 1), (12, 1), (11, 2), (3, 1), (30, 6), (33, 1)]:
+        want = gumbel(seed, torch.arange(position, position + n)[None], vocab)
+        got = source.at([position])[:, None] if n == 1 else source([position], n)
+        assert torch.equal(got, want)
+
+
 def test_texts_do_not_depend_on_how_far_ahead(monkeypatch):
     target, rows = tiny("llama"), prompts()
     config = settings(do_sample=True, temperature=1.3)

@@ -57,19 +57,33 @@ class NoiseAhead:
         self.seed, self.vocab_size, self.dtype = seed, vocab_size, dtype
         self.span = max(1, min(64, _AHEAD // (len(seed) * vocab_size)))
         self._base: list[int] = []
-        self._block = torch.empty(0)
+        self._block = torch.empty(0, 0, 0)
+        self._single: tuple[Tensor, ...] = ()
 
     def __call__(self, first: list[int], n: int) -> Tensor:
         """(B, n, V): the noise of positions first[b] .. first[b] + n - 1 of every row."""
         skip = [f - b for f, b in zip(first, self._base, strict=False)]
         if not skip or min(skip) < 0 or max(skip) + n > self._block.shape[1]:
-            device = self.seed.device
-            ahead = torch.arange(max(n, self.span), device=device)
-            position = torch.tensor(first, device=device)[:, None] + ahead
-            self._block = gumbel(self.seed, position, self.vocab_size).to(self.dtype)
-            self._base, skip = list(first), [0] * len(first)
+            self._refill(first, n)
+            skip = [0] * len(first)
         if min(skip) == max(skip):
             return self._block[:, skip[0] : skip[0] + n]
         row = torch.arange(len(skip), device=self._block.device)[:, None]
         where = torch.tensor(skip, device=row.device)[:, None]
         return self._block[row, where + torch.arange(n, device=row.device)]
+
+    def at(self, position: list[int]) -> Tensor:
+        """(B, V): the noise of one position per row. A single row pays for no indexing."""
+        if len(position) > 1:
+            return self(position, 1)[:, 0]
+        if not self._base or not 0 <= position[0] - self._base[0] < len(self._single):
+            self._refill(position, 1)
+        return self._single[position[0] - self._base[0]]
+
+    def _refill(self, first: list[int], n: int) -> None:
+        device = self.seed.device
+        ahead = torch.arange(max(n, self.span), device=device)
+        position = torch.tensor(first, device=device)[:, None] + ahead
+        self._block = gumbel(self.seed, position, self.vocab_size).to(self.dtype)
+        self._single = self._block.unbind(1)
+        self._base = list(first)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from redrafter.contracts import Drafter, Generation, Lookahead, Sequences, StepStats
+from redrafter.contracts import Drafter, Generation, Lookahead, StepStats
 from redrafter.decode.cache import RowCache
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.verify import choose
@@ -55,8 +55,7 @@ def plain(
     lengths = emitter.lengths
     while True:
         scores = request.warp.rows(logits, seqs)
-        noise = request.noise(lengths, 1)
-        chosen = choose(scores, None if noise is None else noise[:, 0])
+        chosen = choose(scores, request.noise_at(lengths))
         for row, token in enumerate(chosen.tolist()):
             if emitter.finish[row] is None:
                 emitter.emit(row, [token])
@@ -66,9 +65,11 @@ def plain(
             break
         if request.warp.reads_prefix:  # a finished row: stale, unseen
             seqs.ids.scatter_(1, seqs.length[:, None], chosen[:, None])
-        seqs.length = torch.tensor(lengths, device=target.device)
+        position = torch.tensor([[n - 1] for n in lengths], device=target.device)
+        if request.warp.processors:  # nothing else here reads it
+            seqs.length = position[:, 0] + 1
         clock = time.perf_counter()
-        logits = _forward(target, chosen, seqs, cache, lengths, zeros)
+        logits = _forward(target, chosen, position, cache, lengths, zeros)
         stats.seconds["verify"] += time.perf_counter() - clock
         stats.forwards += 1
         stats.nodes_verified += sum(live)
@@ -82,14 +83,13 @@ def plain(
 def _forward(
     target: Target,
     root: Tensor,
-    seqs: Sequences,
+    position: Tensor,
     cache: RowCache,
     lengths: list[int],
     zeros: Tensor,
 ) -> Tensor:
-    """One new token per row. Returns (B, V) logits."""
+    """One new token per row, at `position` (B, 1). Returns (B, V) logits."""
     cache.prepare(1)
-    position = seqs.length[:, None] - 1
     width = cache.width
     single = len(target.windows) == 1 and None in target.windows.values()
     if single and cache.uniform:

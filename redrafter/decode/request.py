@@ -110,6 +110,10 @@ class Request:
         """(B, n, V) Gumbel noise of n absolute positions per row from `first` on; None: greedy."""
         return self._noise(first, n) if self._noise else None
 
+    def noise_at(self, position: list[int]) -> Tensor | None:
+        """(B, V): `noise` of one absolute position per row."""
+        return self._noise.at(position) if self._noise else None
+
     def sequences(self, slack: int) -> Sequences:
         """Prompts on the device, with room for every row's limit and `slack` more tokens."""
         device = self.target.device
