@@ -28,6 +28,39 @@ class TargetConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """Where rows of text come from, and what stands in them. Read by `datasets`."""
+
+    path: str
+    """A .jsonl, .json or .parquet file (.gz too), a glob of such, a folder, or a Hub id."""
+    format: Literal["auto", "text", "question", "messages", "turns", "columns"] = "auto"
+    """What a row holds: `text`; `question` (with or without `answer`); `messages` or ShareGPT
+    `conversations`; `turns` of a user; `columns` named below. `auto` looks at the first row."""
+    prompt_column: str | None = None
+    """For `columns`: the user's message."""
+    answer_column: str | None = None
+    """For `columns`: the assistant's; none where the target is to answer."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    revision: str | None = None
+    """Hub revision."""
+    streaming: bool = False
+    """Read as a stream, without storing the data set first; needs holdout_rows 0."""
+    n_rows: int | None = None
+    """Rows to read, from the front; none reads all but the held-out ones."""
+    holdout_rows: int = 0
+    """Rows at the end that are never read."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    supervise: Literal["all", "last"] = "all"
+    """Which assistant messages of a row are learned from."""
+    max_failed_rows: int = 0
+    """Malformed rows to put up with; one more ends the job and names them."""
+
+
+@dataclass(frozen=True)
 class TreeConfig:
     """The shape of what is drafted per step."""
 

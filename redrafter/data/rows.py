@@ -1,0 +1,83 @@
+"""Rows of tokens in flat tensors, one after the other: what the stages of the pipeline pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row of text as tokens.
+
+    ids: token ids
+    supervised: one bool per token, True where the token is to be learned from; all False for a
+        prompt that the target shall answer
+    source_row: 0-based row of the source
+    category: if the row has one
+    """
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+    source_row: int
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A row that is left out. failed: it is malformed (else it was skipped on purpose)."""
+
+    source_row: int
+    reason: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows in flat tensors.
+
+    tokens: (S,) int64
+    supervised: (S,) bool, True for the tokens to learn from
+    offsets: (R + 1,) int64; row r is tokens[offsets[r] : offsets[r + 1]]
+    """
+
+    tokens: Tensor
+    supervised: Tensor
+    offsets: Tensor
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> Tensor:
+        """(R,) int64, tokens per row."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def ids(self, row: int) -> list[int]:
+        """Tokens of one row."""
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]].tolist()
+
+
+def right_padded(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows as a batch: tokens (B, T) int64, padded with 0 on the right, and lengths (B,)."""
+    pieces = [rows.tokens[rows.offsets[r] : rows.offsets[r + 1]] for r in chosen]
+    lengths = torch.tensor([len(piece) for piece in pieces])
+    return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), lengths
+
+
+def batches_by_length(lengths: Tensor, chosen: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Rows grouped with others of similar length, at most `tokens` tokens with padding.
+
+    lengths: (R,) int64 of all rows; chosen: the rows to group
+    """
+    batch: list[int] = []
+    for row in sorted(chosen, key=lambda r: (int(lengths[r]), r)):
+        if batch and (len(batch) + 1) * int(lengths[row]) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
