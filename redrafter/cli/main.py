@@ -11,6 +11,11 @@ from importlib import import_module
 
 #: module of `redrafter.cli`, which is also the subcommand: what it does, in one line
 SUBCOMMANDS = {
+    "prepare": "read text as rows of tokens (data/prepare.py)",
+    "answers": "let the model answer prompts (data/answers.py)",
+    "states": "store its hidden states of rows (data/states.py)",
+    "check_store": "check that a store is what was written (data/check.py)",
+    "count_bigrams": "count a draft table from a store (data/bigrams.py)",
     "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",

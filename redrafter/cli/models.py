@@ -19,6 +19,6 @@ def load_both(config: Any) -> tuple[Any, Any]:
             raise InputError(f"threads: {config.threads} must be at least 1")
         torch.set_num_threads(config.threads)
     target = load_target(config.target)
-    if config.head is None:
+    if getattr(config, "head", None) is None:
         return target, None
     return target, load_head(config.head, target, config.allow_other_target)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,25 +70,12 @@ class Target:
         self.vocab_size = self.lm_head.weight.shape[0]
         self.hidden_size = self.lm_head.weight.shape[1]
         self.n_layers = self.config.num_hidden_layers
-        self.max_positions = self._max_positions()
+        self.max_positions = context_of(self.config)
         cohere = getattr(self.config, "logit_scale", None) or 1.0
         granite = getattr(self.config, "logits_scaling", None) or 1.0
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         self._check_project()
-
-    def _max_positions(self) -> int | None:
-        """Tokens of context, None where there is no limit.
-
-        LongRoPE (Phi-3) switches every row of a batch, keys in the cache apart, to other rotations
-        when one row passes the original context; a row's text would then depend on its batch.
-        """
-        context = getattr(self.config, "max_position_embeddings", None)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-            if part.get("rope_type") == "longrope":
-                context = part["original_max_position_embeddings"]
-        return context
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
         """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
@@ -214,14 +201,10 @@ def pick_device(name: str) -> torch.device:
 
 def load_target(config: TargetConfig | str) -> Target:
     """Load a target and its tokenizer. Raises InputError naming the path when it is not one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     config = TargetConfig(path=config) if isinstance(config, str) else config
-    path = config.path
-    if os.sep in path and not os.path.isdir(path) and path.count("/") != 1:
-        raise InputError(f"target.path: folder {path!r} does not exist")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise InputError(f"target.path: {path!r} has no config.json; not a Hugging Face model")
+    path = check_path(config)
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto":  # half precision has no fast path on most CPUs
@@ -235,8 +218,49 @@ def load_target(config: TargetConfig | str) -> Target:
         # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
         # own class, KeyError, ...): the folder's name is what all of them lack.
         raise InputError(f"target.path: cannot load {path!r} as a causal LM: {error}") from error
+    return Target(model.to(device), load_tokenizer(config), name=path)
+
+
+def load_tokenizer(config: TargetConfig) -> Any:
+    """A target's tokenizer, or None where it has none: token ids still work, and commands that
+    read text say what is missing."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
+        return AutoTokenizer.from_pretrained(check_path(config), revision=config.revision)
     except (OSError, ValueError, KeyError):
-        tokenizer = None  # token ids still work; commands that read text say what is missing
-    return Target(model.to(device), tokenizer, name=path)
+        return None
+
+
+def load_model_config(config: TargetConfig) -> Any:
+    """A target's transformers configuration, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(check_path(config), revision=config.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"target.path: {config.path!r} cannot be read ({error})") from None
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens of context of a (text) configuration, None where there is no limit.
+
+    LongRoPE (Phi-3) switches every row of a batch, keys in the cache apart, to other rotations
+    when one row passes the original context; a row's text would then depend on its batch.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if part.get("rope_type") == "longrope":
+            context = part["original_max_position_embeddings"]
+    return context
+
+
+def check_path(config: TargetConfig) -> str:
+    """target.path. Raises InputError where it is plainly neither a model's folder nor a Hub id."""
+    path = config.path
+    if os.sep in path and not os.path.isdir(path) and path.count("/") != 1:
+        raise InputError(f"target.path: folder {path!r} does not exist")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise InputError(f"target.path: {path!r} has no config.json; not a Hugging Face model")
+    return path

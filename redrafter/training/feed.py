@@ -2,25 +2,31 @@
 
 A *start* is a position t whose token t+2 is supervised: there a draft could begin. The alignment is
 that of `redrafter/heads/recurrent.py`: depth k (1..K) of start t reads h_t and e_{t+1} .. e_{t+k}
-and predicts token t+1+k.
+and predicts token t+1+k. With labels `local` the tokens after t are not the text's but those that
+the target says when it goes on greedily from t; a start is then a t whose token t+1 is supervised.
 
 The order is a pure function of (seed, step), so a resumed run needs no state but its step. Rows are
-shuffled, cut into buffers, and the starts of each buffer are shuffled.
+shuffled, cut into buffers, and the starts of each buffer are shuffled. Nothing here can look past
+the end of a row: every index is clamped to it, and masked where it was.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from redrafter.config import DataConfig
 from redrafter.contracts import InputError
-from redrafter.data.answers import Answers, batches_by_length, right_padded
+from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order
+from redrafter.data.states import decoded
 from redrafter.target.model import Target
+
+Labels = Literal["tokens", "greedy", "local"]
 
 
 @dataclass
@@ -41,189 +47,229 @@ class Batch:
 
     def split(self, parts: int) -> list[Batch]:
         """Equal micro-batches."""
-        fields = [self.context, self.tokens, self.labels, self.mask, self.teacher]
-        pieces = [[None] * parts if f is None else f.chunk(parts) for f in fields]
+        pieces = [[None] * parts if f is None else f.chunk(parts) for f in self._fields()]
         return [Batch(*piece) for piece in zip(*pieces, strict=True)]
+
+    def _fields(self) -> list[Tensor | None]:
+        return [self.context, self.tokens, self.labels, self.mask, self.teacher]
+
+
+@dataclass
+class _Epoch:
+    """rows: buffer by buffer; ends: starts up to the end of each buffer; steps: whole batches."""
+
+    number: int
+    buffers: list[Order]
+    ends: list[int]
+    steps: int
 
 
 class Feed:
-    """Batches of start positions of `answers`.
+    """Batches of start positions.
 
+    parts, weights: where rows come from, and their shares of an epoch
     positions: P of an optimiser step; depth: K
     draft_ids: (Vd,) of a head with a pruned vocabulary: other labels are not supervised
     teacher: whether batches carry the hidden states that the target predicts from
-    Raises InputError where there are too few positions, or states do not fit in the memory given.
+    wait_s: seconds that `step` has waited for rows so far
+    Raises InputError where there are too few positions.
     """
 
     def __init__(
         self,
         target: Target,
-        answers: Answers,
-        config: DataConfig,
+        parts: Sequence[Part],
+        weights: Sequence[float] | None = None,
         *,
         positions: int,
         depth: int,
         seed: int,
+        buffer_rows: int = 512,
+        labels: Labels = "tokens",
         draft_ids: Tensor | None = None,
         teacher: bool = False,
-        progress: bool = False,
     ):
-        self.target, self.answers, self.config = target, answers, config
-        self.positions, self.depth, self.seed = positions, depth, seed
-        self.teacher, self.progress = teacher, progress
-        device = target.device
-        lengths = answers.lengths()
-        row = torch.repeat_interleave(torch.arange(answers.n_rows), lengths)
-        starts = _starts(answers, row)
-        if len(starts) < positions:
-            raise InputError(
-                f"{len(starts)} positions to learn from are fewer than the {positions} of one "
-                "optimiser step: give more prompts, or lower optim.batch_positions"
-            )
-        self.steps_per_epoch = len(starts) // positions
-        self._starts = starts
-        self._starts_per_row = torch.bincount(row[starts], minlength=answers.n_rows)
-        self._first_start = self._starts_per_row.cumsum(0) - self._starts_per_row
-        self._tokens = answers.tokens.to(device)
-        self._supervised = answers.supervised.to(device)
-        self._row_end = answers.offsets[1:][row].to(device)
+        self.target, self.parts = target, list(parts)
+        self.weights = [1.0] * len(parts) if weights is None else list(weights)
+        self.positions, self.depth, self.seed, self.labels = positions, depth, seed, labels
+        self.buffer_rows, self.teacher = buffer_rows, teacher
+        # Rows know both counts: tokens with one, or two, tokens of their row before them.
+        self._counts = [p.starts[:, 0 if labels == "local" else 1] for p in self.parts]
         self._to_draft = None
         if draft_ids is not None:
-            self._to_draft = torch.full((target.vocab_size,), -1, device=device)
-            self._to_draft[draft_ids] = torch.arange(len(draft_ids), device=device)
-        self._epoch = -1
-        self._states = self._greedy = None
-        self._buffer = None
-        if config.keep_states == "memory":
-            self._check_memory()
-            self._states, self._greedy = self._run_target(range(answers.n_rows))
+            self._to_draft = torch.full((target.vocab_size,), -1)
+            self._to_draft[draft_ids.cpu()] = torch.arange(len(draft_ids))
+        self._epochs: dict[int, _Epoch] = {}
+        self._first_step = [0]  # of each epoch known so far
+        self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None
+        self._next: tuple[tuple[int, int], Future] | None = None
+        self.wait_s = 0.0
+        # Reading can overlap with training; making states would only compete with it.
+        ahead = all(isinstance(p, Stored) for p in self.parts)
+        self._pool = ThreadPoolExecutor(1, "read-ahead") if ahead else None
+        for part in self.parts:
+            if isinstance(part, Hybrid):
+                buffers = [b.row for b in self._epoch(0).buffers]
+                part.begin(buffers, {"seed": seed, "buffer_rows": buffer_rows})
+        self.steps_per_epoch = self._epoch(0).steps
 
-    def _check_memory(self) -> None:
-        numbers = len(self.answers.tokens) * self.target.hidden_size
-        wanted = numbers * torch.empty(0, dtype=self.target.dtype).element_size()
-        if wanted > self.config.max_state_bytes:
-            raise InputError(
-                f"hidden states of {len(self.answers.tokens)} tokens need {wanted} bytes, "
-                f"data.max_state_bytes is {self.config.max_state_bytes}: raise it, set "
-                "data.keep_states none (states are then made anew in every epoch), or lower "
-                "data.n_prompts"
-            )
+    # -- order -----------------------------------------------------------------------------
 
-    def _run_target(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (S, H), and greedy predictions (S,) of the *next* token where labels are
-        to be greedy; both indexed like `answers.tokens`, filled for `rows` only."""
-        answers, target = self.answers, self.target
-        greedy = self.config.labels == "greedy"
-        whole = len(rows) == answers.n_rows
-        # A partial result is stored densely; `_slot` knows where.
-        size = len(answers.tokens) if whole else int(answers.lengths()[list(rows)].sum())
-        states = torch.empty(size, target.hidden_size, dtype=target.dtype, device=target.device)
-        picks = torch.empty(size, dtype=torch.long, device=target.device) if greedy else None
-        if not whole:
-            self._slot = torch.zeros(len(answers.tokens), dtype=torch.long, device=target.device)
-        at = 0
-        bar = tqdm(
-            total=len(rows), desc="hidden states", unit="row", disable=not (self.progress and whole)
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            order = epoch_order([p.n_rows for p in self.parts], self.weights, self.seed, number)
+            counts = torch.zeros(len(order.row), dtype=torch.long)
+            for i, of_part in enumerate(self._counts):
+                mine = order.part == i
+                counts[mine] = of_part[order.row[mine]]
+            cuts = list(range(0, len(order.row), self.buffer_rows))
+            buffers = [
+                Order(order.part[c : c + self.buffer_rows], order.row[c : c + self.buffer_rows])
+                for c in cuts
+            ]
+            ends = counts.cumsum(0)[[min(c + self.buffer_rows, len(counts)) - 1 for c in cuts]]
+            steps = int(ends[-1]) // self.positions
+            if not steps:
+                raise InputError(
+                    f"{int(ends[-1])} positions to learn from are fewer than the {self.positions} "
+                    "of one optimiser step: give more rows, or lower optim.batch_positions"
+                )
+            # The one before may still be needed to tell where this one starts.
+            self._epochs = {n: e for n, e in self._epochs.items() if n >= number - 1}
+            self._epochs[number] = _Epoch(number, buffers, ends.tolist(), steps)
+        return self._epochs[number]
+
+    def _find(self, step: int) -> tuple[_Epoch, int]:
+        """The epoch of a step, and the step's place in it."""
+        while self._first_step[-1] <= step:
+            last = len(self._first_step) - 1
+            self._first_step.append(self._first_step[-1] + self._epoch(last).steps)
+        number = next(i for i, first in enumerate(self._first_step) if first > step) - 1
+        return self._epoch(number), step - self._first_step[number]
+
+    # -- buffers ---------------------------------------------------------------------------
+
+    def _load(self, place: tuple[int, int], buffer: Order) -> tuple[dict[str, Tensor], Tensor]:
+        """Columns of a buffer's rows, and its starts in the order that they are used in."""
+        pieces = [
+            part.load(buffer.row[buffer.part == i], place)
+            for i, part in enumerate(self.parts)
+            if bool((buffer.part == i).any())
+        ]
+        columns = pieces[0] if len(pieces) == 1 else _joined(pieces)
+        offsets = columns.pop("offsets")
+        lengths = offsets[1:] - offsets[:-1]
+        columns["end"] = torch.repeat_interleave(offsets[1:], lengths)
+        starts = starts_of(columns["supervised"], columns["end"], self.labels)
+        generator = torch.Generator().manual_seed(
+            ((self.seed * 1_000_003 + place[0]) * 1_000_003 + place[1]) & (2**63 - 1)
         )
-        with bar, torch.no_grad():
-            for batch in batches_by_length(answers, rows, self.config.forward_tokens):
-                tokens, lengths = right_padded(answers, batch)
-                place = torch.arange(tokens.shape[1])
-                real = (place < lengths[:, None]).to(target.device)
-                hidden = target.states(tokens.to(target.device), lengths.to(target.device))[real]
-                where = (answers.offsets[batch][:, None] + place).to(target.device)[real]
-                if not whole:
-                    self._slot[where] = torch.arange(at, at + len(where), device=target.device)
-                    where = self._slot[where]
-                    at += len(where)
-                states[where] = hidden
-                if greedy:
-                    picks[where] = target.project(hidden).argmax(-1)
-                bar.update(len(batch))
-        return states, picks
+        return columns, starts[torch.randperm(len(starts), generator=generator)]
 
-    def _start_epoch(self, epoch: int) -> None:
-        """The epoch's order: `_order` (starts), and which buffer each stretch of it belongs to."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        rows = torch.randperm(self.answers.n_rows, generator=generator)
-        pieces, self._buffers, self._buffer_end, end = [], [], [], 0
-        for chunk in rows.split(self.config.buffer_rows):
-            counts = self._starts_per_row[chunk]
-            first = torch.repeat_interleave(self._first_start[chunk], counts)
-            within = torch.arange(len(first)) - torch.repeat_interleave(
-                counts.cumsum(0) - counts, counts
-            )
-            starts = self._starts[first + within]
-            pieces.append(starts[torch.randperm(len(starts), generator=generator)])
-            end += len(starts)
-            self._buffers.append(chunk.tolist())
-            self._buffer_end.append(end)
-        self._order = torch.cat(pieces)
-        self._epoch, self._buffer = epoch, None
+    def _buffer(self, epoch: _Epoch, number: int) -> tuple[dict[str, Tensor], Tensor]:
+        place = (epoch.number, number)
+        if self._loaded is None or self._loaded[0] != place:
+            clock = time.perf_counter()
+            ahead, self._next = self._next, None
+            found = ahead[1].result() if ahead is not None else None
+            if found is None or ahead[0] != place:
+                found = self._load(place, epoch.buffers[number])
+            self._loaded = (place, *found)
+            self.wait_s += time.perf_counter() - clock
+            if self._pool is not None:
+                if number + 1 < len(epoch.buffers):
+                    after, buffer = (epoch.number, number + 1), epoch.buffers[number + 1]
+                else:
+                    after, buffer = (epoch.number + 1, 0), self._epoch(epoch.number + 1).buffers[0]
+                self._next = (after, self._pool.submit(self._load, after, buffer))
+        return self._loaded[1:]
+
+    # -- batches ---------------------------------------------------------------------------
 
     def step(self, step: int) -> Batch:
-        """All positions of optimiser step `step` (0, 1, ...)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._start_epoch(epoch)
+        """All positions of optimiser step `step` (0, 1, ...), on the target's device."""
+        epoch, within = self._find(step)
         begin = within * self.positions
         end = begin + self.positions
-        if self._states is not None:
-            return self._gather(self._order[begin:end], self._states, self._greedy, None)
         pieces, low = [], 0
-        for number, high in enumerate(self._buffer_end):
+        for number, high in enumerate(epoch.ends):
             if low < end and begin < high:
-                if self._buffer is None or self._buffer[0] != number:
-                    self._buffer = (number, *self._run_target(self._buffers[number]))
-                starts = self._order[max(low, begin) : min(high, end)]
-                pieces.append(self._gather(starts, *self._buffer[1:], self._slot))
+                columns, starts = self._buffer(epoch, number)
+                pieces.append(self._gather(columns, starts[max(low, begin) - low : end - low]))
             low = high
-        return _joined(pieces)
+        return self._to_device(_joined_batches(pieces))
 
     def batches(self, positions: int) -> list[Batch]:
-        """Every start once, in order, `positions` at a time (for measuring; states in memory)."""
-        starts = self._starts.split(positions)
-        return [self._gather(s, self._states, self._greedy, None) for s in starts]
+        """Every start once, in order, `positions` at a time (for measuring; few rows)."""
+        columns = self.parts[0].load(torch.arange(self.parts[0].n_rows), (0, 0))
+        offsets = columns.pop("offsets")
+        columns["end"] = torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1])
+        starts = starts_of(columns["supervised"], columns["end"], self.labels)
+        return [self._to_device(self._gather(columns, s)) for s in starts.split(positions)]
 
-    def _gather(
-        self, starts: Tensor, states: Tensor, greedy: Tensor | None, slot: Tensor | None
-    ) -> Batch:
-        """starts: (P,) flat positions t. states, greedy: by flat position, through `slot` if given.
-        """
-        t = starts.to(self._tokens.device)
-        last = self._row_end[t] - 1
-        depths = torch.arange(1, self.depth + 1, device=t.device)
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.target.device
+        return Batch(*[None if f is None else f.to(device) for f in batch._fields()])
+
+    def _gather(self, columns: dict[str, Tensor], t: Tensor) -> Batch:
+        """t: (P,) positions in the buffer."""
+        last = columns["end"][t] - 1
+        depths = torch.arange(1, self.depth + 1)
         seen = torch.minimum(t[:, None] + depths, last[:, None])  # (P, K): t+1 .. t+K
-        label = torch.minimum(seen + 1, last[:, None])  # t+2 .. t+K+1
-        mask = (t[:, None] + depths < last[:, None]) & self._supervised[label]
-
-        def read(values: Tensor, index: Tensor) -> Tensor:
-            return values[index if slot is None else slot[index]]
-
-        labels = self._tokens[label] if greedy is None else read(greedy, seen)
+        if self.labels == "local":
+            said = columns["continuation"][t, : self.depth + 1].long()  # t+1 .. t+K+1
+            tokens, labels, mask = said[:, :-1], said[:, 1:], said[:, 1:] >= 0
+            tokens, labels = tokens.clamp(min=0), labels.clamp(min=0)
+        else:
+            after = torch.minimum(seen + 1, last[:, None])  # t+2 .. t+K+1
+            mask = (t[:, None] + depths < last[:, None]) & columns["supervised"][after]
+            tokens = columns["tokens"][seen].long()
+            labels = columns["tokens"][after].long()
+            if self.labels == "greedy":
+                labels = columns["continuation"][seen, 0].long().clamp(min=0)
         if self._to_draft is not None:
             labels = self._to_draft[labels]
             mask = mask & (labels >= 0)
             labels = labels.clamp(min=0)
-        teacher = read(states, seen) if self.teacher else None
-        return Batch(read(states, t), self._tokens[seen], labels, mask, teacher)
+        dtype = self.target.dtype
+        teacher = decoded(columns, seen, dtype) if self.teacher else None
+        return Batch(decoded(columns, t, dtype), tokens, labels, mask, teacher)
 
 
-def _starts(answers: Answers, row: Tensor) -> Tensor:
-    """Flat positions t whose token t+2 is supervised and of the same row."""
-    t = torch.arange(len(answers.tokens) - 2)
-    return t[(row[t] == row[t + 2]) & answers.supervised[t + 2]]
+def starts_of(supervised: Tensor, end: Tensor, labels: Labels) -> Tensor:
+    """Positions where a draft could begin, ascending.
+
+    supervised: (S,) bool; end: (S,) int64, where the position's row ends
+    """
+    after = 1 if labels == "local" else 2
+    t = torch.arange(max(0, len(supervised) - after))
+    return t[(t + after < end[t]) & supervised[t + after]]
 
 
-def _joined(pieces: list[Batch]) -> Batch:
+def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Columns of several parts, one after the other."""
+    joined = {k: torch.cat([p[k] for p in pieces]) for k in pieces[0] if k != "offsets"}
+    offsets, at = [torch.zeros(1, dtype=torch.long)], 0
+    for piece in pieces:
+        offsets.append(piece["offsets"][1:] + at)
+        at += int(piece["offsets"][-1])
+    return {**joined, "offsets": torch.cat(offsets)}
+
+
+def _joined_batches(pieces: list[Batch]) -> Batch:
     if len(pieces) == 1:
         return pieces[0]
-    columns = zip(*([p.context, p.tokens, p.labels, p.mask, p.teacher] for p in pieces),
-                  strict=True)
+    columns = zip(*(p._fields() for p in pieces), strict=True)
     return Batch(*[None if column[0] is None else torch.cat(column) for column in columns])
 
 
-def frequent_ids(answers: Answers, n: int, vocab_size: int) -> Tensor:
-    """(n,) int64, the most frequent tokens of the answers, in ascending order of id."""
-    counts = torch.bincount(answers.tokens[answers.supervised], minlength=vocab_size)
+def frequent_ids(parts: Sequence[Part], n: int, vocab_size: int) -> Tensor:
+    """(n,) int64, the most frequent supervised tokens, in ascending order of id."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for part in parts:
+        store = part.store if isinstance(part, Stored) else part.rows
+        kept = torch.arange(part.n_rows) if isinstance(part, Stored) else part.kept
+        for chunk in kept.split(4096):
+            rows = store.rows(chunk)
+            counts += torch.bincount(rows.tokens[rows.supervised], minlength=vocab_size)
     return counts.argsort(descending=True, stable=True)[:n].sort().values

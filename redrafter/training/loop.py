@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from redrafter.config import OptimConfig, TrainConfig
 from redrafter.contracts import InputError
-from redrafter.data.answers import Answers, make_answers
-from redrafter.data.prompts import Prompt, load_prompts
+from redrafter.data.reading import Part
 from redrafter.files import (
     plain_values,
     provenance,
@@ -29,6 +28,7 @@ from redrafter.files import (
 from redrafter.heads.recurrent import RecurrentHead, load_head
 from redrafter.target.model import Target, load_target
 from redrafter.training import checkpoint
+from redrafter.training.data import data_folder, held_out_prompts, load_training_data
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
 from redrafter.training.step import batch_loss, needs_teacher, total_weight
@@ -37,9 +37,10 @@ from redrafter.training.step import batch_loss, needs_teacher, total_weight
 _FREE = frozenset(
     {
         "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
-        "target.path", "target.device", "target.revision", "data.prompts", "data.answers",
-        "data.keep_states", "data.max_state_bytes", "data.answer_batch", "data.forward_tokens",
-        "loss.chunk_rows",
+        "target.path", "target.device", "target.revision", "loss.chunk_rows",
+        # The digest of the data tells whether these changed anything.
+        "data.stores", "data.source.", "data.text", "data.answers.", "data.states.", "data.mode",
+        "data.folder", "data.source",
     }
 )  # fmt: skip
 
@@ -82,7 +83,7 @@ def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.Adam
     )
 
 
-def make_head(config: TrainConfig, target: Target, answers: Answers) -> RecurrentHead:
+def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> RecurrentHead:
     """A new head for the target, or the one to go on from; float32."""
     wanted = config.head
     if wanted.init_from is not None:
@@ -92,7 +93,7 @@ def make_head(config: TrainConfig, target: Target, answers: Answers) -> Recurren
     else:
         draft_ids = None
         if wanted.draft_vocab_size is not None:
-            draft_ids = frequent_ids(answers, wanted.draft_vocab_size, target.vocab_size)
+            draft_ids = frequent_ids(parts, wanted.draft_vocab_size, target.vocab_size)
         fields = {
             name: getattr(wanted, name)
             for name in ("num_draft_layers", "exit_dim", "first_state", "cell", "embedding_scale",
@@ -122,20 +123,26 @@ class Run:
         check_processes(self.accelerator)
         self.target = load_target(config.target)
         torch.manual_seed(config.seed)
-        answers = self._answers()
-        self.head = make_head(config, self.target, answers)
+        data = load_training_data(config, self.target)
+        self.head = make_head(config, self.target, data.parts)
         optim, loss = config.optim, config.loss
+        if needs_teacher(loss) and config.data.labels == "local":
+            raise InputError(
+                "data.labels local has no hidden states for the tokens it adds: give loss.kl and "
+                "its like no weight, or take labels tokens"
+            )
         self.feed = Feed(
-            self.target, answers, config.data,
+            self.target, data.parts, data.weights,
             positions=optim.batch_positions * optim.accumulation, depth=optim.depth,
-            seed=config.seed, draft_ids=getattr(self.head, "draft_ids", None),
-            teacher=needs_teacher(loss), progress=True,
+            seed=config.seed, buffer_rows=config.data.buffer_rows, labels=config.data.labels,
+            draft_ids=getattr(self.head, "draft_ids", None), teacher=needs_teacher(loss),
         )  # fmt: skip
-        self.data_digest = answers.digest
+        self.data_digest = data.digest
         self.measure = None
         if config.eval.prompts > 0:
-            folder = self.answers_folder / "heldout"
-            self.measure = Measure(self.target, self._prompts("last"), config, folder)
+            folder = data_folder(config)
+            prompts = held_out_prompts(config, self.target, folder)
+            self.measure = Measure(self.target, prompts, config, folder)
         self.model, self.optimizer = self.accelerator.prepare(
             self.head, make_optimizer(self.head, optim)
         )
@@ -144,35 +151,6 @@ class Run:
         self.history: list[dict[str, Any]] = []
         if resume_from is not None:
             self._resume(resume_from)
-
-    # -- data ------------------------------------------------------------------------------
-
-    @property
-    def answers_folder(self) -> Path:
-        return Path(self.config.data.answers or self.out / "answers")
-
-    def _prompts(self, part: str) -> list[Prompt]:
-        data, measured = self.config.data, self.config.eval
-        first = part == "first"
-        room = data.max_new_tokens if first else measured.max_new_tokens
-        context = self.target.max_positions
-        own_file = not first and measured.file is not None
-        return load_prompts(
-            measured.file if own_file else data.prompts, self.target.tokenizer, data.format,
-            n=data.n_prompts if first else measured.prompts,
-            part=part, holdout_rows=0 if own_file else data.holdout_rows,
-            text_prompt_tokens=data.text_prompt_tokens,
-            max_tokens=None if context is None else context - room,
-        )  # fmt: skip
-
-    def _answers(self) -> Answers:
-        data = self.config.data
-        return make_answers(
-            self.target, self._prompts("first"),
-            temperatures=data.temperatures, samples_per_prompt=data.samples_per_prompt,
-            max_new_tokens=data.max_new_tokens, batch_size=data.answer_batch,
-            seed=self.config.seed, folder=self.answers_folder / "train",
-        )  # fmt: skip
 
     # -- the loop --------------------------------------------------------------------------
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from redrafter.config import TrainConfig
-from redrafter.data.answers import generation_config, make_answers
-from redrafter.data.prompts import Prompt
+from redrafter.config import AnswersConfig, StatesConfig, TrainConfig
+from redrafter.data.answers import build_answers, generation_config
+from redrafter.data.reading import Fresh
+from redrafter.data.states import StateMaker
+from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead
@@ -25,22 +25,24 @@ class Measure:
     top_1, top_5: by depth, teacher-forced on the target's own answers to the prompts
     """
 
-    def __init__(
-        self, target: Target, prompts: Sequence[Prompt], config: TrainConfig, folder: Path
-    ):
-        self.target, self.prompts, self.config = target, prompts, config
+    def __init__(self, target: Target, prompts: Store, config: TrainConfig, folder: Path):
+        self.target, self.config = target, config
+        rows = prompts.rows()
+        self.prompts = [rows.ids(i) for i in range(rows.n_rows)]
+        self.source_rows = prompts.source_row.tolist()
         self.names = [temperature_name(t) for t in config.eval.temperatures]
-        data = replace(config.data, keep_states="memory", labels="tokens")
+        forward_tokens = config.data.states.forward_tokens
         self.feeds: dict[str, Feed] = {}
         for temperature, name in zip(config.eval.temperatures, self.names, strict=True):
-            answers = make_answers(
-                target, prompts, temperatures=[temperature], samples_per_prompt=1,
-                max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
-                seed=config.seed, folder=folder,
+            how = AnswersConfig(
+                temperatures=(temperature,), max_new_tokens=config.eval.max_new_tokens,
+                batch_size=config.eval.batch_size,
             )  # fmt: skip
-            self.feeds[name] = Feed(
-                target, answers, data, positions=1, depth=config.optim.depth, seed=0
+            answers = build_answers(
+                target, prompts, how, folder, seed=config.seed, named=True, progress=False
             )
+            part = Fresh(answers, StateMaker(target, StatesConfig(forward_tokens=forward_tokens)))
+            self.feeds[name] = Feed(target, [part], positions=1, depth=config.optim.depth, seed=0)
 
     def __call__(self, head: RecurrentHead) -> dict[str, Any]:
         rates, top_1, top_5 = {}, {}, {}
@@ -59,11 +61,12 @@ class Measure:
         emitted = steps = 0
         for start in range(0, len(self.prompts), measured.batch_size):
             batch = self.prompts[start : start + measured.batch_size]
+            rows = self.source_rows[start : start + measured.batch_size]
             made = speculative(
                 self.target,
-                [p.ids for p in batch],
+                batch,
                 config,
-                seeds=[self.config.seed + p.row for p in batch],
+                seeds=[self.config.seed + row for row in rows],
                 drafter=RecurrentDrafter(head, self.target, measured.tree),
             )
             emitted += sum(made.stats.emitted)

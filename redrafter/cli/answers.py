@@ -1,0 +1,45 @@
+"""`data/answers.py`: let the target answer prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.cli.models import load_both
+from redrafter.config import MakeAnswersConfig
+from redrafter.contracts import InputError
+
+_DESCRIPTION = """\
+Second stage of the data: the target's own answers, which is what a draft head should learn from.
+
+  python data/answers.py --target.path MODEL --prompts data/prompts --output_dir data/answers
+
+Goes on where it stopped after an interruption. An answer depends on its prompt, the temperature
+and the seed, not on the batch or on how it was drafted.
+"""
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(MakeAnswersConfig, argv, "data/answers.py", _DESCRIPTION)
+    from redrafter.data.answers import build_answers
+    from redrafter.data.build_rows import report
+    from redrafter.data.store import Store
+    from redrafter.drafters.lookup import PromptLookup
+    from redrafter.drafters.recurrent import RecurrentDrafter
+
+    if (config.drafter == "head") != (config.head is not None):
+        raise InputError("drafter head goes with --head FOLDER, and only with it")
+    prompts = Store(config.prompts, "prompts")
+    target, head = load_both(config)
+    makers = {
+        "none": None,
+        "lookup": PromptLookup,
+        "head": lambda: RecurrentDrafter(head, target, config.tree),
+    }
+    store = build_answers(
+        target, prompts, config.answers, config.output_dir,
+        seed=config.seed, drafter=makers[config.drafter],
+    )  # fmt: skip
+    print(report(store))
+    return 0

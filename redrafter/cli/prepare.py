@@ -1,0 +1,49 @@
+"""`data/prepare.py`: text of a source as rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.config import PrepareConfig
+from redrafter.contracts import InputError
+
+_DESCRIPTION = """\
+First stage of the data: read text, apply the target's own chat template, write rows of tokens.
+
+  python data/prepare.py --target.path MODEL --source.path FILE.jsonl --output_dir data/prompts
+      prompts, for the target to answer (data/answers.py): the usual way
+  python data/prepare.py --target.path MODEL --source.path FILE.jsonl --keep texts --show 3
+      whole texts; prints three with what would be learned from in colour, and writes nothing
+"""
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(PrepareConfig, argv, "data/prepare.py", _DESCRIPTION)
+    from redrafter.data.build_rows import build_rows, report
+    from redrafter.data.chat import Renderer
+    from redrafter.data.prepare import prepared
+    from redrafter.data.show import show_rows
+    from redrafter.data.sources import read_source
+    from redrafter.target.model import context_of, load_model_config, load_tokenizer
+
+    if config.output_dir is None and not config.show:
+        raise InputError("give --output_dir to write rows, --show 5 to look at some, or both")
+    tokenizer = load_tokenizer(config.target)
+    if tokenizer is None:
+        raise InputError(f"target.path: {config.target.path!r} has no tokenizer")
+    max_tokens = config.max_tokens
+    if max_tokens is None:
+        max_tokens = context_of(load_model_config(config.target).get_text_config())
+    if config.show:
+        renderer = Renderer(tokenizer, config.source)
+        source = read_source(config.source)
+        found = prepared(source, renderer, config.source, config.keep, max_tokens)
+        show_rows(found, tokenizer, config.show)
+    if config.output_dir is not None:
+        store = build_rows(
+            config.source, tokenizer, config.keep, config.output_dir, max_tokens=max_tokens
+        )
+        print(report(store))
+    return 0

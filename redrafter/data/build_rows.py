@@ -1,0 +1,139 @@
+"""First stage: text of a source as rows of tokens, in a store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from redrafter.config import SourceConfig
+from redrafter.contracts import InputError
+from redrafter.data.chat import Renderer
+from redrafter.data.prepare import prepared
+from redrafter.data.rows import RejectedRow, TokenRow
+from redrafter.data.sources import read_source
+from redrafter.data.store import Store, open_job
+from redrafter.files import plain_values
+from redrafter.target.identity import text_identity
+
+_SHARD_ROWS = 4096
+# Where a source lies and how it is read do not matter, what was read does.
+_FREE = {"path", "streaming", "max_failed_rows", "revision", "split", "subset"}
+Item = TypeVar("Item")
+
+
+def build_rows(
+    config: SourceConfig,
+    tokenizer: Any,
+    keep: Literal["prompts", "texts"],
+    folder: str | Path,
+    *,
+    max_tokens: int | None = None,
+    named: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Read a source into `folder`, or open what was read before.
+
+    keep: what stands before the answer, for the target to go on; or whole texts with their masks
+    max_tokens: longer rows are skipped and counted
+    named: use a folder in `folder` that is named after the content
+    Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
+    and failed ones add up to the rows read.
+    """
+    source = read_source(config)
+    identity = {
+        "source": source.digest,
+        "read_as": {k: v for k, v in plain_values(config).items() if k not in _FREE},
+        "text": text_identity(tokenizer),
+        "max_tokens": max_tokens,
+    }
+    read = lambda: prepared(source, Renderer(tokenizer, config), config, keep, max_tokens)  # noqa: E731
+    store = write_rows(read, keep, folder, identity, named, _total(source) if progress else 0)
+    if not store.n_rows:
+        reasons = {r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"]}
+        raise InputError(
+            f"{config.path}: none of {store.manifest['input']} rows can be used "
+            f"({'; '.join(sorted(reasons)[:3])})"
+        )
+    return store
+
+
+def write_rows(
+    read: Callable[[], Iterable[TokenRow | RejectedRow]],
+    kind: str,
+    folder: str | Path,
+    identity: dict[str, Any],
+    named: bool = False,
+    total: int | None = 0,
+) -> Store:
+    """Rows into a store, or what was written before.
+
+    read: called only if there is something to do
+    total: rows to expect, for the progress bar (None: unknown; 0: no bar)
+    """
+    job = open_job(folder, kind, identity, named)
+    if job.complete:
+        return Store(job.folder)
+    bar = tqdm(read(), total=total, desc=kind, unit="row", disable=total == 0)
+    row = shards = n = 0
+    for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):
+        kept = [item for item in chunk if isinstance(item, TokenRow)]
+        if index not in job.receipts:
+            left_out = [asdict(item) for item in chunk if isinstance(item, RejectedRow)]
+            job.write(index, columns_of(kept, range(row, row + len(kept))), left_out)
+        row, shards, n = row + len(kept), index + 1, n + len(chunk)
+    job.finish(shards, input=n)
+    return Store(job.folder)
+
+
+def _total(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def columns_of(rows: Iterable[TokenRow], numbers: Iterable[int]) -> dict[str, Tensor]:
+    """Rows as the columns of a shard (see `store.py`). numbers: their numbers in the job."""
+    rows = list(rows)
+    return {
+        "row": torch.tensor(list(numbers), dtype=torch.long),
+        "source_row": torch.tensor([r.source_row for r in rows], dtype=torch.long),
+        "length": torch.tensor([len(r.ids) for r in rows], dtype=torch.int32),
+        "tokens": torch.tensor([t for r in rows for t in r.ids], dtype=torch.int32),
+        "supervised": torch.tensor([s for r in rows for s in r.supervised], dtype=torch.bool),
+    }
+
+
+def batched(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
+    """Lists of n items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, n)):
+        yield chunk
+
+
+def report(store: Store) -> str:
+    """One line about what a store holds, and one per reason for which rows were left out."""
+    counts, given = store.counts, store.manifest.get("input")
+    lines = [
+        f"{store.name}: {counts['rows']} rows of {store.identity['kind']}, {counts['tokens']} "
+        f"tokens, {counts['supervised']} of them supervised, {counts['bytes'] / 1e6:.1f} MB"
+    ]
+    if given is not None:
+        duplicates = store.manifest.get("duplicates", 0)
+        lines.append(
+            f"  {given} given = {counts['rows']} written + {counts['skipped'] + duplicates} "
+            f"skipped + {counts['failed']} failed"
+        )
+    reasons = Counter(r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"])
+    if store.manifest.get("duplicates"):
+        reasons["duplicate"] += store.manifest["duplicates"]
+    lines += [f"  {n} x {reason}" for reason, n in reasons.most_common(10)]
+    return "\n".join(lines)

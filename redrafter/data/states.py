@@ -1,0 +1,274 @@
+"""Third stage: what a head reads and learns at every position, made by one teacher-forced pass.
+
+Columns added to tokens and masks, flat over the tokens of all rows:
+
+    states (S, H)             hidden state that feeds lm_head, in the store's dtype
+    scale (S, 1) float32      only for int8: states = int8 * scale, one scale per position
+    continuation (S, n) int32 what the target says greedily after the row up to and including this
+                              position; -1 where nothing is supervised next, and after an EOS
+    teacher_ids (S, k) int32, teacher_log_p (S, k) float32
+                              the k most probable next tokens at temperature 1
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from redrafter.config import StatesConfig
+from redrafter.contracts import InputError
+from redrafter.data.answers import check_same_text
+from redrafter.data.local import continue_greedily
+from redrafter.data.rows import Rows, batches_by_length, right_padded
+from redrafter.data.store import Job, Store, open_job
+from redrafter.target.identity import target_identity
+from redrafter.target.model import Target
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "int8": torch.int8, "float64": torch.float64,
+}  # fmt: skip
+
+
+class StateMaker:
+    """Makes the columns above for rows of tokens: the one place that does, whether they go to a
+    store or straight to the trainer."""
+
+    def __init__(self, target: Target, config: StatesConfig, continuation: int = 0):
+        self.target, self.config, self.continuation = target, config, continuation
+        name = config.dtype
+        self.dtype = target.dtype if name == "auto" else DTYPES[name]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "target": target_identity(self.target),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "continuation": self.continuation,
+            "teacher_top_k": self.config.teacher_top_k,
+        }
+
+    def bytes_per_token(self) -> int:
+        """On disk, tokens and mask included."""
+        item = torch.empty(0, dtype=self.dtype).element_size()
+        scale = 4 if self.dtype == torch.int8 else 0
+        extra = 4 * self.continuation + 8 * (self.config.teacher_top_k or 0)
+        return 4 + 1 + self.target.hidden_size * item + scale + extra
+
+    @torch.no_grad()
+    def columns(self, rows: Rows, bar: tqdm | None = None) -> dict[str, Tensor]:
+        """The columns of all `rows`, flat and in their order, on the CPU."""
+        target, total = self.target, len(rows.tokens)
+        out = {"states": torch.empty(total, target.hidden_size, dtype=self.dtype)}
+        if self.dtype == torch.int8:
+            out["scale"] = torch.empty(total, 1)
+        if self.continuation:
+            out["continuation"] = torch.full((total, self.continuation), -1, dtype=torch.int32)
+        if k := self.config.teacher_top_k:
+            out["teacher_ids"] = torch.empty(total, k, dtype=torch.int32)
+            out["teacher_log_p"] = torch.empty(total, k)
+        lengths = rows.lengths()
+        for batch in batches_by_length(lengths, range(rows.n_rows), self.config.forward_tokens):
+            tokens, n = right_padded(rows, batch)
+            place = torch.arange(tokens.shape[1])
+            real = place < n[:, None]
+            where = (rows.offsets[batch][:, None] + place)[real]
+            hidden = target.states(tokens.to(target.device))[real.to(target.device)]
+            for name, values in self._encode(hidden).items():
+                out[name][where] = values.to("cpu")
+            if self.continuation == 1:  # no pass of its own: the choice is in the hidden state
+                wanted = wanted_positions(rows)[where]
+                picks = target.project(hidden).argmax(-1).to("cpu", torch.int32)
+                out["continuation"][where] = torch.where(wanted, picks, -1)[:, None]
+            elif self.continuation:
+                self._continue(rows, batch, out["continuation"])
+            if bar is not None:
+                bar.update(int(n.sum()))
+        return out
+
+    def _encode(self, hidden: Tensor) -> dict[str, Tensor]:
+        """hidden: (M, H) as the target made it."""
+        found = {"states": hidden.to(self.dtype)}
+        if self.dtype == torch.int8:
+            scale = hidden.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+            found = {"states": (hidden.float() / scale).round().to(torch.int8), "scale": scale}
+        if k := self.config.teacher_top_k:
+            best = self.target.project(hidden).float().log_softmax(-1).topk(k, dim=-1)
+            found |= {"teacher_ids": best.indices.int(), "teacher_log_p": best.values}
+        return found
+
+    def _continue(self, rows: Rows, batch: Sequence[int], out: Tensor) -> None:
+        wanted = wanted_positions(rows)
+        spans = [(int(rows.offsets[r]), int(rows.offsets[r + 1])) for r in batch]
+        found = continue_greedily(
+            self.target,
+            [rows.ids(r) for r in batch],
+            [wanted[begin:end].tolist() for begin, end in spans],
+            self.continuation,
+        )
+        for (begin, end), values in zip(spans, found, strict=True):
+            out[begin:end] = values.to("cpu", torch.int32)
+
+
+def wanted_positions(rows: Rows) -> Tensor:
+    """(S,) bool: positions whose next token is supervised (and of the same row)."""
+    wanted = torch.zeros_like(rows.supervised)
+    wanted[:-1] = rows.supervised[1:]
+    wanted[rows.offsets[1:] - 1] = False
+    return wanted
+
+
+def decoded(columns: dict[str, Tensor], index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hidden states at some positions, (..., H), as numbers of `dtype`."""
+    states = columns["states"][index]
+    if "scale" not in columns:
+        return states.to(dtype)
+    return (states.float() * columns["scale"][index]).to(dtype)
+
+
+def unique_rows(rows: Store) -> Tensor:
+    """(R,) int64, ascending: the rows that no earlier row equals in tokens and mask."""
+    seen: set[bytes] = set()
+    kept = []
+    for first in range(0, rows.n_rows, 4096):
+        chunk = rows.rows(range(first, min(first + 4096, rows.n_rows)))
+        offsets = chunk.offsets.tolist()
+        content = torch.stack((chunk.tokens, chunk.supervised.long()), 1).numpy()
+        for i, (begin, end) in enumerate(pairwise(offsets)):
+            digest = blake2b(content[begin:end].tobytes(), digest_size=12).digest()
+            if digest not in seen:
+                seen.add(digest)
+                kept.append(first + i)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def build_states(
+    target: Target,
+    rows: Store,
+    config: StatesConfig,
+    folder: str | Path,
+    *,
+    continuation: int = 0,
+    named: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Write the states of rows (texts or answers), or open what was written before.
+
+    continuation: n, greedy tokens per position; 0 for none
+    named: use a folder in `folder` that is named after the content
+    Raises InputError before any work where config.max_bytes or the disk is too small for it.
+    """
+    check_same_text(rows, target)
+    check_context(rows, target)
+    maker = StateMaker(target, config, continuation)
+    identity = {**maker.identity(), "rows": rows.digest, "shard_bytes": config.shard_bytes}
+    job = open_job(folder, "states", identity, named)
+    if job.complete:
+        return Store(job.folder)
+    kept = unique_rows(rows)
+    groups = groups_of(rows.lengths[kept] * maker.bytes_per_token(), config.shard_bytes)
+    todo = [g for i, g in enumerate(groups) if i not in job.receipts]
+    left = int(sum(rows.lengths[kept[g]].sum() for g in todo))
+    total = int(rows.lengths[kept].sum())
+    estimate(maker, job, rows, kept, total, left, progress)
+    with tqdm(total=total, initial=total - left, desc="hidden states", unit="token",
+              disable=not progress, unit_scale=True) as bar:  # fmt: skip
+        for index, group in enumerate(groups):
+            if index not in job.receipts:
+                job.write(index, state_columns(maker, rows, kept[group], bar))
+    job.finish(len(groups), **facts_of(rows, kept))
+    return Store(job.folder)
+
+
+def state_columns(maker: StateMaker, rows: Store, chosen: Tensor, bar: tqdm | None = None) -> dict:
+    """A shard of states: everything known of the chosen rows of a store."""
+    read = rows.rows(chosen)
+    return {
+        "row": chosen,
+        "source_row": rows.source_row[chosen],
+        "length": read.lengths().int(),
+        "tokens": read.tokens.int(),
+        "supervised": read.supervised,
+        **maker.columns(read, bar),
+    }
+
+
+def facts_of(rows: Store, kept: Tensor) -> dict[str, Any]:
+    """What the manifest adds to its counts: rows given, and duplicates among them."""
+    return {"input": rows.n_rows, "duplicates": rows.n_rows - len(kept)}
+
+
+def groups_of(sizes: Tensor, limit: int) -> list[Tensor]:
+    """Consecutive indices whose sizes (bytes) add up to at most `limit`, or one that is larger."""
+    groups, begin, used = [], 0, 0
+    for i, size in enumerate(sizes.tolist()):
+        if i > begin and used + size > limit:
+            groups.append(torch.arange(begin, i))
+            begin, used = i, 0
+        used += size
+    groups.append(torch.arange(begin, len(sizes)))
+    return groups
+
+
+def check_context(rows: Store, target: Target) -> None:
+    """Raises InputError where a row is longer than the target can read."""
+    context = target.max_positions
+    if context is not None and rows.n_rows and int(rows.lengths.max()) > context:
+        row = int(rows.lengths.argmax())
+        raise InputError(
+            f"{rows.name}: row {row} (row {int(rows.source_row[row])} of the source) has "
+            f"{int(rows.lengths[row])} tokens, the context of {target.name} {context}: make the "
+            "rows with --max_tokens"
+        )
+
+
+def estimate(
+    maker: StateMaker, job: Job, rows: Store, kept: Tensor, total: int, left: int, show: bool
+) -> None:
+    """Say how large and how long, and refuse what cannot fit."""
+    per_token, limit = maker.bytes_per_token(), maker.config.max_bytes
+    size, dtype = total * per_token, str(maker.dtype).removeprefix("torch.")
+    remedy = (
+        "raise max_bytes, take a smaller dtype (int8 is a quarter of float32), fewer rows, or "
+        "train with --data.mode online, which writes none"
+    )
+    if limit is not None and size > limit:
+        raise InputError(
+            f"{job.folder}: {total} tokens in {dtype} need {size} bytes ({readable(size)}), "
+            f"max_bytes is {limit}: {remedy}"
+        )
+    free = shutil.disk_usage(job.folder).free
+    if left * per_token > free:
+        raise InputError(
+            f"{job.folder}: {readable(left * per_token)} are still to be written, the disk has "
+            f"{readable(free)} left: free some, or {remedy}"
+        )
+    if not show or not left:
+        return
+    middle = int(kept[rows.lengths[kept].argsort()[len(kept) // 2]])
+    probe = rows.rows([middle] * max(1, maker.config.forward_tokens // int(rows.lengths[middle])))
+    clock = time.perf_counter()
+    maker.columns(probe)
+    seconds = (time.perf_counter() - clock) / len(probe.tokens) * left
+    print(
+        f"hidden states: {len(kept)} rows ({rows.n_rows - len(kept)} duplicates left out), "
+        f"{total} tokens, {readable(size)} in {dtype}, about {max(1, round(seconds / 60))} min"
+    )
+
+
+def readable(size: int) -> str:
+    """Bytes for people."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007
+        if value < 1000:
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"

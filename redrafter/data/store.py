@@ -1,0 +1,371 @@
+"""Rows on disk: safetensors shards, a receipt for each, and a manifest once all are there.
+
+    folder/job.json                what is being made (the identity), written before any work
+           shard-00000.safetensors  flat columns of some rows (below)
+           shard-00000.json        its receipt: digest, counts, rows left out
+           manifest.json           identity, totals and all receipts; its presence means complete
+
+Every file appears in one piece (written aside, synced, renamed), so after a kill at any moment a
+shard with a receipt is whole, and everything else is made again. Columns of a shard of R rows and
+S tokens:
+
+    row (R,) int64         number of the row in the job; a store is read in this order
+    source_row (R,) int64  row of the file or data set that it came from
+    length (R,) int32      tokens of the row
+    check (R, C) int64     CRC-32 of the row's part of every flat column, columns in order of
+                           name; compared whenever the part is read
+    tokens (S,) int32, supervised (S,) bool, and whatever else the job makes, flat (S, ...)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from redrafter.contracts import InputError
+from redrafter.data.remote import Folder, open_folder
+from redrafter.data.rows import Rows
+from redrafter.files import digest_file, digest_json, plain_values, remove_leftovers, write_json
+
+FORMAT = 1
+_PER_ROW = ("row", "source_row", "length", "check")
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+class Job:
+    """A store being written; the same call after an interruption goes on where it stopped.
+
+    folder: where it lies or will lie
+    identity: JSON-able; everything that the content depends on. Another identity in the same
+        folder is refused, so two jobs never mix
+    Raises InputError naming the folder and the values that differ.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, identity: dict[str, Any]):
+        self.folder = Path(folder)
+        self.identity = plain_values({**identity, "format": FORMAT, "kind": kind})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = self.folder / "job.json"
+        if found.exists():
+            _check_identity(_read_json(found), self.identity, self.folder)
+        elif any(self.folder.glob("shard-*")) or (self.folder / "manifest.json").exists():
+            raise InputError(f"{found} is missing, but {self.folder} holds shards: remove them")
+        else:
+            with disk_errors(self.folder):
+                write_json(found, self.identity)
+        remove_leftovers(self.folder)
+        self.receipts: dict[int, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("shard-*.json")):
+            receipt = _read_json(path)
+            shard = self.folder / receipt["file"] if receipt.get("file") else None
+            if shard is None or (shard.exists() and shard.stat().st_size == receipt["bytes"]):
+                self.receipts[int(path.stem.split("-")[1])] = receipt
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / "manifest.json").exists()
+
+    def write(
+        self, index: int, columns: dict[str, Tensor], rejected: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """One shard, whole or absent. columns: as in the module's docstring, `check` left out;
+        no columns where all of its rows were left out."""
+        receipt: dict[str, Any] = {"rows": 0, "tokens": 0, "file": None, "bytes": 0, "sha256": None}
+        with disk_errors(self.folder):
+            if columns and len(columns["length"]):
+                columns = {name: c.contiguous().cpu() for name, c in columns.items()}
+                columns["check"] = row_checks(columns)
+                path = self.folder / f"{shard_name(index)}.safetensors"
+                part = path.with_name(f".{path.name}.{os.getpid()}.part")
+                save_file(columns, part)
+                with open(part, "rb+") as file:
+                    os.fsync(file.fileno())
+                receipt |= {
+                    "rows": len(columns["length"]), "tokens": len(columns["tokens"]),
+                    "supervised": int(columns["supervised"].sum()),
+                    "file": path.name, "bytes": part.stat().st_size, "sha256": digest_file(part),
+                }  # fmt: skip
+                os.replace(part, path)
+            receipt["rejected"] = plain_values(list(rejected))
+            write_json(self.folder / f"{shard_name(index)}.json", receipt)
+        self.receipts[index] = receipt
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """All columns of a shard written before. Raises InputError naming it if it is damaged."""
+        path = self.folder / self.receipts[index]["file"]
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checks = columns.pop("check")
+            if not torch.equal(row_checks(columns), checks):
+                raise InputError(f"{path} is damaged: remove it, it is then made anew")
+        except (OSError, safetensors.SafetensorError, KeyError) as error:
+            message = f"{path} is damaged ({error}): remove it, it is then made anew"
+            raise InputError(message) from None
+        return columns
+
+    def finish(self, n_shards: int, **facts: Any) -> None:
+        """Write the manifest: from now on the folder is a store."""
+        missing = [i for i in range(n_shards) if i not in self.receipts]
+        if missing:
+            raise RuntimeError(f"{self.folder}: shards {missing[:5]} are not written")
+        shards = [self.receipts[i] for i in range(n_shards)]
+        rejected = [r for s in shards for r in s["rejected"]]
+        counts = {
+            "rows": sum(s["rows"] for s in shards),
+            "tokens": sum(s["tokens"] for s in shards),
+            "supervised": sum(s.get("supervised", 0) for s in shards),
+            "bytes": sum(s["bytes"] for s in shards),
+            "skipped": sum(not r["failed"] for r in rejected),
+            "failed": sum(r["failed"] for r in rejected),
+        }
+        content = {"identity": self.identity, "counts": counts, "shards": shards, **facts}
+        with disk_errors(self.folder):
+            write_json(self.folder / "manifest.json", content)
+
+
+def open_job(folder: str | Path, kind: str, identity: dict[str, Any], named: bool) -> Job:
+    """A job in `folder`, or in a folder there that is named after it, so that many can share it."""
+    if named:
+        folder = Path(folder) / f"{kind}-{digest_json([FORMAT, kind, identity])[:12]}"
+    return Job(folder, kind, identity)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk (or quota) says so, and that nothing is lost."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        for part in folder.glob(f".*.{os.getpid()}.part"):  # room for whatever comes next
+            part.unlink(missing_ok=True)
+        raise InputError(
+            f"{folder}: the disk is full. What is written is whole; free some space and run the "
+            "same command again to go on"
+        ) from error
+
+
+def row_checks(columns: dict[str, Tensor]) -> Tensor:
+    """(R, C) int64: CRC-32 over each flat column's part of a row, columns in order of name."""
+    ends = columns["length"].cumsum(0).tolist()
+    flat = [_bytes(columns[name]) for name in sorted(columns) if name not in _PER_ROW]
+    return torch.tensor(
+        [
+            [zlib.crc32(data[begin * width : end * width]) for data, width in flat]
+            for begin, end in zip([0, *ends], ends, strict=False)
+        ]
+    )
+
+
+def _bytes(column: Tensor) -> tuple[memoryview, int]:
+    """A flat column as bytes, and how many of them a token has."""
+    width = column[:1].numel() * column.element_size() if len(column) else 1
+    return memoryview(column.contiguous().view(-1).view(torch.uint8).numpy()), width
+
+
+def _check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    if found.get("format") != wanted["format"]:
+        raise InputError(_other_format(folder, found.get("format")))
+    a, b = _flat(found), _flat(wanted)
+    differing = [f"{k} {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+    if differing:
+        raise InputError(
+            f"{folder} holds another job ({'; '.join(differing[:4])}): give another folder, the "
+            "same settings, or remove it"
+        )
+
+
+def _other_format(folder: Path, found: Any) -> str:
+    return (
+        f"{folder} has store format {found!r}, this version reads and writes {FORMAT}: make it "
+        "anew, or use the version of redrafter that made it"
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix[:-1]: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): remove it to make it anew") from None
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+class Store:
+    """A complete store, read row by row from memory-mapped shards.
+
+    folder: a path, or a URL that fsspec knows (shards are then fetched when first needed)
+    kind: what it must hold; None takes any
+    What is kept in memory is a few numbers per row. Raises InputError naming what is missing,
+    damaged, unfinished or of another kind.
+    """
+
+    def __init__(self, folder: str | Path, kind: str | None = None):
+        self.files: Folder = open_folder(folder)
+        self.name = str(folder)
+        if not self.files.exists("manifest.json"):
+            begun = self.files.exists("job.json")
+            raise InputError(
+                f"{self.name} is not complete: run the command that makes it once more"
+                if begun
+                else f"{self.name} holds no store (no manifest.json); is the path right?"
+            )
+        self.manifest = _read_json(self.files.local("manifest.json"))
+        self.identity = self.manifest.get("identity", {})
+        if self.identity.get("format") != FORMAT:
+            raise InputError(_other_format(self.name, self.identity.get("format")))
+        if kind is not None and self.identity["kind"] != kind:
+            raise InputError(f"{self.name} holds {self.identity['kind']}, not {kind}")
+        self.counts = self.manifest["counts"]
+        self.shards = [s for s in self.manifest["shards"] if s["file"]]
+        self._index()
+
+    @property
+    def digest(self) -> str:
+        """Of everything that the content depends on, and of the content itself."""
+        return digest_json([self.identity, [s["sha256"] for s in self.shards]])
+
+    @property
+    def n_rows(self) -> int:
+        return len(self._shard)
+
+    def _index(self) -> None:
+        """Row -> shard, place in it, first token, length; sorted by the job's row number."""
+        shard, row, source_row, length, first, supervised = [], [], [], [], [], []
+        self.columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for number, entry in enumerate(self.shards):
+            with self._open(number) as file:
+                own = file.get_tensor("length").long()
+                if len(own) != entry["rows"]:
+                    raise InputError(self._damaged(number, f"{len(own)} rows in it"))
+                row.append(file.get_tensor("row"))
+                source_row.append(file.get_tensor("source_row"))
+                ends = own.cumsum(0)
+                mask = file.get_tensor("supervised")
+                if int(own.sum()) != len(mask):
+                    raise InputError(self._damaged(number, "its lengths do not fit its tokens"))
+                supervised.append(_starts_per_row(mask, own))
+                if not self.columns:
+                    for name in sorted(set(file.keys()) - set(_PER_ROW)):
+                        one = file.get_slice(name)[:1]
+                        self.columns[name] = (one.dtype, tuple(one.shape[1:]))
+            shard.append(torch.full_like(own, number))
+            length.append(own)
+            first.append(ends - own)
+        joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.long)
+                  for x in (row, shard, source_row, length, first)]  # fmt: skip
+        place = torch.cat([torch.arange(len(x)) for x in length]) if length else joined[0]
+        order = joined[0].argsort(stable=True)
+        self.row, self._shard, self.source_row, self.lengths, self._first = (
+            x[order] for x in joined
+        )
+        self._place = place[order]
+        self.starts = (torch.cat(supervised) if supervised else torch.zeros(0, 2).long())[order]
+
+    @contextmanager
+    def _open(self, number: int) -> Iterator[Any]:
+        """A shard, mapped only while it is read, so that what was read can leave the memory."""
+        entry = self.shards[number]
+        path = self.files.local(entry["file"], entry["bytes"], entry["sha256"])
+        if path is None or not path.exists():
+            raise InputError(
+                f"{self.name}/{entry['file']} is missing: bring it back, or remove its receipt "
+                "and manifest.json and run the command that made the store"
+            )
+        if path.stat().st_size != entry["bytes"]:
+            raise InputError(self._damaged(number, f"{path.stat().st_size} bytes long"))
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                yield file
+        except (OSError, safetensors.SafetensorError, KeyError) as error:
+            raise InputError(self._damaged(number, str(error))) from None
+
+    def _damaged(self, number: int, why: str) -> str:
+        entry = self.shards[number]
+        return (
+            f"{self.name}/{entry['file']} is damaged ({why}; {entry['bytes']} bytes and "
+            f"{entry['rows']} rows are recorded): remove it, its receipt and manifest.json, and "
+            "run the command that made the store"
+        )
+
+    def read(self, rows: Sequence[int], columns: Sequence[str]) -> dict[str, Tensor]:
+        """Flat columns of some rows, in the order asked for; each row is checked.
+
+        Returns `columns` as (S, ...) tensors that own their memory, and `offsets` (R + 1,).
+        Raises InputError naming the shard and row that do not have the content recorded.
+        """
+        chosen = torch.as_tensor(rows, dtype=torch.long)
+        lengths = self.lengths[chosen]
+        offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        total = int(offsets[-1])
+        out = {n: torch.empty(total, *self.columns[n][1], dtype=self.columns[n][0])
+               for n in columns}  # fmt: skip
+        shard, names = self._shard[chosen], sorted(self.columns)
+        for number in shard.unique().tolist():
+            with self._open(number) as file:
+                checks = file.get_tensor("check")
+                slices = {name: file.get_slice(name) for name in columns}
+                for i in (shard == number).nonzero()[:, 0].tolist():
+                    row = int(chosen[i])
+                    begin, n = int(self._first[row]), int(self.lengths[row])
+                    for name, part in slices.items():
+                        piece = part[begin : begin + n]
+                        expected = int(checks[self._place[row], names.index(name)])
+                        if zlib.crc32(_bytes(piece)[0]) != expected:
+                            what = f"row {row}, {name}, is not what was written"
+                            raise InputError(self._damaged(number, what))
+                        out[name][int(offsets[i]) : int(offsets[i + 1])] = piece
+        return {**out, "offsets": offsets}
+
+    def rows(self, rows: Sequence[int] | None = None) -> Rows:
+        """Tokens and masks of some rows (None: all)."""
+        found = self.read(range(self.n_rows) if rows is None else rows, ["tokens", "supervised"])
+        return Rows(found["tokens"].long(), found["supervised"], found["offsets"])
+
+    def verify(self) -> None:
+        """Every shard's digest. Raises InputError naming the first one that differs."""
+        for number, entry in enumerate(self.shards):
+            path = self.files.local(entry["file"], entry["bytes"], entry["sha256"])
+            with self._open(number):
+                pass
+            if digest_file(path) != entry["sha256"]:
+                raise InputError(self._damaged(number, "its digest differs"))
+
+
+def _starts_per_row(supervised: Tensor, lengths: Tensor) -> Tensor:
+    """(R, 2) int64: tokens that are supervised and have one, or two, tokens of their row before
+    them (what a draft could begin at; see `training/feed.py`)."""
+    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    place = torch.arange(len(supervised)) - torch.repeat_interleave(offsets[:-1], lengths)
+    counts = []
+    for before in (1, 2):
+        total = torch.cat((lengths.new_zeros(1), (supervised & (place >= before)).cumsum(0)))
+        counts.append(total[offsets[1:]] - total[offsets[:-1]])
+    return torch.stack(counts, 1)

@@ -1,0 +1,168 @@
+"""From the configuration to what a training reads: the stages of the pipeline, one after another.
+
+    source --build_rows--> prompts --build_answers--> answers --build_states--> states
+                    \\-----> texts ------------------------------/
+
+Each stage is a store that is made once and found again; with stores given, none is made.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from redrafter.config import DataConfig, SourceConfig, TrainConfig
+from redrafter.contracts import InputError
+from redrafter.data.answers import build_answers
+from redrafter.data.build_rows import build_rows, write_rows
+from redrafter.data.chat import Renderer
+from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
+from redrafter.data.rows import TokenRow
+from redrafter.data.sources import read_source
+from redrafter.data.states import StateMaker, build_states, check_context
+from redrafter.data.store import Store
+from redrafter.files import digest_json
+from redrafter.target.identity import target_identity
+from redrafter.target.model import Target
+
+
+@dataclass
+class TrainingData:
+    """parts, weights: see `reading.py`; digest: of all that the batches' content depends on."""
+
+    parts: list[Part]
+    weights: list[float]
+    digest: str
+
+
+def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
+    """Read the stores named, or make what is missing. Raises InputError where it does not fit."""
+    data = config.data
+    if data.stores:
+        return _from_stores(data, target, config.optim.depth)
+    if data.source is None:
+        raise InputError(
+            "nothing to learn from: give --data.source.path (text or prompts) or --data.stores "
+            "(hidden states made by data/states.py)"
+        )
+    folder = data_folder(config)
+    rows = _rows(data, target, config.seed, folder)
+    n = continuation_tokens(data, config.optim.depth)
+    maker = StateMaker(target, data.states, n)
+    part: Part
+    if data.mode == "offline":
+        part = Stored(build_states(target, rows, data.states, folder, continuation=n, named=True))
+    else:
+        check_context(rows, target)
+        part = (
+            Fresh(rows, maker)
+            if data.mode == "online"
+            else Hybrid(rows, maker, folder, named=True)
+        )
+    content = [rows.digest, maker.identity()["dtype"], n]
+    return TrainingData([part], [1.0], digest_json([[content, 1.0]]))
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """Where the stages' folders lie."""
+    return Path(config.data.folder or Path(config.output_dir) / "data")
+
+
+def continuation_tokens(data: DataConfig, depth: int) -> int:
+    """Greedy tokens per position that the labels need."""
+    return {"tokens": 0, "greedy": 1, "local": depth + 1}[data.labels]
+
+
+def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
+    """Answers to the source's prompts, or its texts."""
+    context, source = target.max_positions, data.source
+    if data.text == "source":
+        return build_rows(
+            source, need_tokenizer(target), "texts", folder, max_tokens=context, named=True
+        )
+    room = None if context is None else context - data.answers.max_new_tokens
+    prompts = build_rows(
+        source, need_tokenizer(target), "prompts", folder, max_tokens=room, named=True
+    )
+    return build_answers(target, prompts, data.answers, folder, seed=seed, named=True)
+
+
+def need_tokenizer(target: Target):
+    if target.tokenizer is None:
+        raise InputError(f"{target.name} has no tokenizer, so no text can be read for it")
+    return target.tokenizer
+
+
+def _from_stores(data: DataConfig, target: Target, depth: int) -> TrainingData:
+    if data.mode != "offline":
+        raise InputError(f"data.mode {data.mode} makes states itself: give no data.stores with it")
+    parts, weights, content = [], [], []
+    n = continuation_tokens(data, depth)
+    for path, weight in read_weights(data.stores):
+        store = Store(path, "states")
+        check_target(store, target)
+        found = store.identity["continuation"]
+        if found < n:
+            raise InputError(
+                f"{path} holds {found} greedy tokens per position, data.labels {data.labels} at "
+                f"optim.depth {depth} needs {n}: make it with --continuation {n}"
+            )
+        columns = ["tokens", "supervised", "states"]
+        columns += ["scale"] * ("scale" in store.columns) + ["continuation"] * (n > 0)
+        parts.append(Stored(store, columns))
+        weights.append(weight)
+        content.append([[store.identity["rows"], store.identity["dtype"], n], weight])
+        if store.identity["dtype"] != parts[0].store.identity["dtype"]:
+            raise InputError(
+                f"{path} holds {store.identity['dtype']}, {parts[0].store.name} "
+                f"{parts[0].store.identity['dtype']}: stores that are mixed need one dtype"
+            )
+    return TrainingData(parts, weights, digest_json(content))
+
+
+def check_target(store: Store, target: Target) -> None:
+    """Raises InputError naming the part of the target that a store was not made with."""
+    made, here = store.identity["target"], target_identity(target)
+    for part in ("weights", "config", "tokenizer", "template"):
+        if part in here and made.get(part) != here[part]:
+            raise InputError(
+                f"{store.name} was made with another target: its {part} has digest "
+                f"{made.get(part)}, {target.name} has {here[part]}; make it anew for this target"
+            )
+
+
+def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store:
+    """The last `eval.prompts` rows of eval.source, or of the held-out end of data.source."""
+    measured = config.eval
+    source = measured.source or config.data.source
+    if source is None or (measured.source is None and source.holdout_rows < measured.prompts):
+        raise InputError(
+            f"eval.prompts {measured.prompts}: no held-out prompts to measure on; set "
+            "data.source.holdout_rows (rows that training never reads), eval.source.path, or "
+            "eval.prompts 0"
+        )
+    context = target.max_positions
+    room = None if context is None else context - measured.max_new_tokens
+    rows = last_prompts(source, need_tokenizer(target), measured.prompts, room)
+    identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows])}
+    return write_rows(lambda: rows, "prompts", folder, identity, named=True)
+
+
+def last_prompts(
+    source: SourceConfig, tokenizer, n: int, max_tokens: int | None
+) -> Sequence[TokenRow]:
+    """Prompts of the last n rows of a source. Raises InputError naming a row that is too long."""
+    whole = replace(source, holdout_rows=0, n_rows=None)
+    renderer, found = Renderer(tokenizer, whole), []
+    for number, content in deque(read_source(whole), maxlen=n):
+        where = f"{source.path}, row {number + 1}"
+        ids = tuple(renderer.prompt(content, where))
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise InputError(
+                f"{where}: a prompt of {len(ids)} tokens, only {max_tokens} leave room for an "
+                "answer in the target's context; shorten the row or lower eval.max_new_tokens"
+            )
+        found.append(TokenRow(ids, (False,) * len(ids), number))
+    return found
