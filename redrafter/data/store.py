@@ -100,6 +100,7 @@ class Job:
                 receipt |= {
                     "rows": len(columns["length"]), "tokens": len(columns["tokens"]),
                     "supervised": int(columns["supervised"].sum()),
+                    "columns": _layout(columns), "index": _index_check(columns),
                     "file": path.name, "bytes": part.stat().st_size, "sha256": digest_file(part),
                 }  # fmt: skip
                 os.replace(part, path)
@@ -175,6 +176,20 @@ def row_checks(columns: dict[str, Tensor]) -> Tensor:
             for begin, end in zip([0, *ends], ends, strict=False)
         ]
     )
+
+
+def _index_check(columns: dict[str, Tensor]) -> int:
+    """CRC-32 over the columns that have one entry per row."""
+    return zlib.crc32(b"".join(columns[name].numpy().tobytes() for name in _PER_ROW))
+
+
+def _layout(columns: dict[str, Tensor]) -> dict[str, list]:
+    """Flat column -> [dtype, shape per token]."""
+    return {
+        name: [str(c.dtype).removeprefix("torch."), list(c.shape[1:])]
+        for name, c in sorted(columns.items())
+        if name not in _PER_ROW
+    }
 
 
 def _bytes(column: Tensor) -> tuple[memoryview, int]:
@@ -262,20 +277,25 @@ class Store:
         self.columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for number, entry in enumerate(self.shards):
             with self._open(number) as file:
-                own = file.get_tensor("length").long()
-                if len(own) != entry["rows"]:
-                    raise InputError(self._damaged(number, f"{len(own)} rows in it"))
-                row.append(file.get_tensor("row"))
-                source_row.append(file.get_tensor("source_row"))
+                per_row = {name: file.get_tensor(name) for name in _PER_ROW}
+                if _index_check(per_row) != entry["index"]:
+                    raise InputError(self._damaged(number, "its index is not what was written"))
+                own = per_row["length"].long()
+                row.append(per_row["row"])
+                source_row.append(per_row["source_row"])
                 ends = own.cumsum(0)
                 mask = file.get_tensor("supervised")
-                if int(own.sum()) != len(mask):
-                    raise InputError(self._damaged(number, "its lengths do not fit its tokens"))
+                if self.columns and self.layout != entry["columns"]:
+                    raise InputError(f"{self.name}: {entry['file']} has other columns than others")
+                self.layout = entry["columns"]
+                for name, (dtype, shape) in self.layout.items():
+                    part = file.get_slice(name)
+                    kind = (getattr(torch, dtype), tuple(shape))
+                    found = (part[:0].dtype, tuple(part.get_shape()))
+                    if found != (kind[0], (entry["tokens"], *shape)):
+                        raise InputError(self._damaged(number, f"{name} has another shape"))
+                    self.columns[name] = kind
                 supervised.append(_starts_per_row(mask, own))
-                if not self.columns:
-                    for name in sorted(set(file.keys()) - set(_PER_ROW)):
-                        one = file.get_slice(name)[:1]
-                        self.columns[name] = (one.dtype, tuple(one.shape[1:]))
             shard.append(torch.full_like(own, number))
             length.append(own)
             first.append(ends - own)
