@@ -35,7 +35,8 @@ class Batch:
 
     context: (P, H), h_t                       tokens: (P, K) int64, t+1 .. t+K
     labels: (P, K) int64, what depth k should predict (a column of the head's logits)
-    mask: (P, K) bool, False where that lies past the row's end or is not supervised
+    mask: (P, K) bool, False where that lies past the row's end, is not supervised, or lies behind
+        something that is not
     teacher: (P, K, H) or None, h_{t+1} .. h_{t+K}: what the target predicts the same tokens from
     """
 
@@ -223,6 +224,7 @@ class Feed:
         else:
             after = torch.minimum(seen + 1, last[:, None])  # t+2 .. t+K+1
             mask = (t[:, None] + depths < last[:, None]) & columns["supervised"][after]
+            mask = mask.cumprod(1).bool()  # a draft ends where a masked turn begins
             tokens = columns["tokens"][seen].long()
             labels = columns["tokens"][after].long()
             if self.labels == "greedy":
