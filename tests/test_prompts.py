@@ -6,8 +6,11 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.prompts import load_prompts
+from redrafter.evaluation.prompts import holdout_warning
+from redrafter.files import write_config
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,17 @@ def test_training_and_evaluation_never_share_a_row(tmp_path, tokenizer):
         rows(holdout_rows=10)
 
 
+def test_auto_looks_at_the_first_row_of_the_file(tmp_path, tokenizer):
+    # Not at the first one that is used, or training and evaluation would read it differently.
+    path = write(tmp_path / "p.jsonl", [{"question": "a"}, {"turns": ["b"], "question": "c"}])
+    wanted = load_prompts(path, tokenizer, "question")
+    assert load_prompts(path, tokenizer, "auto") == wanted
+    assert load_prompts(path, tokenizer, "auto", part="last", n=1) == wanted[1:]
+    path = write(tmp_path / "q.jsonl", [{"query": "a"}])
+    with pytest.raises(InputError, match=r"q\.jsonl:1: none of this row's keys \['query'\]"):
+        load_prompts(path, tokenizer, "auto")
+
+
 @pytest.mark.parametrize(
     ("format", "line", "named"),
     [
@@ -129,3 +143,19 @@ def test_too_long_missing_and_unreadable(tmp_path, tokenizer):
     (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read"):
         load_prompts(tmp_path / "b.jsonl.gz", tokenizer, "question")
+
+
+@pytest.mark.parametrize("n_rows", [None, 8])
+def test_a_head_evaluated_on_rows_that_its_record_names_is_told(tmp_path, n_rows):
+    path = write(tmp_path / "p.jsonl", [{"text": "x"}] * 20)
+    (tmp_path / "run/head").mkdir(parents=True)
+    head = str(tmp_path / "run/head")
+    assert holdout_warning(head, str(path), 0) is None, "nothing is known"
+    source = SourceConfig("elsewhere/p.jsonl", holdout_rows=5, n_rows=n_rows)
+    measured = {"source": SourceConfig("p.jsonl")}  # all of it, but not to train on
+    record = {"data": {"stores": [], "source": source}, "eval": measured}
+    write_config(tmp_path / "run/config.yaml", record)
+    trained = n_rows or 15
+    assert holdout_warning(head, str(path), trained) is None
+    assert f"first {trained} rows" in holdout_warning(head, str(path), trained - 1)
+    assert holdout_warning(head, str(tmp_path / "other.jsonl"), 0) is None

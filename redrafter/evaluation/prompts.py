@@ -16,14 +16,6 @@ from redrafter.target.model import Target
 # No configuration is larger; other files beside a head (a tokenizer) are.
 _MAX_RECORD_BYTES = 200_000
 Number = TypeVar("Number", int, float)
-# What a row holds, told by its keys; the first match counts.
-_FORMAT_OF_KEY = {
-    "turns": "turns",
-    "messages": "messages",
-    "conversations": "messages",
-    "question": "question",
-    "text": "text",
-}
 
 
 def number_list(name: str, text: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
@@ -35,21 +27,6 @@ def number_list(name: str, text: str, kind: Callable[[str], Number], least: Numb
     if min(values) < least:
         raise InputError(f"{name}: {min(values)} is below {least}")
     return list(dict.fromkeys(values))
-
-
-def detect_format(path: str) -> str:
-    """Prompt format of a file, by the keys of its first row. Raises InputError naming the file."""
-    rows = read_rows(path)
-    if not rows:
-        raise InputError(f"{path} has no rows; give a file of prompts")
-    keys = rows[0][1]
-    for key, name in _FORMAT_OF_KEY.items():
-        if key in keys:
-            return name
-    raise InputError(
-        f"{path}:1: none of the keys {sorted(keys)} is one of {', '.join(_FORMAT_OF_KEY)}; "
-        "set prompt_format, or rename a key"
-    )
 
 
 def evaluation_prompts(
@@ -66,11 +43,10 @@ def evaluation_prompts(
             "positive"
         )
     room = target.max_positions
-    form = config.prompt_format
     rows = load_prompts(
         config.prompts,
         target.tokenizer,
-        detect_format(config.prompts) if form == "auto" else form,
+        config.prompt_format,
         n=config.n_prompts + more,
         part="last",
         text_prompt_tokens=config.text_prompt_tokens,
@@ -86,18 +62,18 @@ def holdout_warning(head: str, prompts: str, first_row: int) -> str | None:
     """Says so if a head was trained on rows of the file that it is evaluated on.
 
     head: its folder; what training wrote there, or in the folders above it, is read where it is
-        found (any YAML or JSON that holds `prompts` and `holdout_rows` together)
+        found (any YAML or JSON that holds the `path` and `holdout_rows` of a source together)
     first_row: the first row of the file that the evaluation uses
     """
     folder = Path(head).resolve()
     for place in (folder, folder.parent, folder.parent.parent):
         for file in sorted([*place.glob("*.yaml"), *place.glob("*.json")]):
-            data = _training_data(file)
-            if data is None or Path(data["prompts"]).name != Path(prompts).name:
+            sources = [s for s in _sources(file) if Path(s["path"]).name == Path(prompts).name]
+            if not sources:
                 continue
             rows = read_rows(prompts)
-            trained = max(0, len(rows) - int(data["holdout_rows"]))
-            trained = min(trained, data.get("n_prompts") or trained)
+            # Of several the one that reached farthest counts.
+            trained = max(_n_read(source, len(rows)) for source in sources)
             if trained and first_row <= rows[trained - 1][0]:
                 return (
                     f"{head} was trained on the first {trained} rows of {Path(prompts).name} "
@@ -108,19 +84,25 @@ def holdout_warning(head: str, prompts: str, first_row: int) -> str | None:
     return None
 
 
-def _training_data(file: Path) -> dict[str, Any] | None:
-    """The part of a recorded configuration that says which prompts were trained on."""
+def _sources(file: Path) -> list[dict[str, Any]]:
+    """The parts of a recorded configuration that say which rows were trained on."""
     try:
         if file.stat().st_size > _MAX_RECORD_BYTES:
-            return None
+            return []
         read = json.loads if file.suffix == ".json" else yaml.safe_load
         stack = [read(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, yaml.YAMLError):
-        return None  # not ours
+        return []  # not ours
+    found = []
     while stack:
         item = stack.pop()
         if isinstance(item, dict):
-            if isinstance(item.get("prompts"), str) and isinstance(item.get("holdout_rows"), int):
-                return item
-            stack.extend(item.values())
-    return None
+            if isinstance(item.get("path"), str) and isinstance(item.get("holdout_rows"), int):
+                found.append(item)
+            stack.extend(value for key, value in item.items() if key != "eval")
+    return found
+
+
+def _n_read(source: dict[str, Any], n_rows: int) -> int:
+    kept = max(0, n_rows - source["holdout_rows"])
+    return min(kept, source.get("n_rows") or kept)

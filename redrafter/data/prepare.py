@@ -1,0 +1,77 @@
+"""The rows of a source as tokens, each one accounted for: kept, left out, or malformed."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Literal
+
+from redrafter.config import SourceConfig
+from redrafter.contracts import InputError
+from redrafter.data.chat import Renderer, category_of
+from redrafter.data.rows import RejectedRow, TokenRow
+from redrafter.data.sources import Source
+
+# Among n rows two different ones are taken for equal with probability n^2 / 2^65.
+_DIGEST_BYTES = 8
+_NAMED_ROWS = 10  # malformed rows that a message quotes
+
+
+def prepared(
+    source: Source,
+    renderer: Renderer,
+    config: SourceConfig,
+    keep: Literal["prompts", "texts"],
+    max_tokens: int | None = None,
+) -> Iterator[TokenRow | RejectedRow]:
+    """One item per row of the source, in its order.
+
+    keep: "prompts": what stands before an answer, nothing supervised; "texts": with the answers
+    max_tokens: the longest row kept (None: any)
+    A row is left out if its ids and mask were seen before, or if it is too long. Raises InputError
+    naming the malformed rows when there are more than `config.max_failed_rows`.
+    """
+    seen: set[bytes] = set()
+    failures: list[str] = []
+    for row, content in source:
+        try:
+            if keep == "prompts":
+                ids = renderer.prompt(content, source.where(row))
+                supervised = (False,) * len(ids)
+            else:
+                ids, supervised = renderer.text(content, source.where(row))
+        except InputError as error:
+            failures.append(str(error))
+            if len(failures) > config.max_failed_rows:
+                raise _too_many(failures, config) from error
+            yield RejectedRow(row, str(error), failed=True)
+            continue
+        if max_tokens is not None and len(ids) > max_tokens:
+            reason = f"{len(ids)} tokens, more than the {max_tokens} that fit"
+            yield RejectedRow(row, reason, failed=False)
+            continue
+        digest = _digest(ids, supervised)
+        if digest in seen:
+            yield RejectedRow(row, "duplicate", failed=False)
+            continue
+        seen.add(digest)
+        yield TokenRow(ids, supervised, row, category_of(content))
+
+
+def _digest(ids: tuple[int, ...], supervised: tuple[bool, ...]) -> bytes:
+    content = blake2b(array("q", ids).tobytes(), digest_size=_DIGEST_BYTES)
+    content.update(bytes(supervised))
+    return content.digest()
+
+
+def _too_many(failures: list[str], config: SourceConfig) -> InputError:
+    allowed = f"max_failed_rows {config.max_failed_rows}"
+    if len(failures) == 1:
+        return InputError(f"{failures[0]}\n({allowed}: mend the row, or raise it to go on)")
+    named = "\n".join(f"- {failure}" for failure in failures[-_NAMED_ROWS:])
+    last = f", the last {_NAMED_ROWS} of them" if len(failures) > _NAMED_ROWS else ""
+    return InputError(
+        f"{config.path}: {len(failures)} malformed rows, more than {allowed}; mend them, or "
+        f"raise it{last}:\n{named}"
+    )

@@ -1,0 +1,63 @@
+"""Rows for human eyes: which tokens are learned from, and which only stand before them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby, islice
+from typing import Any
+
+from redrafter.data.rows import RejectedRow, TokenRow
+
+_LEARNED, _OTHER, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+
+
+def show_rows(
+    rows: Iterable[TokenRow | RejectedRow], tokenizer: Any, n: int, color: bool | None = None
+) -> None:
+    """Print the first n rows with their mask.
+
+    color: learned tokens green and bold, others dim; False puts learned ones in ⟦ ⟧ instead;
+        None takes colours where the output is a terminal and NO_COLOR is not set
+    """
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for row in islice(rows, n):
+        if isinstance(row, RejectedRow):
+            kind = "malformed" if row.failed else "left out"
+            print(f"--- row {row.source_row}: {kind}: {row.reason}\n")
+            continue
+        category = f", {row.category}" if row.category else ""
+        print(
+            f"--- row {row.source_row}: {len(row.ids)} tokens, {sum(row.supervised)} "
+            f"supervised{category}\n{marked(row.ids, row.supervised, tokenizer, color)}\n"
+        )
+
+
+def marked(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any, color: bool) -> str:
+    """Tokens as text with the learned ones marked. ↵ is a newline token's; other control
+    characters are spelled out, so that a row cannot play tricks on a terminal."""
+    shown, text, end = [], "", 0
+    for learned, group in groupby(supervised):
+        end += len(list(group))
+        # Decoded from the front: a piece on its own may lose its leading blank.
+        whole = tokenizer.decode(
+            list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        piece = _readable(whole[len(text) :] if whole.startswith(text) else whole)
+        text = whole
+        if color:
+            shown.append(f"{_LEARNED if learned else _OTHER}{piece}{_END}")
+        else:
+            shown.append(f"⟦{piece}⟧" if learned else piece)
+    return "".join(shown)
+
+
+def _readable(text: str) -> str:
+    return "".join(
+        "↵\n" if char == "\n"
+        else char if char.isprintable()
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )  # fmt: skip
