@@ -44,7 +44,9 @@ def continue_greedily(
         bool per token
     n: tokens per position
     max_nodes: tokens per forward over all rows, at least one per row. It bounds the logits,
-        (max_nodes, V), and the mask, about max_nodes * (T + n * max_nodes / B) numbers
+        (max_nodes, V), and the mask, max_nodes * (T + n * max_nodes / B) numbers. On a CPU core
+        256 is within 7 % of the fastest for 1, 4 and 8 rows: fewer leave the matrix products
+        small, and more make a single row's chains look at too many keys of other chains
     eos: what ends a chain; None takes the target's own, an empty set ends none
     Returns per row (T, n) int64 on the host, column j - 1 being position t + j; -1 where t is not
     wanted, after an EOS (which itself stays), and where t + j is past the target's context.
