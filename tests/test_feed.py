@@ -24,7 +24,7 @@ class Frozen:
 
     vocab_size: int = 1000
     dtype: torch.dtype = torch.float64
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 @dataclass
@@ -235,29 +235,29 @@ def plain_rows(n):
 
 
 def order_of(feed, steps):
-    return [starts_in(feed.step(step)) for step in steps]
+    return [start for step in steps for start in starts_in(feed.step(step))]
 
 
 def test_order_is_shuffled_and_new_in_every_epoch(tmp_path):
     part = write_store(tmp_path, plain_rows(9))
     feed = feed_of(part, buffer_rows=4)
     assert feed.steps_per_epoch == 27
-    first, second = (sum(order_of(feed, range(27 * e, 27 * e + 27)), []) for e in (0, 1))
+    first, second = (order_of(feed, range(27 * e, 27 * e + 27)) for e in (0, 1))
     every = [1000 * r + t for r in range(9) for t in range(3)]
     assert sorted(first) == sorted(second) == every
     assert first != every and second != every and first != second
-    assert sum(order_of(feed_of(part, buffer_rows=4, seed=1), range(27)), []) != first
-    assert sum(order_of(feed_of(part, buffer_rows=4), range(27)), []) == first
+    assert order_of(feed_of(part, buffer_rows=4, seed=1), range(27)) != first
+    assert order_of(feed_of(part, buffer_rows=4), range(27)) == first
 
 
 def test_steps_per_epoch_leaves_out_what_fills_no_batch(tmp_path):
     part = write_store(tmp_path, plain_rows(9))
     feed = feed_of(part, positions=6, buffer_rows=4)
     assert feed.steps_per_epoch == 27 // 6
-    seen = Counter(sum(order_of(feed, range(4)), []))
+    seen = Counter(order_of(feed, range(4)))
     assert len(seen) == 24 and set(seen.values()) == {1}
     # The next epoch begins anew: what was left out can come first.
-    later = Counter(sum(order_of(feed, range(4, 8)), []))
+    later = Counter(order_of(feed, range(4, 8)))
     assert len(later) == 24 and set(later.values()) == {1} and later != seen
 
 
@@ -283,7 +283,7 @@ def test_mixtures_take_their_share_and_each_row_equally_often(tmp_path):
     rows = Counter()
     for number in range(6):
         steps = range(20 * number, 20 * number + 20)
-        starts = sum(order_of(feed, steps), [])
+        starts = order_of(feed, steps)
         assert Counter(s // 100_000 for s in starts) == {0: 15, 1: 30, 2: 15}, number
         rows.update(s // 1000 for s in starts)
     # 6 epochs: 30 of 6 rows, 60 of 4, 30 of 10; every row brings three positions each time
@@ -294,7 +294,7 @@ def test_mixtures_take_their_share_and_each_row_equally_often(tmp_path):
 def test_equal_weights_take_every_row_once(tmp_path):
     parts = [write_store(tmp_path / str(i), plain_rows(n), 100 * i) for i, n in enumerate((5, 2))]
     for weights in (None, [0.3, 0.3]):
-        starts = sum(order_of(feed_of(*parts, weights=weights), range(21)), [])
+        starts = order_of(feed_of(*parts, weights=weights), range(21))
         assert sorted(starts) == [1000 * r + t for r in (*range(5), 100, 101) for t in range(3)]
         both = {s // 100_000 for s in starts[:11]}, {s // 100_000 for s in starts[11:]}
         assert both == ({0, 1}, {0, 1}), "the stores came one after the other"

@@ -1,4 +1,4 @@
-"""The trainer: alignment, equal trajectories, exact resume after a kill, and what is refused."""
+"""The trainer: the loss, equal trajectories, exact resume after a kill, and what is refused."""
 
 import itertools
 import json
@@ -17,10 +17,12 @@ import torch
 
 from redrafter.cli.args import parse
 from redrafter.cli.train_redrafter import main
-from redrafter.config import LossConfig, TrainConfig
+from redrafter.config import AnswersConfig, LossConfig, SourceConfig, StatesConfig, TrainConfig
 from redrafter.contracts import InputError
-from redrafter.data.answers import make_answers
-from redrafter.data.prompts import Prompt, load_prompts
+from redrafter.data.answers import build_answers
+from redrafter.data.build_rows import build_rows
+from redrafter.data.reading import Stored
+from redrafter.data.states import build_states
 from redrafter.heads.recurrent import RecurrentHead, load_head
 from redrafter.target.model import load_target
 from redrafter.training import checkpoint
@@ -30,11 +32,11 @@ from redrafter.training.step import batch_loss, depth_accuracy, total_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
-    "data.format": "text", "data.n_prompts": 24, "data.holdout_rows": 8,
-    "data.max_new_tokens": 24, "data.temperatures": "[0, 1]", "data.buffer_rows": 10,
-    "optim.steps": 12, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2,
-    "eval.prompts": 4, "eval.max_new_tokens": 12, "eval.every_steps": 4, "eval.tree.width": 2,
-    "eval.tree.depth": 2, "save_steps": 4, "log_steps": 2, "tracker": "null",
+    "data.source.format": "text", "data.source.n_rows": 24, "data.source.holdout_rows": 8,
+    "data.answers.max_new_tokens": 24, "data.answers.temperatures": "[0, 1]",
+    "data.buffer_rows": 10, "optim.steps": 12, "optim.batch_positions": 32, "optim.depth": 3,
+    "optim.warmup_steps": 2, "eval.prompts": 4, "eval.max_new_tokens": 12, "eval.every_steps": 4,
+    "eval.tree.width": 2, "eval.tree.depth": 2, "save_steps": 4, "log_steps": 2, "tracker": "null",
 }  # fmt: skip
 
 
@@ -44,19 +46,19 @@ def target(tiny_target):
 
 
 @pytest.fixture(scope="module")
-def answers_folder(tmp_path_factory):
-    """Shared, so that the same answers are made once."""
-    return tmp_path_factory.mktemp("answers")
+def data_folder(tmp_path_factory):
+    """Shared, so that answers and states are made once."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture
-def argv(tiny_target, answers_folder, tmp_path):
+def argv(tiny_target, data_folder, tmp_path):
     """argv(name, **changes) -> arguments of a short run into tmp_path/name."""
 
     def make(out="run", **changes):
         given = {
-            "target.path": tiny_target, "data.prompts": tiny_target / "prompts_train.jsonl",
-            "output_dir": tmp_path / out, "data.answers": answers_folder, **SETTINGS, **changes,
+            "target.path": tiny_target, "data.source.path": tiny_target / "prompts_train.jsonl",
+            "output_dir": tmp_path / out, "data.folder": data_folder, **SETTINGS, **changes,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in given.items()]
 
@@ -69,118 +71,30 @@ def config(argv):
 
 
 @pytest.fixture(scope="module")
-def answers(target, tiny_target, answers_folder):
-    prompts = load_prompts(tiny_target / "prompts_train.jsonl", target.tokenizer, "text", n=6)
-    return make_answers(
-        target, prompts, temperatures=[0.0, 1.0], samples_per_prompt=2, max_new_tokens=20,
-        batch_size=4, seed=0, folder=answers_folder, progress=False,
-    )  # fmt: skip
+def part(target, tiny_target, data_folder):
+    """States of 18 answers to 6 prompts."""
+    source = SourceConfig(str(tiny_target / "prompts_train.jsonl"), format="text", n_rows=6)
+    where = dict(folder=data_folder, named=True, progress=False)
+    prompts = build_rows(source, target.tokenizer, "prompts", **where)
+    how = AnswersConfig(samples_per_prompt=2, max_new_tokens=20)
+    answers = build_answers(target, prompts, how, **where)
+    return Stored(build_states(target, answers, StatesConfig(), **where))
 
 
-# ------------------------------------------------------------------ answers
+# ------------------------------------------------------------------ the loss
 
 
-def test_answers_do_not_depend_on_the_batch_and_are_kept(target, tiny_target, tmp_path, answers):
-    prompts = load_prompts(tiny_target / "prompts_train.jsonl", target.tokenizer, "text", n=6)
-    assert answers.n_rows == 6 * 3
-    kept = dict(temperatures=[0.0, 1.0], samples_per_prompt=2, max_new_tokens=20, seed=0,
-                folder=tmp_path, progress=False)  # fmt: skip
-    alone = make_answers(target, prompts, batch_size=1, **kept)
-    assert torch.equal(alone.tokens, answers.tokens)
-    assert torch.equal(alone.offsets, answers.offsets)
-    rows = alone.tokens.split(alone.lengths().tolist())
-    assert any(not torch.equal(a, b) for a, b in zip(rows[6:12], rows[12:], strict=True)), (
-        "two samples of a prompt are the same: the seed does nothing"
-    )
-    written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    assert len(written) == 3
-    again = make_answers(target, prompts, batch_size=4, **kept)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == written
-    assert again.digest == alone.digest and torch.equal(again.tokens, alone.tokens)
-    assert make_answers(target, prompts[:5], batch_size=4, **kept).digest != alone.digest
-    for file in written:
-        file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(InputError, match=r"answers\.safetensors cannot be read"):
-        make_answers(target, prompts, batch_size=4, **kept)
-
-
-def test_answers_are_what_is_supervised(answers, target, tiny_target):
-    prompts = load_prompts(tiny_target / "prompts_train.jsonl", target.tokenizer, "text", n=6)
-    for r in range(answers.n_rows):
-        begin, end = answers.offsets[r : r + 2].tolist()
-        n = len(prompts[r % 6].ids)
-        assert answers.tokens[begin : begin + n].tolist() == list(prompts[r % 6].ids)
-        assert not answers.supervised[begin : begin + n].any()
-        assert answers.supervised[begin + n : end].all() and end - begin > n
-
-
-# ------------------------------------------------------------------ alignment and loss
-
-
-def feed_of(target, answers, data, depth=3, positions=8, **options):
-    return Feed(target, answers, data, positions=positions, depth=depth, seed=0, **options)
-
-
-@pytest.mark.parametrize("labels", ["tokens", "greedy"])
-@pytest.mark.parametrize("keep_states", ["memory", "none"])
-def test_positions_are_aligned(target, answers, config, keep_states, labels):
-    """Every start, against one row at a time and no padding."""
-    depth = 3
-    data = replace(config().data, keep_states=keep_states, labels=labels, buffer_rows=5)
-    feed = feed_of(target, answers, data, depth, positions=1, teacher=True)
-    wanted = {}
-    for r in range(answers.n_rows):
-        begin, end = answers.offsets[r : r + 2].tolist()
-        row = answers.tokens[begin:end]
-        hidden = target.states(row[None])[0].clone()
-        says = target.project(hidden).argmax(-1)
-        first = int(answers.supervised[begin:end].nonzero()[0])
-        for t in range(first - 2, len(row) - 2):
-            depths = min(depth, len(row) - 2 - t)
-            label = row[t + 2 :] if labels == "tokens" else says[t + 1 :]
-            wanted[begin + t] = (
-                hidden[t], row[t + 1 : t + 1 + depths], label[:depths],
-                hidden[t + 1 : t + 1 + depths],
-            )  # fmt: skip
-    assert feed.steps_per_epoch == len(wanted)
-    seen = []
-    for step in range(len(wanted)):
-        batch = feed.step(step)
-        (start,) = feed._order[step : step + 1].tolist()
-        seen.append(start)
-        h, tokens, label, teacher = wanted[start]
-        mask = batch.mask[0]
-        assert mask.tolist() == [k < len(tokens) for k in range(depth)]
-        torch.testing.assert_close(batch.context[0], h, atol=1e-4, rtol=0)
-        torch.testing.assert_close(batch.teacher[0][mask], teacher, atol=1e-4, rtol=0)
-        assert torch.equal(batch.tokens[0][mask], tokens)
-        assert torch.equal(batch.labels[0][mask], label)
-    assert sorted(seen) == sorted(wanted), "an epoch is not every position once"
-    assert seen != sorted(seen)
-    again = [feed.step(step + len(wanted)) and feed._order[step].item() for step in range(20)]
-    assert again != seen[:20], "the second epoch repeats the order of the first"
-
-
-def test_a_head_that_copies_the_target_is_right_at_depth_one(target, answers, config):
-    """If alignment were off by one anywhere, the target's own prediction would not score."""
-    data = replace(config().data, labels="greedy")
-    feed = feed_of(target, answers, data, positions=len(answers.tokens) // 8, teacher=True)
-    batch = feed.step(0)
-    # What the target says after t+1 .. t+K, read from the teacher's states
-    says = target.project(batch.teacher).argmax(-1)
-    assert torch.equal(says[batch.mask], batch.labels[batch.mask])
-    too_early = target.project(batch.context).argmax(-1)
-    assert (too_early == batch.labels[:, 0]).float().mean() < 0.9
-    assert torch.equal(too_early == batch.tokens[:, 0], says[:, 0] == batch.tokens[:, 1]) is False
+def feed_of(target, part, depth=3, positions=8, **options):
+    return Feed(target, [part], positions=positions, depth=depth, seed=0, **options)
 
 
 @pytest.mark.parametrize("draft_vocab_size", [None, 40])
-def test_the_loss_is_the_mean_written_out(target, answers, config, draft_vocab_size):
-    ids = None if draft_vocab_size is None else frequent_ids(answers, 40, target.vocab_size)
+def test_the_loss_is_the_mean_written_out(target, part, draft_vocab_size):
+    ids = None if draft_vocab_size is None else frequent_ids([part], 40, target.vocab_size)
     torch.manual_seed(0)
     head = RecurrentHead.for_target(target, draft_ids=ids)
     loss = LossConfig(cross_entropy=0.7, kl=0.3, depth_decay=0.8, chunk_rows=7)
-    batch = feed_of(target, answers, config().data, positions=20, draft_ids=ids,
+    batch = feed_of(target, part, positions=20, draft_ids=ids,
                     teacher=True).step(0)  # fmt: skip
     value, counts = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))
     total = weight = 0.0
@@ -202,15 +116,15 @@ def test_the_loss_is_the_mean_written_out(target, answers, config, draft_vocab_s
     assert counts[0].tolist() == batch.mask.sum(0).tolist()
     assert counts[1].tolist() == hits
     if ids is not None:
-        assert batch.mask.sum() < feed_of(target, answers, config().data, positions=20).step(
-            0
-        ).mask.sum(), "nothing was pruned: this tested nothing"
+        assert batch.mask.sum() < feed_of(target, part, positions=20).step(0).mask.sum(), (
+            "nothing was pruned: this tested nothing"
+        )
 
 
-def test_padding_and_the_split_do_not_matter(target, answers, config):
+def test_padding_and_the_split_do_not_matter(target, part):
     """Gradients of 8 micro-batches are those of one, though their counts differ."""
     loss = LossConfig()
-    batch = feed_of(target, answers, config().data, positions=64).step(0)
+    batch = feed_of(target, part, positions=64).step(0)
     parts = batch.split(8)
     assert len({int(part.mask.sum()) for part in parts}) > 1, "equal counts would test nothing"
     grads = []
@@ -224,8 +138,8 @@ def test_padding_and_the_split_do_not_matter(target, answers, config):
         torch.testing.assert_close(one, many, atol=1e-7, rtol=1e-4)
 
 
-def test_accuracy_by_depth_counts_hits(target, answers, config):
-    feed = feed_of(target, answers, config().data)
+def test_accuracy_by_depth_counts_hits(target, part):
+    feed = feed_of(target, part)
     torch.manual_seed(0)
     head = RecurrentHead.for_target(target)
     batches = feed.batches(50)
@@ -267,18 +181,6 @@ def test_accumulation_is_the_batch(config):
                    "eval.prompts": 0, "optim.weight_decay": 0.1}  # fmt: skip
         run(config(f"a{accumulation}", **options))
         heads.append(weights_of(config(f"a{accumulation}", **options).output_dir))
-    for name, one in heads[0].items():
-        torch.testing.assert_close(one, heads[1][name], atol=1e-5, rtol=0)
-
-
-def test_states_made_anew_give_the_same_trajectory(config):
-    heads = []
-    for keep in ("memory", "none"):
-        options = {"data.keep_states": keep, "optim.steps": 30, "optim.batch_positions": 64,
-                   "eval.prompts": 0, "data.buffer_rows": 7}  # fmt: skip
-        trained, _ = run(config(keep, **options))
-        heads.append(weights_of(trained.out))
-    assert trained.feed.steps_per_epoch < 30, "one epoch only: the order was not tried again"
     for name, one in heads[0].items():
         torch.testing.assert_close(one, heads[1][name], atol=1e-5, rtol=0)
 
@@ -330,7 +232,8 @@ def test_resume_refuses_what_would_not_be_the_same_run(config, tmp_path):
     for changes, named in (
         ({"optim.lr": 1e-3}, "optim.lr"),
         ({"optim.steps": 8}, "optim.steps"),
-        ({"data.n_prompts": 20}, "data.n_prompts"),
+        ({"data.source.n_rows": 20}, "data digest"),
+        ({"data.labels": "greedy"}, "data.labels"),
     ):
         options = {"optim.steps": 4, "eval.prompts": 0, "resume": "auto", **changes}
         with pytest.raises(InputError, match=re.escape(named)):
@@ -391,9 +294,12 @@ def test_going_on_from_a_head(config):
     ("changes", "named"),
     [
         ({"optim.batch_positions": 100000}, "optim.batch_positions"),
-        ({"data.max_state_bytes": 1000}, "data.keep_states"),
+        ({"data.states.max_bytes": 1000, "data.states.dtype": "int8"}, "max_bytes is 1000"),
+        ({"data.labels": "local", "loss.kl": 0.1}, "loss.kl"),
+        ({"data.source.holdout_rows": 0}, "data.source.holdout_rows"),
         ({"optim.lr": 1e30, "optim.clip_norm": "null"}, "optim.lr"),
-        ({"data.max_new_tokens": 500}, "max_new_tokens"),
+        ({"data.answers.max_new_tokens": 500}, "max_new_tokens"),
+        ({"eval.max_new_tokens": 500}, "eval.max_new_tokens"),
         ({"target.path": "no/such/folder"}, "no/such/folder"),
         ({"head.init_from": "no/such/head"}, "no/such/head"),
     ],
@@ -439,7 +345,7 @@ def test_every_recipe_parses(path):
     if launch is None:
         pytest.skip("not a training recipe")
     assert (ROOT / launch[1]) == path, "the launch line names another file"
-    given = ["--config", str(path), "--target.path=t", "--output_dir=o", "--data.prompts=p"]
+    given = ["--config", str(path), "--target.path=t", "--output_dir=o", "--data.source.path=p"]
     assert parse(TrainConfig, given, "test").optim.steps > 0
 
 
@@ -473,15 +379,3 @@ def test_a_batch_splits_evenly():
     batch = Batch(*(torch.arange(8)[:, None] for _ in range(4)))
     assert [int(part.tokens[0]) for part in batch.split(4)] == [0, 2, 4, 6]
     assert batch.split(4)[0].teacher is None
-
-
-def test_frequent_ids(answers, target):
-    counts = torch.bincount(answers.tokens[answers.supervised], minlength=target.vocab_size)
-    ids = frequent_ids(answers, 12, target.vocab_size)
-    left_out = torch.ones(target.vocab_size, dtype=torch.bool)
-    left_out[ids] = False
-    assert len(ids.unique()) == 12 and counts[ids].min() >= counts[left_out].max()
-
-
-def test_prompts_are_hashable_rows():
-    assert Prompt((1, 2), 0) == Prompt((1, 2), 0)

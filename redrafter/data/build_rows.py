@@ -26,6 +26,7 @@ from redrafter.target.identity import text_identity
 _SHARD_ROWS = 4096
 # Where a source lies and how it is read do not matter, what was read does.
 _FREE = {"path", "streaming", "max_failed_rows", "revision", "split", "subset"}
+_LONGER = ": shorten rows, raise max_tokens or, in training, lower data.answers.max_new_tokens"
 Item = TypeVar("Item")
 
 
@@ -60,7 +61,7 @@ def build_rows(
         reasons = {r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"]}
         raise InputError(
             f"{config.path}: none of {store.manifest['input']} rows can be used "
-            f"({'; '.join(sorted(reasons)[:3])})"
+            f"({'; '.join(sorted(reasons)[:3])}){_LONGER if max_tokens is not None else ''}"
         )
     return store
 

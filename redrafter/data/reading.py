@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
-from redrafter.data.states import StateMaker, facts_of, state_columns, unique_rows
+from redrafter.data.states import StateMaker, estimate, facts_of, state_columns, unique_rows
 from redrafter.data.store import Store, open_job
 
 #: columns of a store that are not read into a buffer
@@ -52,6 +52,7 @@ class Hybrid(Fresh):
 
     buffers: the first epoch's rows, buffer by buffer
     identity: what those depend on (the seed and the buffers' size)
+    `begin` raises InputError where config.max_bytes or the disk is too small for it.
     """
 
     def __init__(self, rows: Store, maker: StateMaker, folder: Path, named: bool):
@@ -65,6 +66,11 @@ class Hybrid(Fresh):
         self.job = open_job(self.folder, "states", whole, self.named)
         if self.job.complete:
             self.stored = Stored(Store(self.job.folder))
+            return
+        lengths = self.rows.lengths[self.kept]
+        todo = [b for i, b in enumerate(buffers) if i not in self.job.receipts]
+        left = sum(int(lengths[b].sum()) for b in todo)
+        estimate(self.maker, self.job, self.rows, self.kept, int(lengths.sum()), left, show=False)
 
     def load(self, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
         epoch, buffer = place
