@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PACKAGES = ("redrafter", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
@@ -37,6 +40,24 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Replace a JSON file in one step."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Replace a safetensors file in one step.
+
+    about: its metadata; of several entries safetensors does not keep the order from run to run
+    """
+    from safetensors.torch import save_file  # torch: too heavy for what else needs this module
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata=about)
+        _sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_config(path: str | Path, config: Any) -> None:

@@ -14,7 +14,7 @@ from redrafter.cli import lossless as lossless_cli
 from redrafter.cli import speed as speed_cli
 from redrafter.config import DataConfig, SpeedConfig, TargetConfig, TrainConfig, TreeConfig
 from redrafter.contracts import InputError, StepStats
-from redrafter.drafters.bigram import CountedBigrams
+from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.evaluation.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
 from redrafter.evaluation.figures import (
@@ -97,7 +97,8 @@ def test_a_busy_machine_is_told():
 
 
 def test_cost_meter_measures_everything_in_turn():
-    drafters = {"lookup": PromptLookup(3), "bigram": CountedBigrams([[1, 2, 1]], 48, 2, 2)}
+    table = count_bigrams([[1, 2, 1]], 48, 2)
+    drafters = {"lookup": PromptLookup(3), "bigram": CountedBigrams(table, 2, 2)}
     meter = CostMeter(
         tiny("llama"), new_tokens=(1, 3), contexts=(8, 16), batches=(1, 2), drafters=drafters,
         temperature=1.0,
@@ -330,7 +331,7 @@ def test_evaluation_takes_the_last_rows_and_counts_on_others(files, tmp_path):
         (speed_cli, ["--methods", "head"], "--head"),
         (speed_cli, ["--methods", "plain", "--max_new_tokens", "600"], "max_new_tokens"),
         (speed_cli, ["--methods", "plain", "--batch_size", "0"], "batch_size"),
-        (speed_cli, ["--methods", "bigram", "--answers", "nowhere.jsonl"], "nowhere.jsonl"),
+        (speed_cli, ["--methods", "bigram", "--bigrams", "nowhere.st"], "nowhere.st"),
         (lossless_cli, ["--head", "no_head"], "no_head"),
         (lossless_cli, ["--head", "x", "--batch_sizes", "one"], "batch_sizes"),
         (speed_cli, ["--target.path", "./no_model"], "no_model"),

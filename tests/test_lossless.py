@@ -7,7 +7,7 @@ import torch
 from models import EOS, alone, prompts, settings, tiny
 
 import redrafter.evaluation.lossless as lossless
-from redrafter.drafters.bigram import CountedBigrams
+from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.target.model import Target, TargetOutput
 
 
@@ -29,7 +29,7 @@ def check(target, config, **options):
     rows = prompts((9, 3, 14, 8, 5))
     texts, _ = alone(target, rows, config)
     known = [row + text for row, text in zip(rows, texts, strict=True)]
-    drafter = CountedBigrams(known, target.vocab_size, width=3, depth=3)
+    drafter = CountedBigrams(count_bigrams(known, target.vocab_size, 3), width=3, depth=3)
     return lossless.check_mode(target, drafter, rows, config, (1, 4), **options)
 
 

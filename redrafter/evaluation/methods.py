@@ -6,22 +6,19 @@ import copy
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from redrafter.config import SpeedConfig, TreeConfig
 from redrafter.contracts import Drafter, InputError, StepStats
-from redrafter.data.prompts import read_rows
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.bigram import CountedBigrams
+from redrafter.drafters.bigram import BigramTable, CountedBigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.replay import ReplayDrafter
@@ -206,17 +203,24 @@ def tree_of(name: str, default: TreeConfig) -> TreeConfig:
     return tree
 
 
+def bigram_width(names: Sequence[str]) -> int:
+    """Successors per token that the widest method `bigram...` needs; 0 where there is none."""
+    widths = [tree_of(n, TreeConfig()).width for n in names if n.split(":")[0] == "bigram"]
+    return max(widths, default=0)
+
+
 def build_method(
     name: str,
     target: Target,
     config: SpeedConfig,
     generation_config: GenerationConfig,
     head: RecurrentHead | None,
-    count_rows: Callable[[], list[list[int]]],
+    bigrams: BigramTable | None,
 ) -> Method:
     """The method of a name from `parse_methods`.
 
-    head: needed by the methods `head...`; count_rows: gives the texts to count bigrams on
+    head: needed by the methods `head...`; bigrams: needed by the methods `bigram...`, at least
+        `bigram_width` wide
     Raises InputError naming what is missing or wrong.
     """
     kind = name.split(":")[0]
@@ -236,40 +240,11 @@ def build_method(
         size = tree_of(name, TreeConfig(width=10, depth=3))  # the name says depth x n-gram
         drafter = PromptLookup(depth=size.width, max_ngram=size.depth)
     else:
+        if bigrams is None:
+            raise InputError(f"methods: {name!r} needs a table of bigrams")
         tree = tree_of(name, TreeConfig())
-        drafter = CountedBigrams(
-            count_rows(), target.vocab_size, tree.width, tree.depth, target.device
-        )
+        drafter = CountedBigrams(bigrams, tree.width, tree.depth, target.device)
     return Loop(name, target, generation_config, drafter)
-
-
-def read_answers(path: str) -> list[list[int]]:
-    """Token rows to count on: a folder of answers that training made (prompts and held-out answers
-    left out), or JSON lines of {"tokens": [...]}. Raises InputError naming the file."""
-    if not Path(path).is_dir():
-        rows = [(number, row.get("tokens")) for number, row in read_rows(path)]
-        for number, row in rows:
-            if not isinstance(row, list) or not all(isinstance(token, int) for token in row):
-                raise InputError(f'{path}:{number + 1}: no list of token ids under "tokens"')
-        return [row for _, row in rows]
-    files = sorted(Path(path).rglob("answers.safetensors"))
-    files = [f for f in files if "heldout" not in f.relative_to(path).parts]
-    if not files:
-        raise InputError(f"{path}: no answers.safetensors in it; give a folder made by training")
-    rows = []
-    for file in files:
-        try:
-            with safetensors.safe_open(file, framework="pt") as opened:
-                tokens = opened.get_tensor("tokens").tolist()
-                prompts = opened.get_tensor("prompt_lengths").tolist()
-                answers = opened.get_tensor("answer_lengths").tolist()
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{file} cannot be read ({error})") from None
-        at = 0
-        for n_prompt, n_answer in zip(prompts, answers, strict=True):
-            rows.append(tokens[at + n_prompt : at + n_prompt + n_answer])
-            at += n_prompt + n_answer
-    return rows
 
 
 def plain_answers(
