@@ -16,18 +16,27 @@ step() {
 }
 SECONDS=0
 
-step "1/4 a small target model, trained on the standard library's sources"
+step "1/5 a small target model, trained on the standard library's sources"
 python scripts/make_tiny_target.py --output_dir quickstart/target
 
-step "2/4 a draft head for it"
+step "2/5 its own answers to prompts, and its hidden states on them"
+rm -rf quickstart/prompts quickstart/answers quickstart/states quickstart/head
+python data/prepare.py --target.path quickstart/target --output_dir quickstart/prompts \
+  --source.path quickstart/target/prompts_train.jsonl --source.n_rows 600 --show 1
+python data/answers.py --target.path quickstart/target --prompts quickstart/prompts \
+  --output_dir quickstart/answers
+python data/states.py --target.path quickstart/target --rows quickstart/answers \
+  --states.forward_tokens 4096 --output_dir quickstart/states
+
+step "3/5 a draft head for it"
 accelerate launch --num_processes 1 train/redrafter.py --config configs/quickstart.yaml \
   --target.path quickstart/target --output_dir quickstart/head
 
-step "3/4 is every token the same with and without drafting?"
+step "4/5 is every token the same with and without drafting?"
 python eval/lossless.py --target.path quickstart/target --head quickstart/head \
   --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --out quickstart/lossless.json
 
-step "4/4 how fast?"
+step "5/5 how fast?"
 # Prints the table that the quickstart ends with.
 python eval/speed.py --target.path quickstart/target --head quickstart/head \
   --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 \
@@ -36,6 +45,8 @@ python eval/speed.py --target.path quickstart/target --head quickstart/head \
 step "done; made:"
 printf '  %-28s %s\n' \
   quickstart/target "the model; its prompts_train.jsonl and prompts_heldout.jsonl" \
+  quickstart/answers "what it said to the prompts; data/check.py --show 3 prints some" \
+  quickstart/states "its hidden states there: what the head was trained on" \
   quickstart/head "the draft head" \
   quickstart/lossless.json "what was compared, token by token" \
   quickstart/speed.json "the numbers of the table above"

@@ -12,7 +12,7 @@ from redrafter.contracts import InputError
 _DESCRIPTION = """\
 Second stage of the data: the target's own answers, which is what a draft head should learn from.
 
-  python data/answers.py --target.path MODEL --prompts data/prompts --output_dir data/answers
+  python data/answers.py --target.path MODEL --prompts runs/prompts --output_dir runs/answers
 
 Goes on where it stopped after an interruption. An answer depends on its prompt, the temperature
 and the seed, not on the batch or on how it was drafted.

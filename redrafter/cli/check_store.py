@@ -12,7 +12,7 @@ _DESCRIPTION = """\
 Compare every shard of a store with the digest recorded when it was written, and print what it
 holds. (Reading for training checks each row it reads; this checks all.)
 
-  python data/check.py --store data/states --show 3 --target.path MODEL
+  python data/check.py --store runs/states --show 3 --target.path MODEL
 """
 
 

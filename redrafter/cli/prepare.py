@@ -11,7 +11,7 @@ from redrafter.contracts import InputError
 _DESCRIPTION = """\
 First stage of the data: read text, apply the target's own chat template, write rows of tokens.
 
-  python data/prepare.py --target.path MODEL --source.path FILE.jsonl --output_dir data/prompts
+  python data/prepare.py --target.path MODEL --source.path FILE.jsonl --output_dir runs/prompts
       prompts, for the target to answer (data/answers.py): the usual way
   python data/prepare.py --target.path MODEL --source.path FILE.jsonl --keep texts --show 3
       whole texts; prints three with what would be learned from in colour, and writes nothing

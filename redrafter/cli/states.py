@@ -12,8 +12,8 @@ from redrafter.contracts import InputError
 _DESCRIPTION = """\
 Third stage of the data: the target's last hidden state at every position, for train/redrafter.py.
 
-  python data/states.py --target.path MODEL --rows data/answers --output_dir data/states
-  accelerate launch train/redrafter.py --data.stores '["data/states"]' ...
+  python data/states.py --target.path MODEL --rows runs/answers --output_dir runs/states
+  accelerate launch train/redrafter.py --data.stores '["runs/states"]' ...
 
 Says how large and how long before it writes, and goes on where it stopped after an interruption.
 """
