@@ -282,7 +282,7 @@ class LossConfig:
     """Weight of -log sum min(p, q)."""
     depth_decay: float = 1.0
     """Depth k weighs depth_decay^(k-1)."""
-    chunk_rows: int = 1024
+    chunk_rows: int = 256
     """Rows of logits (one per position and depth) held at once."""
 
 

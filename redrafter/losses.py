@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -101,7 +102,9 @@ def chunked(features: Tensor, matrix: Tensor, loss: ChunkLoss, chunk: int) -> tu
     Returns the loss (differentiable once, in features and matrix) and the summed counts.
 
     Source: ours. The gradients of a chunk are made together with its value and only they are kept:
-    (M, E) and (V, E) numbers, no second forward in the backward pass.
+    (M, E) and (V, E) numbers, no second forward in the backward pass. The backward pass hands over
+    these very tensors, so that the (V, E) one becomes `matrix.grad` and is never there twice (but
+    for a matrix that has a `grad` already: autograd adds the new one to it, then frees it).
     """
     need_features = torch.is_grad_enabled() and features.requires_grad
     need_matrix = torch.is_grad_enabled() and matrix.requires_grad
@@ -116,23 +119,47 @@ class _Chunked(torch.autograd.Function):
         total, counts = None, None
         for start in range(0, max(1, len(features)), chunk):  # one empty chunk if M = 0
             rows = slice(start, min(start + chunk, len(features)))
-            with torch.enable_grad():
-                logits = F.linear(features[rows].detach().to(matrix.dtype), matrix.detach())
-                logits.requires_grad_(need_features or need_matrix)
-                value, count = loss(logits, rows)
-            if need_features or need_matrix:
-                (grad,) = torch.autograd.grad(value, logits)
-                if need_features:
-                    grad_features[rows] = (grad @ matrix.detach()).to(features.dtype)
-                if need_matrix:
-                    grad_matrix.addmm_(grad.T, features[rows].detach().to(grad.dtype))
-            total = value.detach() if total is None else total + value.detach()
-            counts = count.detach() if counts is None else counts + count.detach()
+            f = features[rows].detach().to(matrix.dtype)
+            grad_logits, value, count = _one_chunk(
+                f, matrix.detach(), loss, rows, need_features or need_matrix
+            )
+            if need_features:
+                grad_features[rows] = grad_logits @ matrix.detach()
+            if need_matrix:
+                grad_matrix.addmm_(grad_logits.T, f)
+            del grad_logits  # else it lives beside the next chunk's logits
+            total = value if total is None else total + value
+            counts = count if counts is None else counts + count
         ctx.grads = (grad_features, grad_matrix)
         ctx.mark_non_differentiable(counts)
         return total, counts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total, _):
-        scaled = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.grads]
-        return *scaled, None, None, None, None
+        if ctx.grads is None:
+            raise RuntimeError(
+                "the gradients of this chunked loss were handed over by an earlier backward pass: "
+                "compute the loss again"
+            )
+        # Not kept, and scaled in place: autograd makes `grad` of a tensor that nobody else holds,
+        # and would copy any other.
+        grads, ctx.grads = ctx.grads, None
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(grad_total.to(grad.dtype))
+        return *grads, None, None, None, None
+
+
+def _one_chunk(
+    features: Tensor, matrix: Tensor, loss: ChunkLoss, rows: slice, need_grad: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradient of the loss in the logits (None unless `need_grad`), loss, and counts of one chunk.
+
+    A function of its own, so that what the loss was made of is freed before the gradient is used.
+    """
+    logits = F.linear(features, matrix).requires_grad_(need_grad)
+    with torch.enable_grad():
+        value, count = loss(logits, rows)
+    grad = torch.autograd.grad(value, logits)[0] if need_grad else None
+    return grad, value.detach(), count.detach()

@@ -51,12 +51,14 @@ def test_the_minimum_is_at_p(name):
         assert losses.SOFT[name](log_p + 0.1 * torch.randn_like(log_p), log_p).item() > at_p
 
 
-WEIGHTS = dict(cross_entropy=1.0, kl=0.5, total_variation=0.3, minus_log_acceptance=0.2)
+MIXTURE = dict(cross_entropy=1.0, kl=0.5, total_variation=0.3, minus_log_acceptance=0.2)
+WEIGHTS = {"mixture": MIXTURE, **{name: {name: 1.0} for name in MIXTURE}}
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
 @pytest.mark.parametrize("trained", ["both", "features", "matrix"])
-def test_chunked_equals_the_reference(chunk, trained):
+def test_chunked_equals_the_reference(chunk, trained, weights):
     torch.manual_seed(1)
     rows, width, vocab = 37, 8, 50
     features = torch.randn(rows, width, dtype=torch.float64)
@@ -66,16 +68,18 @@ def test_chunked_equals_the_reference(chunk, trained):
     for t in inputs:
         t.requires_grad_()
     labels, weight = torch.randint(vocab, (rows,)), torch.rand(rows, dtype=torch.float64)
-    log_p = torch.randn(rows, vocab, dtype=torch.float64).log_softmax(-1)
+    log_p = torch.randn(rows, vocab, dtype=torch.float64)
+    log_p[:, ::7] = -math.inf  # p = 0, as after a top-p
+    log_p = log_p.log_softmax(-1)
     largest = 0
 
     def loss(logits, s):
         nonlocal largest
         largest = max(largest, len(logits))
-        each = mixed(WEIGHTS, logits, labels[s], log_p[s])
+        each = mixed(WEIGHTS[weights], logits, labels[s], log_p[s])
         return (each * weight[s]).sum(), (logits.argmax(-1) == labels[s]).sum()[None]
 
-    reference = (mixed(WEIGHTS, features @ matrix.T, labels, log_p) * weight).sum()
+    reference = (mixed(WEIGHTS[weights], features @ matrix.T, labels, log_p) * weight).sum()
     wanted = torch.autograd.grad(3 * reference, inputs)
     value, hits = chunked(features, matrix, loss, chunk)
     found = torch.autograd.grad(3 * value, inputs)  # 3: what comes from above must be passed on
@@ -86,13 +90,49 @@ def test_chunked_equals_the_reference(chunk, trained):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def test_no_rows_and_no_gradients():
+def squares(logits, s):
+    return logits.square().sum(), torch.tensor([logits.shape[0]])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_no_rows(weights):
     def loss(logits, s):
-        return logits.sum(), torch.tensor([logits.shape[0]])
+        each = mixed(WEIGHTS[weights], logits, labels[s], log_p[s])
+        return each.sum(), torch.tensor([logits.shape[0]])
 
     features = torch.zeros(0, 3, requires_grad=True)
-    value, counts = chunked(features, torch.ones(4, 3), loss, 5)
+    matrix = torch.ones(4, 3, requires_grad=True)
+    labels, log_p = torch.zeros(0, dtype=torch.long), torch.zeros(0, 4)
+    value, counts = chunked(features, matrix, loss, 5)
     value.backward()
-    assert value.item() == 0 and counts.item() == 0 and features.grad.shape == (0, 3)
+    assert value.item() == 0 and counts.item() == 0
+    assert features.grad.shape == (0, 3) and torch.equal(matrix.grad, torch.zeros(4, 3))
+
+
+def test_no_gradients_where_none_are_wanted():
+    features, matrix = torch.ones(6, 3, requires_grad=True), torch.ones(4, 3)
     with torch.no_grad():
-        assert not chunked(features, torch.ones(4, 3), loss, 5)[0].requires_grad
+        assert not chunked(features, matrix, squares, 5)[0].requires_grad
+    assert not chunked(features.detach(), matrix, squares, 5)[0].requires_grad
+
+
+def test_losses_add_up_in_grad():
+    """Micro-batches: what the first one left in `grad` stays as it is."""
+    torch.manual_seed(2)
+    features, matrix = torch.randn(9, 3), torch.randn(4, 3, requires_grad=True)
+    for part in features.split(3):
+        chunked(part, matrix, squares, 2)[0].backward()
+    (wanted,) = torch.autograd.grad((features @ matrix.T).square().sum(), matrix)
+    torch.testing.assert_close(matrix.grad, wanted)
+
+
+def test_a_second_backward_is_an_error_and_spoils_nothing():
+    """The first one gives its tensors away: they are `grad` now."""
+    features = torch.ones(6, 3, requires_grad=True)
+    matrix = torch.ones(4, 3, requires_grad=True)
+    value, _ = chunked(features, matrix, squares, 5)
+    value.backward(retain_graph=True)
+    before = matrix.grad.clone(), features.grad.clone()
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        value.backward()
+    assert torch.equal(matrix.grad, before[0]) and torch.equal(features.grad, before[1])
