@@ -166,11 +166,11 @@ class SpeedConfig:
     """Times that every prompt is run by every method; the median counts."""
     ignore_eos: bool = False
     """Always generate max_new_tokens."""
-    answers: str | None = None
-    """Texts to count bigrams on: a folder of answers made by training, or JSON lines of
-    {"tokens": [...]}. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
+    bigrams: str | None = None
+    """For `bigram`: a table made by data/bigrams.py, or a folder or URL of answers, texts or states
+    to count on. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
     bigram_prompts: int = 64
-    """Rows before the evaluated ones whose plain answers are counted where `answers` is None."""
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
     cost_rounds: int = 60
     """Measurements of each forward and drafted level, for the bound."""
     seed: int = 0
@@ -453,6 +453,6 @@ class BigramsConfig:
     target: TargetConfig
     """The target; only its configuration is read."""
     out: str
-    """File to write (.safetensors), for `eval/speed.py --answers`."""
+    """File to write (.safetensors), for `eval/speed.py --bigrams`."""
     width: int = 16
     """Successors kept per token."""

@@ -11,23 +11,25 @@ _DESCRIPTION = """\
 Count which tokens follow each token in the supervised text of a store: a draft table that needs no
 training, and a baseline that a head has to beat.
 
-  python data/bigrams.py --target.path MODEL --store data/answers --out data/bigrams.safetensors
-  python eval/speed.py --methods plain,bigram:4x4 --bigrams data/bigrams.safetensors ...
+  python data/bigrams.py --target.path MODEL --store runs/answers --out runs/bigrams.safetensors
+  python eval/speed.py --methods plain,bigram:4x4 --bigrams runs/bigrams.safetensors ...
 """
 
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(BigramsConfig, argv, "data/bigrams.py", _DESCRIPTION)
-    from redrafter.data.bigrams import bigrams_of_store
+    from redrafter.data.bigrams import bigrams_of_store, table_identity
     from redrafter.data.store import Store
     from redrafter.drafters.bigram import save_bigrams
     from redrafter.target.model import load_model_config
 
     store = Store(config.store)
     vocab_size = load_model_config(config.target).get_text_config().vocab_size
-    table = bigrams_of_store(store, vocab_size, config.width)
-    save_bigrams(config.out, *table)
-    seen = int((table[1][:, 0] > float("-inf")).sum())
-    print(f"{config.out}: successors of {seen} of {vocab_size} tokens, at most {config.width} each")
+    table = bigrams_of_store(store, vocab_size, config.width, progress=True)
+    save_bigrams(config.out, table, table_identity(store))
+    print(
+        f"{config.out}: successors of {table.n_seen} of {vocab_size} tokens, at most "
+        f"{config.width} each"
+    )
     return 0

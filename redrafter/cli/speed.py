@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both
@@ -31,33 +31,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "head" in kinds and config.head is None:
         raise InputError("methods: 'head' needs --head, the folder of a trained draft head")
     target, head = load_both(config)
-    counts_here = "bigram" in kinds and config.answers is None
+    width = known.bigram_width(names)
+    counts_here = width > 0 and config.bigrams is None
     prompts, others = evaluation_prompts(target, config, config.bigram_prompts * counts_here)
-
-    @functools.cache
-    def count_rows() -> list[list[int]]:
-        if config.answers is not None:
-            return known.read_answers(config.answers)
-        rows = [list(p.ids) for p in others]
-        seeds = [config.seed + len(prompts) + i for i in range(len(rows))]
-        return known.plain_answers(target, rows, decoding(config), seeds, batch_size=4)
-
+    table, counted_on = _bigrams(config, target, width, others) if width else (None, None)
     methods = [
-        known.build_method(name, target, config, decoding(config), head, count_rows)
-        for name in names
+        known.build_method(name, target, config, decoding(config), head, table) for name in names
     ]
     batches, answers = make_batches(target, [p.ids for p in prompts], config)
     body = measure_speed(target, methods, batches, answers, config)
-    if "bigram" in kinds:
-        body["bigram_counted_on"] = config.answers or (
-            f"plain answers to rows {others[0].row}..{others[-1].row} of {config.prompts}"
-        )
+    if counted_on is not None:
+        body["bigram_counted_on"] = counted_on
     warning = head and holdout_warning(config.head, config.prompts, prompts[0].row)
     if warning:
         body["warnings"].append(warning)
     print(show(body))
     write_result(config.out, config, target, body)
     return 0
+
+
+def _bigrams(config: SpeedConfig, target: Any, width: int, others: Sequence[Any]) -> Any:
+    """(BigramTable, what it was counted on). others: prompts that are not evaluated."""
+    from redrafter.data.bigrams import open_bigrams
+    from redrafter.drafters.bigram import count_bigrams
+    from redrafter.evaluation.methods import plain_answers
+    from redrafter.evaluation.speed import decoding
+
+    if config.bigrams is not None:
+        return open_bigrams(config.bigrams, target, width)
+    seeds = [config.seed + config.n_prompts + i for i in range(len(others))]
+    rows = [list(p.ids) for p in others]
+    answers = plain_answers(target, rows, decoding(config), seeds, batch_size=4)
+    where = f"plain answers to rows {others[0].row}..{others[-1].row} of {config.prompts}"
+    return count_bigrams(answers, target.vocab_size, width), where
 
 
 def check(config: SpeedConfig) -> None:
