@@ -29,7 +29,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where rows of text come from, and what stands in them. Read by `datasets`."""
+    """Where rows of text come from, and what stands in them; see `redrafter/data/sources.py`."""
 
     path: str
     """A .jsonl, .json or .parquet file (.gz too), a glob of such, a folder, or a Hub id."""

@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 _PACKAGES = ("redrafter", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+#: what any new file's mode is; safetensors makes its files readable by their owner alone
+_MODE = 0o666 & ~_umask()
+
+
+def settle(path: Path) -> None:
+    """A written file reaches the disk and has the mode of any other: call it before a rename."""
+    os.chmod(path, _MODE)
+    _sync(path)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old content or the new, never a part."""
     path = Path(path)
@@ -54,7 +70,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str,
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, part, metadata=about)
-        _sync(part)
+        settle(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -93,7 +109,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
-                _sync(file)
+                settle(file)
         _sync(part)
         if path.exists():
             shutil.rmtree(path)

@@ -12,7 +12,14 @@ import redrafter.evaluation.lossless as lossless
 from redrafter.cli import costs as costs_cli
 from redrafter.cli import lossless as lossless_cli
 from redrafter.cli import speed as speed_cli
-from redrafter.config import DataConfig, SpeedConfig, TargetConfig, TrainConfig, TreeConfig
+from redrafter.config import (
+    DataConfig,
+    SourceConfig,
+    SpeedConfig,
+    TargetConfig,
+    TrainConfig,
+    TreeConfig,
+)
 from redrafter.contracts import InputError, StepStats
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
@@ -215,7 +222,7 @@ def test_head_trained_on_the_evaluated_rows_is_told(tmp_path):
     head = tmp_path / "run" / "head"
     head.mkdir(parents=True)
     assert holdout_warning(str(head), str(file), 0) is None, "nothing is known"
-    data = DataConfig(prompts=str(file), holdout_rows=5)
+    data = DataConfig(source=SourceConfig(str(file), holdout_rows=5))
     config = TrainConfig(TargetConfig("x"), data, output_dir="x")
     write_config(head.parent / "config.yaml", config)
     assert holdout_warning(str(head), str(file), 15) is None

@@ -70,6 +70,12 @@ def test_every_dtype_comes_back(tmp_path, dtype):
     assert torch.equal(found, (torch.arange(3, 9)[:, None] + torch.arange(HIDDEN) / 2).to(dtype))
 
 
+def test_shards_can_be_shared(folder):
+    """safetensors writes files that nobody else may read."""
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes[".safetensors"] == modes[".json"]
+
+
 def test_starts_are_counted_within_rows(tmp_path):
     """A supervised first token has none before it, though another row ends there."""
     one = TokenRow((1, 2, 3), (True, True, True), 0)

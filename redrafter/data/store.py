@@ -36,7 +36,14 @@ from torch import Tensor
 from redrafter.contracts import InputError
 from redrafter.data.remote import Folder, open_folder
 from redrafter.data.rows import Rows
-from redrafter.files import digest_file, digest_json, plain_values, remove_leftovers, write_json
+from redrafter.files import (
+    digest_file,
+    digest_json,
+    plain_values,
+    remove_leftovers,
+    settle,
+    write_json,
+)
 
 FORMAT = 1
 _PER_ROW = ("row", "source_row", "length", "check")
@@ -95,8 +102,7 @@ class Job:
                 path = self.folder / f"{shard_name(index)}.safetensors"
                 part = path.with_name(f".{path.name}.{os.getpid()}.part")
                 save_file(columns, part)
-                with open(part, "rb+") as file:
-                    os.fsync(file.fileno())
+                settle(part)
                 receipt |= {
                     "rows": len(columns["length"]), "tokens": len(columns["tokens"]),
                     "supervised": int(columns["supervised"].sum()),
