@@ -7,6 +7,7 @@ three, so the order, which knows numbers only, is the same too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,6 @@ def read_weights(stores: Sequence[str]) -> list[tuple[str, float]]:
             found.append((path, float(weight)) if equals else (text, 1.0))
         except ValueError:
             found.append((text, 1.0))  # a path with "=" in it
-        if not found[-1][1] > 0:
-            raise InputError(f"data.stores: {text!r}: the weight must be above 0")
+        if not 0 < found[-1][1] < math.inf:
+            raise InputError(f"data.stores: {text!r}: the weight must be a number above 0")
     return found

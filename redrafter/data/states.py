@@ -219,9 +219,14 @@ def groups_of(sizes: Tensor, limit: int) -> list[Tensor]:
 
 
 def check_context(rows: Store, target: Target) -> None:
-    """Raises InputError where a row is longer than the target can read."""
+    """Raises InputError where there are no rows, or one is longer than the target can read."""
+    if not rows.n_rows:
+        raise InputError(
+            f"{rows.name} holds no rows ({rows.counts['skipped']} skipped, "
+            f"{rows.counts['failed']} failed; its manifest.json says why)"
+        )
     context = target.max_positions
-    if context is not None and rows.n_rows and int(rows.lengths.max()) > context:
+    if context is not None and int(rows.lengths.max()) > context:
         row = int(rows.lengths.argmax())
         raise InputError(
             f"{rows.name}: row {row} (row {int(rows.source_row[row])} of the source) has "

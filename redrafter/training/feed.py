@@ -250,6 +250,9 @@ def starts_of(supervised: Tensor, end: Tensor, labels: Labels) -> Tensor:
 
 def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Columns of several parts, one after the other."""
+    if "continuation" in pieces[0]:  # stores may hold more greedy tokens than are needed
+        n = min(p["continuation"].shape[1] for p in pieces)
+        pieces = [{**p, "continuation": p["continuation"][:, :n]} for p in pieces]
     joined = {k: torch.cat([p[k] for p in pieces]) for k in pieces[0] if k != "offsets"}
     offsets, at = [torch.zeros(1, dtype=torch.long)], 0
     for piece in pieces:
