@@ -280,6 +280,9 @@ class LossConfig:
     """Weight of the total variation between p and q."""
     minus_log_acceptance: float = 0.0
     """Weight of -log sum min(p, q)."""
+    teacher: Literal["states", "top_k"] = "states"
+    """Where p comes from: exactly, from the stored hidden states and the target's lm_head; or from
+    the stored most probable tokens (data.states.teacher_top_k), without that matrix product."""
     depth_decay: float = 1.0
     """Depth k weighs depth_decay^(k-1)."""
     chunk_rows: int = 256

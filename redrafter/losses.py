@@ -89,6 +89,17 @@ def mixed(
     return total
 
 
+def top_k_log_p(ids: Tensor, log_p: Tensor, vocab_size: int) -> Tensor:
+    """A whole distribution from its k most probable tokens: what is left is spread evenly over the
+    others. Source: ours.
+
+    ids: (..., k) int64, all different; log_p: (..., k) their log-probabilities. Returns (..., V).
+    """
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-12)
+    others = (rest / max(1, vocab_size - ids.shape[-1])).log()
+    return others.expand(*ids.shape[:-1], vocab_size).clone().scatter_(-1, ids, log_p)
+
+
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 

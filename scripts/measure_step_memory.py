@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
     from redrafter.training.feed import Batch
     from redrafter.training.loop import make_optimizer
-    from redrafter.training.step import batch_loss, needs_teacher, total_weight
+    from redrafter.training.step import batch_loss, total_weight
 
     class StandIn:
         """The part of a target that a step touches."""
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     chunk_rows = args.chunk_rows or LossConfig.chunk_rows
     loss_config = LossConfig(**{"cross_entropy": 0.0, args.loss: 1.0}, chunk_rows=chunk_rows)
     target, optim = StandIn(), OptimConfig()
-    shape = {"vocab_size": args.vocab, "hidden_size": args.hidden, "output": args.output}
+    shape = dict(vocab_size=args.vocab, hidden_size=args.hidden, output=args.output)
     head = RecurrentHead(RecurrentHeadConfig(**shape)).bind(target).train()
     optimizer = make_optimizer(head, optim)
 
@@ -83,8 +83,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         grid = (positions, args.depth)
         tokens, labels = torch.randint(args.vocab, (2, *grid))
         context = torch.randn(positions, args.hidden)
-        teacher = torch.randn(*grid, args.hidden) if needs_teacher(loss_config) else None
-        return Batch(context, tokens, labels, torch.ones(grid, dtype=torch.bool), teacher)
+        teacher = None if args.loss == LOSSES[0] else torch.randn(*grid, args.hidden)
+        return Batch(context, tokens, labels, torch.ones(grid, dtype=torch.bool), teacher=teacher)
 
     def step(parts: list[Batch]) -> int:  # bytes of the gradients
         weight = sum(total_weight(part, loss_config) for part in parts)
@@ -140,8 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     for name, value in measure(parse_args(argv)).items():
-        size = name.endswith("_bytes")
-        shown = f"{value / 1e9:8.3f} GB" if size else f"{value:8.4g}"
+        shown = f"{value / 1e9:8.3f} GB" if name.endswith("_bytes") else f"{value:8.4g}"
         print(f"{name.removesuffix('_bytes').replace('_', ' '):20} {shown}")
     return 0
 

@@ -127,7 +127,7 @@ UNUSED = [Row([40, 41, 42, 43], "...."), Row([50, 51], "##"), Row([60], "#")]
 
 
 def test_single_turn(tmp_path):
-    check(feed_of(write_store(tmp_path, [SINGLE]), teacher=True), SINGLE_WANTED)
+    check(feed_of(write_store(tmp_path, [SINGLE]), teacher="states"), SINGLE_WANTED)
 
 
 def test_the_first_drafted_position_is_supervised(tmp_path):
@@ -138,7 +138,7 @@ def test_the_first_drafted_position_is_supervised(tmp_path):
 
 
 def test_multi_turn(tmp_path):
-    check(feed_of(write_store(tmp_path, [MULTI]), depth=5, teacher=True), MULTI_WANTED)
+    check(feed_of(write_store(tmp_path, [MULTI]), depth=5, teacher="states"), MULTI_WANTED)
 
 
 def test_packed_rows(tmp_path):
@@ -151,7 +151,7 @@ def test_packed_rows(tmp_path):
     wanted |= {7000 + s: w for s, w in SINGLE_WANTED.items()}
     part = write_store(tmp_path, rows)
     for positions in (1, 13):  # 13 are all of them, in one batch
-        feed = feed_of(part, positions=positions, teacher=True)
+        feed = feed_of(part, positions=positions, teacher="states")
         assert feed.steps_per_epoch == len(wanted) // positions and len(wanted) == 13
         check(feed, wanted)
 
@@ -264,7 +264,7 @@ def test_steps_per_epoch_leaves_out_what_fills_no_batch(tmp_path):
 def test_a_feed_that_starts_at_a_step_gives_what_one_that_ran_there_gives(tmp_path):
     """What resuming rests on, over several epochs, with mixed stores, and backwards too."""
     parts = [write_store(tmp_path / str(i), plain_rows(n), 10 * i) for i, n in enumerate((5, 3))]
-    options = dict(positions=7, buffer_rows=3, weights=[1, 3], teacher=True)
+    options = dict(positions=7, buffer_rows=3, weights=[1, 3], teacher="states")
     ran = feed_of(*parts, **options)
     batches = [ran.step(step) for step in range(14)]
     assert ran.steps_per_epoch == 3  # 14 steps are five epochs

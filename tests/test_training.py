@@ -95,7 +95,7 @@ def test_the_loss_is_the_mean_written_out(target, part, draft_vocab_size):
     head = RecurrentHead.for_target(target, draft_ids=ids)
     loss = LossConfig(cross_entropy=0.7, kl=0.3, depth_decay=0.8, chunk_rows=7)
     batch = feed_of(target, part, positions=20, draft_ids=ids,
-                    teacher=True).step(0)  # fmt: skip
+                    teacher="states").step(0)  # fmt: skip
     value, counts = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))
     total = weight = 0.0
     hits = [0, 0, 0]

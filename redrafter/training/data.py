@@ -26,6 +26,8 @@ from redrafter.data.store import Store
 from redrafter.files import digest_json
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
+from redrafter.training.feed import Teacher
+from redrafter.training.step import needed_teacher
 
 
 @dataclass
@@ -39,9 +41,16 @@ class TrainingData:
 
 def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
     """Read the stores named, or make what is missing. Raises InputError where it does not fit."""
-    data = config.data
+    data, teacher = config.data, needed_teacher(config.loss)
+    if teacher and data.labels == "local":
+        raise InputError(
+            "data.labels local has no predictions of the target for the tokens it adds: give "
+            "loss.kl and its like no weight, or take labels tokens"
+        )
     if data.stores:
-        return _from_stores(data, target, config.optim.depth)
+        return _from_stores(data, target, config.optim.depth, teacher)
+    if teacher == "top_k" and not data.states.teacher_top_k:
+        raise InputError("loss.teacher top_k needs data.states.teacher_top_k, how many to store")
     if data.source is None:
         raise InputError(
             "nothing to learn from: give --data.source.path (text or prompts) or --data.stores "
@@ -95,7 +104,9 @@ def need_tokenizer(target: Target):
     return target.tokenizer
 
 
-def _from_stores(data: DataConfig, target: Target, depth: int) -> TrainingData:
+def _from_stores(
+    data: DataConfig, target: Target, depth: int, teacher: Teacher | None
+) -> TrainingData:
     if data.mode != "offline":
         raise InputError(f"data.mode {data.mode} makes states itself: give no data.stores with it")
     parts, weights, content = [], [], []
@@ -109,7 +120,13 @@ def _from_stores(data: DataConfig, target: Target, depth: int) -> TrainingData:
                 f"{path} holds {found} greedy tokens per position, data.labels {data.labels} at "
                 f"optim.depth {depth} needs {n}: make it with --continuation {n}"
             )
+        if teacher == "top_k" and "teacher_ids" not in store.columns:
+            raise InputError(
+                f"{path} holds no probable tokens of the target, which loss.teacher top_k needs: "
+                "make it with --states.teacher_top_k, or take loss.teacher states"
+            )
         columns = ["tokens", "supervised", "states"]
+        columns += ["teacher_ids", "teacher_log_p"] * (teacher == "top_k")
         columns += ["scale"] * ("scale" in store.columns) + ["continuation"] * (n > 0)
         parts.append(Stored(store, columns))
         weights.append(weight)

@@ -27,6 +27,7 @@ from redrafter.data.states import decoded
 from redrafter.target.model import Target
 
 Labels = Literal["tokens", "greedy", "local"]
+Teacher = Literal["states", "top_k"]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Batch:
     mask: (P, K) bool, False where that lies past the row's end, is not supervised, or lies behind
         something that is not
     teacher: (P, K, H) or None, h_{t+1} .. h_{t+K}: what the target predicts the same tokens from
+    teacher_ids, teacher_log_p: (P, K, k) or None, the k most probable of those predictions
     """
 
     context: Tensor
@@ -45,6 +47,8 @@ class Batch:
     labels: Tensor
     mask: Tensor
     teacher: Tensor | None = None
+    teacher_ids: Tensor | None = None
+    teacher_log_p: Tensor | None = None
 
     def split(self, parts: int) -> list[Batch]:
         """Equal micro-batches."""
@@ -52,7 +56,10 @@ class Batch:
         return [Batch(*piece) for piece in zip(*pieces, strict=True)]
 
     def _fields(self) -> list[Tensor | None]:
-        return [self.context, self.tokens, self.labels, self.mask, self.teacher]
+        return [
+            self.context, self.tokens, self.labels, self.mask,
+            self.teacher, self.teacher_ids, self.teacher_log_p,
+        ]  # fmt: skip
 
 
 @dataclass
@@ -71,7 +78,8 @@ class Feed:
     parts, weights: where rows come from, and their shares of an epoch
     positions: P of an optimiser step; depth: K
     draft_ids: (Vd,) of a head with a pruned vocabulary: other labels are not supervised
-    teacher: whether batches carry the hidden states that the target predicts from
+    teacher: what batches carry of the target's own predictions: the hidden states that it predicts
+        from, the most probable tokens (of stores that hold them), or nothing
     wait_s: seconds that `step` has waited for rows so far
     Raises InputError where there are too few positions.
     """
@@ -88,7 +96,7 @@ class Feed:
         buffer_rows: int = 512,
         labels: Labels = "tokens",
         draft_ids: Tensor | None = None,
-        teacher: bool = False,
+        teacher: Teacher | None = None,
     ):
         self.target, self.parts = target, list(parts)
         self.weights = [1.0] * len(parts) if weights is None else list(weights)
@@ -234,8 +242,13 @@ class Feed:
             mask = mask & (labels >= 0)
             labels = labels.clamp(min=0)
         dtype = self.target.dtype
-        teacher = decoded(columns, seen, dtype) if self.teacher else None
-        return Batch(decoded(columns, t, dtype), tokens, labels, mask, teacher)
+        batch = Batch(decoded(columns, t, dtype), tokens, labels, mask)
+        if self.teacher == "states":
+            batch.teacher = decoded(columns, seen, dtype)
+        elif self.teacher == "top_k":
+            batch.teacher_ids = columns["teacher_ids"][seen].long()
+            batch.teacher_log_p = columns["teacher_log_p"][seen]
+        return batch
 
 
 def starts_of(supervised: Tensor, end: Tensor, labels: Labels) -> Tensor:

@@ -31,7 +31,7 @@ from redrafter.training import checkpoint
 from redrafter.training.data import data_folder, held_out_prompts, load_training_data
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
-from redrafter.training.step import batch_loss, needs_teacher, total_weight
+from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 #: values that may change between a checkpoint and the run that resumes from it
 _FREE = frozenset(
@@ -126,16 +126,11 @@ class Run:
         data = load_training_data(config, self.target)
         self.head = make_head(config, self.target, data.parts)
         optim, loss = config.optim, config.loss
-        if needs_teacher(loss) and config.data.labels == "local":
-            raise InputError(
-                "data.labels local has no hidden states for the tokens it adds: give loss.kl and "
-                "its like no weight, or take labels tokens"
-            )
         self.feed = Feed(
             self.target, data.parts, data.weights,
             positions=optim.batch_positions * optim.accumulation, depth=optim.depth,
             seed=config.seed, buffer_rows=config.data.buffer_rows, labels=config.data.labels,
-            draft_ids=getattr(self.head, "draft_ids", None), teacher=needs_teacher(loss),
+            draft_ids=getattr(self.head, "draft_ids", None), teacher=needed_teacher(loss),
         )  # fmt: skip
         self.data_digest = data.digest
         self.measure = None

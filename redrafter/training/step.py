@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from redrafter.config import LossConfig
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.losses import SOFT, chunked, mixed
+from redrafter.losses import SOFT, chunked, mixed, top_k_log_p
 from redrafter.target.model import Target
-from redrafter.training.feed import Batch
+from redrafter.training.feed import Batch, Teacher
 
 
 def loss_weights(config: LossConfig) -> dict[str, float]:
@@ -18,9 +20,9 @@ def loss_weights(config: LossConfig) -> dict[str, float]:
     return {name: weight for name in names if (weight := getattr(config, name)) != 0}
 
 
-def needs_teacher(config: LossConfig) -> bool:
-    """Whether a loss compares with the target's distribution."""
-    return any(name in SOFT for name in loss_weights(config))
+def needed_teacher(config: LossConfig) -> Teacher | None:
+    """What the losses need to compare with the target's distribution; None if none of them does."""
+    return config.teacher if any(name in SOFT for name in loss_weights(config)) else None
 
 
 def depth_weights(config: LossConfig, depth: int, device: torch.device) -> Tensor:
@@ -56,13 +58,14 @@ def batch_loss(
     depth = torch.arange(n_depths, device=batch.mask.device).expand_as(batch.mask)[batch.mask]
     weight = depth_weights(config, n_depths, batch.mask.device)[depth] / denominator
     labels = batch.labels[batch.mask]
-    teacher = None if batch.teacher is None else batch.teacher[batch.mask]
+    teacher = teacher_of(batch, target)
     weights = loss_weights(config)
     draft_ids = getattr(head, "draft_ids", None)
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         logits = wide(logits)
-        log_p = None if teacher is None else teacher_log_p(target, teacher[rows], draft_ids)
+        log_p = None if teacher is None else teacher(rows)
+        log_p = log_p if draft_ids is None or log_p is None else log_p[:, draft_ids]
         each = mixed(weights, logits, labels[rows], log_p)
         with torch.no_grad():
             hit = (logits.argmax(-1) == labels[rows]).double()
@@ -78,11 +81,18 @@ def wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-@torch.no_grad()
-def teacher_log_p(target: Target, hidden: Tensor, draft_ids: Tensor | None) -> Tensor:
-    """log p of the target at temperature 1, (M, V), or of the kept columns (not renormalised)."""
-    log_p = wide(target.project(hidden)).log_softmax(-1)
-    return log_p if draft_ids is None else log_p[:, draft_ids]
+def teacher_of(batch: Batch, target: Target) -> Callable[[slice], Tensor] | None:
+    """Gives log p of the target at temperature 1, (m, V), for some of the supervised tokens.
+
+    A pruned vocabulary takes columns of it as they are, without dividing by their sum.
+    """
+    if batch.teacher is not None:
+        hidden = batch.teacher[batch.mask]
+        return torch.no_grad()(lambda rows: wide(target.project(hidden[rows])).log_softmax(-1))
+    if batch.teacher_ids is not None:
+        ids, log_p = batch.teacher_ids[batch.mask], batch.teacher_log_p[batch.mask]
+        return lambda rows: top_k_log_p(ids[rows], log_p[rows], target.vocab_size)
+    return None
 
 
 @torch.no_grad()
