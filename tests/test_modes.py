@@ -93,7 +93,7 @@ def n_of(labels):
 
 
 def feed_of(target, part, labels="tokens", positions=16, **options):
-    options = {"buffer_rows": 3, "teacher": labels != "local", **options}
+    options = {"buffer_rows": 3, "teacher": None if labels == "local" else "states", **options}
     return Feed(target, [part], positions=positions, depth=DEPTH, seed=3, labels=labels, **options)
 
 
