@@ -58,11 +58,12 @@ def texts(target, sources, folder):
 
 @pytest.fixture(scope="module")
 def stored(target, texts, folder):
-    """stored(name, continuation, dtype) -> path of a store of states."""
+    """stored(name, continuation, dtype, top_k) -> path of a store of states."""
 
-    def make(name, continuation=0, dtype="auto"):
-        path = folder / f"states_{name}_{continuation}_{dtype}"
-        build_states(target, texts[name], StatesConfig(dtype=dtype), path,
+    def make(name, continuation=0, dtype="auto", top_k=None):
+        path = folder / f"states_{name}_{continuation}_{dtype}{'' if top_k is None else top_k}"
+        how = StatesConfig(dtype=dtype, teacher_top_k=top_k)
+        build_states(target, texts[name], how, path,
                      continuation=continuation, progress=False)  # fmt: skip
         return path
 
@@ -192,6 +193,14 @@ def test_labels_that_a_store_does_not_hold(config, target, stored, labels, n):
 def test_stores_of_two_dtypes(config, target, stored):
     refused(config(stores=[stored("a"), stored("b", 0, "int8")]), target,
             "b_0_int8 holds int8, .*a_0_auto float32")  # fmt: skip
+
+
+def test_probable_tokens_that_do_not_fit(config, target, stored):
+    probable = {"loss.kl": 1, "loss.teacher": "top_k"}
+    refused(config(stores=[stored("a")], **probable), target, "a_0_auto holds no probable tokens")
+    three, five = stored("a", top_k=3), stored("b", top_k=5)
+    refused(config(stores=[three, five], **probable), target, f"{five} holds 5 .* {three} 3")
+    load_training_data(config(stores=[three, five]), target)  # not asked for: they do not matter
 
 
 def change_weights(folder):

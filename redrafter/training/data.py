@@ -136,6 +136,12 @@ def _from_stores(
                 f"{path} holds {store.identity['dtype']}, {parts[0].store.name} "
                 f"{parts[0].store.identity['dtype']}: stores that are mixed need one dtype"
             )
+        top_k = [p.store.identity["teacher_top_k"] for p in (parts[0], parts[-1])]
+        if teacher == "top_k" and top_k[0] != top_k[1]:
+            raise InputError(
+                f"{path} holds {top_k[1]} probable tokens per position, {parts[0].store.name} "
+                f"{top_k[0]}: stores that are mixed need one teacher_top_k"
+            )
     return TrainingData(parts, weights, digest_json(content))
 
 
