@@ -11,6 +11,19 @@ from typing import Literal
 DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
+def _at_least(least: int, config: object, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is smaller; None is off."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            where = type(config).__name__
+            raise ValueError(f"{name}: {value} must be at least {least} ({where})")
+
+
+def _check_temperatures(temperatures: tuple[float, ...]) -> None:
+    if not temperatures or not min(temperatures) >= 0:
+        raise ValueError(f"temperatures: {list(temperatures)} must be one or more, none below 0")
+
+
 @dataclass(frozen=True)
 class TargetConfig:
     """The frozen language model."""
@@ -58,6 +71,9 @@ class SourceConfig:
     """Which assistant messages of a row are learned from."""
     max_failed_rows: int = 0
     """Malformed rows to put up with; one more ends the job and names them."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "text_prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -222,6 +238,11 @@ class AnswersConfig:
     shard_prompts: int = 1024
     """Prompts per shard; what an interruption can lose."""
 
+    def __post_init__(self) -> None:
+        _check_temperatures(self.temperatures)
+        names = ("samples_per_prompt", "max_new_tokens", "batch_size", "shard_prompts")
+        _at_least(1, self, *names)
+
 
 @dataclass(frozen=True)
 class StatesConfig:
@@ -237,6 +258,9 @@ class StatesConfig:
     """Tokens per teacher-forced forward, padding counted; changes the speed, not the states."""
     teacher_top_k: int | None = None
     """Keep the target's k most probable next tokens, with their log-probabilities, too."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "shard_bytes", "forward_tokens", "teacher_top_k")
 
 
 @dataclass(frozen=True)
@@ -267,6 +291,9 @@ class DataConfig:
     buffer_rows: int = 512
     """Rows held in memory at a time; their positions are shuffled together."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "buffer_rows")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -287,6 +314,9 @@ class LossConfig:
     """Depth k weighs depth_decay^(k-1)."""
     chunk_rows: int = 256
     """Rows of logits (one per position and depth) held at once."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "chunk_rows")
 
 
 @dataclass(frozen=True)
@@ -314,6 +344,9 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; none does not clip."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "steps", "batch_positions", "accumulation", "depth")
+
 
 @dataclass(frozen=True)
 class TrainEvalConfig:
@@ -333,6 +366,11 @@ class TrainEvalConfig:
     """Tokens per step are measured at each; the first one picks the best head."""
     tree: TreeConfig = TreeConfig()
     """The tree that is drafted."""
+
+    def __post_init__(self) -> None:
+        _check_temperatures(self.temperatures)
+        _at_least(0, self, "prompts")
+        _at_least(1, self, "every_steps", "max_new_tokens", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -367,6 +405,9 @@ class TrainConfig:
     log_steps: int = 20
     """Steps between logged losses."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "save_steps", "log_steps")
+
 
 # ------------------------------------------------------------------ the pipeline's commands
 
@@ -388,6 +429,10 @@ class PrepareConfig:
     """Folder for the rows; none writes nothing (see show)."""
     show: int = 0
     """Print this many rows first, with what is learned from in colour."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "max_tokens")
+        _at_least(0, self, "show")
 
 
 @dataclass(frozen=True)
@@ -434,6 +479,9 @@ class MakeStatesConfig:
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "continuation")
+
 
 @dataclass(frozen=True)
 class CheckConfig:
@@ -445,6 +493,9 @@ class CheckConfig:
     """Print this many rows, with what is learned from in colour; needs target.path."""
     target: TargetConfig | None = None
     """Whose tokenizer to print rows with."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "show")
 
 
 @dataclass(frozen=True)
@@ -459,3 +510,6 @@ class BigramsConfig:
     """File to write (.safetensors), for `eval/speed.py --bigrams`."""
     width: int = 16
     """Successors kept per token."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "width")

@@ -27,12 +27,13 @@ def row(n, start):
     return TokenRow(ids, tuple(i >= n // 2 for i in range(n)), source_row=start)
 
 
-def write(folder, shards, identity=None, dtype=torch.float32, finish=True):
-    """shards: lists of (row number, TokenRow). The state of token v is v, v + 0.5, ..."""
+def write(folder, shards, identity=None, dtype=torch.float32, finish=True, factor=1):
+    """shards: lists of (row number, TokenRow). The state of token v is v, v + 0.5, ... times
+    `factor`"""
     job = Job(folder, "states", identity or {"target": "t"})
     for index, rows in enumerate(shards):
         columns = columns_of([r for _, r in rows], [n for n, _ in rows])
-        values = columns["tokens"][:, None] + torch.arange(HIDDEN) / 2
+        values = (columns["tokens"][:, None] + torch.arange(HIDDEN) / 2) * factor
         job.write(index, {**columns, "states": values.to(dtype)})
     if finish:
         job.finish(len(shards))
@@ -188,6 +189,27 @@ def test_another_job_in_the_same_folder_is_refused(folder, tmp_path):
         Job(folder, "states", {"target": "t"})
 
 
+def test_a_job_that_has_written_nothing_gives_way(tmp_path):
+    """Refused for its size, say: the remedy is another dtype, and not another folder."""
+    Job(tmp_path / "s", "states", {"dtype": "float32"})
+    write(tmp_path / "s", [[(0, row(4, 1))]], {"dtype": "int8"})
+    assert Store(tmp_path / "s").identity["dtype"] == "int8"
+    with pytest.raises(InputError, match="holds another job"):
+        Job(tmp_path / "s", "states", {"dtype": "float32"})
+    # A shard of which every row was left out is something, too.
+    job = Job(tmp_path / "t", "texts", {"n": 1})
+    job.write(0, {}, [{"source_row": 0, "reason": "duplicate", "failed": False}])
+    with pytest.raises(InputError, match="holds another job"):
+        Job(tmp_path / "t", "texts", {"n": 2})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=f"{re.escape(str(path))} cannot be made a folder"):
+            Job(path, "states", {"target": "t"})
+
+
 # ------------------------------------------------------------------ interruptions
 
 
@@ -298,6 +320,15 @@ def test_a_store_behind_a_url(folder, monkeypatch, tmp_path):
         Store("memory://nothing")
     with pytest.raises(InputError, match=re.escape("nosuch://x")):
         Store("nosuch://x")
+    # Made anew with shards of the same names and sizes: what was fetched before is another store's.
+    fsspec.filesystem("memory").rm("/remote", recursive=True)
+    states = [[(3, row(5, 300)), (0, row(4, 100))], [(1, row(7, 200))]]
+    other = write(tmp_path / "other", states, {"target": "u"}, torch.float32, factor=2)
+    memory.put(str(other), "/remote", recursive=True)
+    found = Store("memory://remote")
+    assert found.digest == Store(other).digest
+    a, b = (s.read([0], ["states"])["states"] for s in (found, Store(other)))
+    assert torch.equal(a, b)
     # A transfer that changed a byte is found before anything is read from it.
     shutil.rmtree(tmp_path / "cache")
     content = bytearray(memory.cat_file("/remote/shard-00000.safetensors"))

@@ -20,8 +20,8 @@ def parse(
     """Build a frozen configuration dataclass from the command line.
 
     `--config FILE.yaml` may stand anywhere and as often as wanted; whatever comes later on the
-    line wins. An unknown key, a wrong type or a missing value ends the program with status 2 and
-    a message that names it. `--help` shows the text under each field.
+    line wins. An unknown key, a wrong type, a value out of range or a missing one ends the program
+    with status 2 and a message that names it. `--help` shows the text under each field.
 
     argv: arguments without the program's name; None takes those of this process
     """
@@ -29,9 +29,13 @@ def parse(
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
-    values = parser.instantiate(parser.parse_args(None if argv is None else list(argv)))
-    values.pop("config", None)
-    return cls(**vars(values))
+    given = parser.parse_args(None if argv is None else list(argv))
+    try:
+        values = parser.instantiate(given)
+        values.pop("config", None)
+        return cls(**vars(values))
+    except ValueError as error:  # of a dataclass that does not like its values
+        parser.error(str(error))
 
 
 def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.show:
         if config.target is None:
             raise InputError("show needs --target.path, for the tokenizer")
+        tokenizer = load_tokenizer(config.target)
+        if tokenizer is None:
+            raise InputError(f"target.path: {config.target.path!r} has no tokenizer")
         rows = store.rows(range(min(config.show, store.n_rows)))
         masks = rows.supervised.split(rows.lengths().tolist())
         show_rows(
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 TokenRow(rows.ids(i), mask.tolist(), int(store.source_row[i]))
                 for i, mask in enumerate(masks)
             ),
-            load_tokenizer(config.target),
+            tokenizer,
             config.show,
         )
     store.verify()

@@ -54,9 +54,10 @@ class RemoteFolder:
             raise InputError(f"{self.url}: cannot be reached ({error})") from error
 
     def local(self, name: str, size: int | None = None, sha256: str | None = None) -> Path:
-        kept = self.cache / name
-        # What has no recorded size (the manifest) may have changed: fetch it anew.
-        if size is not None and kept.exists() and kept.stat().st_size == size:
+        # Named after its content where that is known: a store that was made anew may have files of
+        # the same name and size. What has no digest (the manifest) is fetched every time.
+        kept = self.cache / (name if sha256 is None else f"{name}.{sha256[:16]}")
+        if sha256 is not None and kept.exists() and kept.stat().st_size == size:
             return kept
         self.cache.mkdir(parents=True, exist_ok=True)
         part = self.cache / f".{name}.{os.getpid()}.part"

@@ -39,12 +39,21 @@ DTYPES = {
 }  # fmt: skip
 
 
+# Rows of logits held at once, where the lm_head is needed.
+_LOGIT_ROWS = 512
+
+
 class StateMaker:
     """Makes the columns above for rows of tokens: the one place that does, whether they go to a
     store or straight to the trainer."""
 
     def __init__(self, target: Target, config: StatesConfig, continuation: int = 0):
         self.target, self.config, self.continuation = target, config, continuation
+        if (config.teacher_top_k or 0) > target.vocab_size:
+            raise InputError(
+                f"teacher_top_k {config.teacher_top_k} exceeds the vocabulary of {target.name}, "
+                f"{target.vocab_size}"
+            )
         name = config.dtype
         self.dtype = target.dtype if name == "auto" else DTYPES[name]
 
@@ -86,8 +95,9 @@ class StateMaker:
                 out[name][where] = values.to("cpu")
             if self.continuation == 1:  # no pass of its own: the choice is in the hidden state
                 wanted = wanted_positions(rows)[where]
-                picks = target.project(hidden).argmax(-1).to("cpu", torch.int32)
-                out["continuation"][where] = torch.where(wanted, picks, -1)[:, None]
+                parts = hidden[wanted.to(target.device)].split(_LOGIT_ROWS)
+                picks = torch.cat([target.project(part).argmax(-1) for part in parts])
+                out["continuation"][where[wanted], 0] = picks.to("cpu", torch.int32)
             elif self.continuation:
                 self._continue(rows, batch, out["continuation"])
             if bar is not None:
@@ -101,8 +111,10 @@ class StateMaker:
             scale = hidden.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
             found = {"states": (hidden.float() / scale).round().to(torch.int8), "scale": scale}
         if k := self.config.teacher_top_k:
-            best = self.target.project(hidden).float().log_softmax(-1).topk(k, dim=-1)
-            found |= {"teacher_ids": best.indices.int(), "teacher_log_p": best.values}
+            parts = hidden.split(_LOGIT_ROWS)
+            best = [self.target.project(p).float().log_softmax(-1).topk(k, dim=-1) for p in parts]
+            found["teacher_ids"] = torch.cat([part.indices for part in best]).int()
+            found["teacher_log_p"] = torch.cat([part.values for part in best])
         return found
 
     def _continue(self, rows: Rows, batch: Sequence[int], out: Tensor) -> None:
@@ -259,7 +271,9 @@ def estimate(
     if not show or not left:
         return
     middle = int(kept[rows.lengths[kept].argsort()[len(kept) // 2]])
-    probe = rows.rows([middle] * max(1, maker.config.forward_tokens // int(rows.lengths[middle])))
+    # One forward as it will be, but never a large part of the work itself.
+    tokens = min(maker.config.forward_tokens, left // 10)
+    probe = rows.rows([middle] * max(1, tokens // int(rows.lengths[middle])))
     clock = time.perf_counter()
     maker.columns(probe)
     seconds = (time.perf_counter() - clock) / len(probe.tokens) * left

@@ -61,19 +61,23 @@ class Job:
 
     folder: where it lies or will lie
     identity: JSON-able; everything that the content depends on. Another identity in the same
-        folder is refused, so two jobs never mix
+        folder is refused, so two jobs never mix; unless it has written nothing yet
     Raises InputError naming the folder and the values that differ.
     """
 
     def __init__(self, folder: str | Path, kind: str, identity: dict[str, Any]):
         self.folder = Path(folder)
         self.identity = plain_values({**identity, "format": FORMAT, "kind": kind})
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be made a folder ({error})") from None
         found = self.folder / "job.json"
-        if found.exists():
-            _check_identity(_read_json(found), self.identity, self.folder)
-        elif any(self.folder.glob("shard-*")) or (self.folder / "manifest.json").exists():
+        begun = any(self.folder.glob("shard-*")) or self.complete
+        if begun and not found.exists():
             raise InputError(f"{found} is missing, but {self.folder} holds shards: remove them")
+        if begun:
+            _check_identity(_read_json(found), self.identity, self.folder)
         else:
             with disk_errors(self.folder):
                 write_json(found, self.identity)

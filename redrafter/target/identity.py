@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from redrafter.files import digest_json
@@ -14,7 +15,15 @@ _FREE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "architect
 def text_identity(tokenizer: Any) -> dict[str, str | None]:
     """Digests of a tokenizer and its chat template, 16 hex digits each."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        # A file may ask for truncation or padding; transformers switches them off when the
+        # tokenizer is first called, and a digest must not depend on whether it was.
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
+        content = backend.to_str()
     template = getattr(tokenizer, "chat_template", None)
     return {
         "tokenizer": digest_json(content)[:16],
@@ -23,7 +32,8 @@ def text_identity(tokenizer: Any) -> dict[str, str | None]:
 
 
 def target_identity(target: Target) -> dict[str, str | None]:
-    """Digests of weights, configuration, tokenizer and template; and the dtype computed in."""
+    """Digests of weights, configuration, tokenizer and template; the tokens that end a text (they
+    may stand in generation_config.json alone), and the dtype computed in."""
     config = {
         key: value
         for key, value in target.model.config.to_dict().items()
@@ -34,5 +44,6 @@ def target_identity(target: Target) -> dict[str, str | None]:
         "weights": target.fingerprint(),
         "config": digest_json({k: repr(v) for k, v in config.items()})[:16],
         **text,
+        "eos": sorted(target.eos_token_ids),
         "computed_in": str(target.dtype).removeprefix("torch."),
     }

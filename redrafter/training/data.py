@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from redrafter.config import DataConfig, SourceConfig, TrainConfig
 from redrafter.contracts import InputError
@@ -26,7 +27,6 @@ from redrafter.data.store import Store
 from redrafter.files import digest_json
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
-from redrafter.training.feed import Teacher
 from redrafter.training.step import needed_teacher
 
 
@@ -39,16 +39,18 @@ class TrainingData:
     digest: str
 
 
-def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
-    """Read the stores named, or make what is missing. Raises InputError where it does not fit."""
+def check_settings(config: TrainConfig) -> None:
+    """Raises InputError where the data, the labels and the loss asked for do not go together."""
     data, teacher = config.data, needed_teacher(config.loss)
     if teacher and data.labels == "local":
         raise InputError(
             "data.labels local has no predictions of the target for the tokens it adds: give "
             "loss.kl and its like no weight, or take labels tokens"
         )
+    if data.stores and data.mode != "offline":
+        raise InputError(f"data.mode {data.mode} makes states itself: give no data.stores with it")
     if data.stores:
-        return _from_stores(data, target, config.optim.depth, teacher)
+        return
     if teacher == "top_k" and not data.states.teacher_top_k:
         raise InputError("loss.teacher top_k needs data.states.teacher_top_k, how many to store")
     if data.source is None:
@@ -56,6 +58,14 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
             "nothing to learn from: give --data.source.path (text or prompts) or --data.stores "
             "(hidden states made by data/states.py)"
         )
+
+
+def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
+    """Read the stores named, or make what is missing. Raises InputError where it does not fit."""
+    check_settings(config)
+    data = config.data
+    if data.stores:
+        return _from_stores(config, target)
     folder = data_folder(config)
     rows = _rows(data, target, config.seed, folder)
     n = continuation_tokens(data, config.optim.depth)
@@ -70,8 +80,15 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
             if data.mode == "online"
             else Hybrid(rows, maker, folder, named=True)
         )
-    content = [rows.digest, maker.identity()["dtype"], n]
+    content = _content(config, rows.digest, maker.identity())
     return TrainingData([part], [1.0], digest_json([[content, 1.0]]))
+
+
+def _content(config: TrainConfig, rows: str, made: dict[str, Any]) -> list:
+    """What the batches read of a part depends on. rows: digest; made: identity of its states."""
+    n = continuation_tokens(config.data, config.optim.depth)
+    top_k = [made["teacher_top_k"]] if needed_teacher(config.loss) == "top_k" else []
+    return [rows, made["dtype"], n, *top_k]
 
 
 def data_folder(config: TrainConfig) -> Path:
@@ -104,11 +121,8 @@ def need_tokenizer(target: Target):
     return target.tokenizer
 
 
-def _from_stores(
-    data: DataConfig, target: Target, depth: int, teacher: Teacher | None
-) -> TrainingData:
-    if data.mode != "offline":
-        raise InputError(f"data.mode {data.mode} makes states itself: give no data.stores with it")
+def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
+    data, depth, teacher = config.data, config.optim.depth, needed_teacher(config.loss)
     parts, weights, content = [], [], []
     n = continuation_tokens(data, depth)
     for path, weight in read_weights(data.stores):
@@ -130,7 +144,7 @@ def _from_stores(
         columns += ["scale"] * ("scale" in store.columns) + ["continuation"] * (n > 0)
         parts.append(Stored(store, columns))
         weights.append(weight)
-        content.append([[store.identity["rows"], store.identity["dtype"], n], weight])
+        content.append([_content(config, store.identity["rows"], store.identity), weight])
         if store.identity["dtype"] != parts[0].store.identity["dtype"]:
             raise InputError(
                 f"{path} holds {store.identity['dtype']}, {parts[0].store.name} "

@@ -28,7 +28,12 @@ from redrafter.files import (
 from redrafter.heads.recurrent import RecurrentHead, load_head
 from redrafter.target.model import Target, load_target
 from redrafter.training import checkpoint
-from redrafter.training.data import data_folder, held_out_prompts, load_training_data
+from redrafter.training.data import (
+    check_settings,
+    data_folder,
+    held_out_prompts,
+    load_training_data,
+)
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
@@ -122,6 +127,13 @@ class Run:
         self.accelerator = Accelerator(log_with=config.tracker, project_config=project)
         check_processes(self.accelerator)
         self.target = load_target(config.target)
+        # What can be refused is refused before the data is made, which may take days.
+        check_settings(config)
+        if config.head.init_from is not None:
+            load_head(config.head.init_from, self.target, allow_other_target=True)
+        folder, held_out = data_folder(config), None
+        if config.eval.prompts > 0:
+            held_out = held_out_prompts(config, self.target, folder)
         torch.manual_seed(config.seed)
         data = load_training_data(config, self.target)
         self.head = make_head(config, self.target, data.parts)
@@ -134,10 +146,8 @@ class Run:
         )  # fmt: skip
         self.data_digest = data.digest
         self.measure = None
-        if config.eval.prompts > 0:
-            folder = data_folder(config)
-            prompts = held_out_prompts(config, self.target, folder)
-            self.measure = Measure(self.target, prompts, config, folder)
+        if held_out is not None:
+            self.measure = Measure(self.target, held_out, config, folder)
         self.model, self.optimizer = self.accelerator.prepare(
             self.head, make_optimizer(self.head, optim)
         )
