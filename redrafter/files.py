@@ -121,12 +121,28 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what interrupted writes left in a folder (not for folders two processes share)."""
+    """Remove what interrupted writes left in a folder, but not what another process of this machine
+    is writing there right now."""
     for part in Path(folder).glob(".*.part"):
+        writer = part.name.split(".")[-2]
+        if writer.isdigit() and int(writer) != os.getpid() and _is_running(int(writer)):
+            continue
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere the signal 0 is not a question
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Stores: what is written is what is read, and every kind of damage is named."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -196,6 +197,12 @@ def test_a_job_that_has_written_nothing_gives_way(tmp_path):
     assert Store(tmp_path / "s").identity["dtype"] == "int8"
     with pytest.raises(InputError, match="holds another job"):
         Job(tmp_path / "s", "states", {"dtype": "float32"})
+    # It may not have ended, though: two jobs must not mix.
+    first = Job(tmp_path / "u", "states", {"dtype": "float32"})
+    Job(tmp_path / "u", "states", {"dtype": "int8"})
+    with pytest.raises(InputError, match="holds another job"):
+        first.write(0, columns_of([row(4, 1)], [0]))
+    assert not list((tmp_path / "u").glob("shard-*"))
     # A shard of which every row was left out is something, too.
     job = Job(tmp_path / "t", "texts", {"n": 1})
     job.write(0, {}, [{"source_row": 0, "reason": "duplicate", "failed": False}])
@@ -220,12 +227,24 @@ def test_what_a_kill_leaves_is_made_again(tmp_path):
     folder = write(tmp_path / "s", shards, finish=False)
     (folder / "shard-00001.json").unlink()
     shard(folder, 2).unlink()
-    (folder / ".shard-00003.safetensors.99.part").write_bytes(b"half")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (folder / f".shard-00003.safetensors.{ended.pid}.part").write_bytes(b"half")
     job = Job(folder, "states", {"target": "t"})
     assert sorted(job.receipts) == [0, 3] and not list(folder.glob(".*.part"))
     write(folder, shards)
     for file in whole.iterdir():
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    """Runs started together share the stages of one data folder."""
+    write(tmp_path / "s", [[(0, row(4, 1))]], finish=False)
+    names = [f".shard-00001.safetensors.{pid}.part" for pid in (os.getppid(), os.getpid())]
+    for name in names:
+        (tmp_path / "s" / name).write_bytes(b"half")
+    Job(tmp_path / "s", "states", {"target": "t"})
+    assert [(tmp_path / "s" / name).exists() for name in names] == [True, False]
 
 
 def test_nothing_half_written_is_seen(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ class StateMaker:
         if k := self.config.teacher_top_k:
             out["teacher_ids"] = torch.empty(total, k, dtype=torch.int32)
             out["teacher_log_p"] = torch.empty(total, k)
-        lengths = rows.lengths()
+        lengths, wanted = rows.lengths(), wanted_positions(rows)
         for batch in batches_by_length(lengths, range(rows.n_rows), self.config.forward_tokens):
             tokens, n = right_padded(rows, batch)
             place = torch.arange(tokens.shape[1])
@@ -94,12 +94,12 @@ class StateMaker:
             for name, values in self._encode(hidden).items():
                 out[name][where] = values.to("cpu")
             if self.continuation == 1:  # no pass of its own: the choice is in the hidden state
-                wanted = wanted_positions(rows)[where]
-                parts = hidden[wanted.to(target.device)].split(_LOGIT_ROWS)
+                chosen = wanted[where]
+                parts = hidden[chosen.to(target.device)].split(_LOGIT_ROWS)
                 picks = torch.cat([target.project(part).argmax(-1) for part in parts])
-                out["continuation"][where[wanted], 0] = picks.to("cpu", torch.int32)
+                out["continuation"][where[chosen], 0] = picks.to("cpu", torch.int32)
             elif self.continuation:
-                self._continue(rows, batch, out["continuation"])
+                self._continue(rows, wanted, batch, out["continuation"])
             if bar is not None:
                 bar.update(int(n.sum()))
         return out
@@ -117,8 +117,7 @@ class StateMaker:
             found["teacher_log_p"] = torch.cat([part.values for part in best])
         return found
 
-    def _continue(self, rows: Rows, batch: Sequence[int], out: Tensor) -> None:
-        wanted = wanted_positions(rows)
+    def _continue(self, rows: Rows, wanted: Tensor, batch: Sequence[int], out: Tensor) -> None:
         spans = [(int(rows.offsets[r]), int(rows.offsets[r + 1])) for r in batch]
         found = continue_greedily(
             self.target,

@@ -98,6 +98,8 @@ class Job:
     ) -> None:
         """One shard, whole or absent. columns: as in the module's docstring, `check` left out;
         no columns where all of its rows were left out."""
+        # One that had written nothing may have given way to another meanwhile (see above).
+        _check_identity(_read_json(self.folder / "job.json"), self.identity, self.folder)
         receipt: dict[str, Any] = {"rows": 0, "tokens": 0, "file": None, "bytes": 0, "sha256": None}
         with disk_errors(self.folder):
             if columns and len(columns["length"]):
