@@ -13,8 +13,9 @@ Fit a ReDrafter head to a frozen language model, on the model's own answers to y
   accelerate launch train/redrafter.py --config configs/stories260k.yaml \
 --target.path MODEL --output_dir OUT
 
-makes the answers and their hidden states (kept in OUT/data), trains on them, measures tokens per step on held-out
-prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an interruption.
+makes the answers and their hidden states (kept in OUT/data), trains on them, measures tokens per
+step on held-out prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an
+interruption.
 """
 
 
