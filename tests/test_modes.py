@@ -20,7 +20,7 @@ from redrafter.data.store import Job, Store
 from redrafter.decode.plain import plain
 from redrafter.target.model import load_target
 from redrafter.training.feed import Feed
-from redrafter.training.loop import Run
+from redrafter.training.loop import Run, check_device
 
 DEPTH = 3
 RAGGED = 300  # tokens of a forward that holds eight rows of these or more
@@ -319,3 +319,31 @@ def test_trajectories_are_equal_offline_online_and_hybrid(config, tmp_path, labe
     same_weights(offline, resumed, 1e-5)
     with pytest.raises(InputError, match="--resume auto"):
         Run(again)
+
+
+def test_a_hybrid_run_says_what_it_leaves(config, tmp_path, capsys):
+    """Shorter than an epoch: how much is there. An epoch exactly: a store, though no step needed
+    the last buffer."""
+    short = {"data.mode": "hybrid", "optim.steps": 1, "optim.batch_positions": 8, "seed": 7}
+    Run(config("short", **short)).train()
+    said = capsys.readouterr().out
+    assert "of hidden states are written, as the run was shorter than an epoch" in said
+    trained = Run(config("whole", **short))
+    steps = trained.feed.steps_per_epoch
+    trained = Run(config("epoch", **{**short, "optim.steps": steps}))
+    trained.train()
+    assert "shorter than an epoch" not in capsys.readouterr().out
+    (part,) = trained.feed.parts
+    store = Store(part.job.folder, "states")
+    assert store.n_rows == part.n_rows
+    store.verify()
+
+
+def test_a_head_on_another_device_is_refused():
+    class Elsewhere:
+        device = torch.device("cuda", 0)
+
+    check_device(Elsewhere(), torch.device("cuda"))
+    for device in ("cpu", "cuda:1"):
+        with pytest.raises(InputError, match=f"target.device {device}, but accelerate trains on"):
+            check_device(Elsewhere(), torch.device(device))

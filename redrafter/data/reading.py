@@ -87,6 +87,18 @@ class Hybrid(Fresh):
             self._complete()
         return _columns(made)
 
+    def end(self, whole_epoch: bool) -> str | None:
+        """A run ends. Makes the store complete if an epoch was trained, else says what is there."""
+        if whole_epoch and self.stored is None:
+            self._complete()
+        if self.stored is not None:
+            return None
+        return (
+            f"{self.job.folder}: {len(self.job.receipts)} of {len(self.buffers)} shards of hidden "
+            "states are written, as the run was shorter than an epoch; a longer one with this "
+            "data.folder and seed writes the rest"
+        )
+
     def _complete(self) -> None:
         """Also what no step of the first epoch needed: the starts that fill no batch."""
         for buffer, rows in enumerate(self.buffers):

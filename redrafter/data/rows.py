@@ -81,3 +81,15 @@ def batches_by_length(lengths: Tensor, chosen: Sequence[int], tokens: int) -> It
         batch.append(row)
     if batch:
         yield batch
+
+
+def starts_per_row(supervised: Tensor, lengths: Tensor) -> Tensor:
+    """(R, 2) int64: tokens that are supervised and have one, or two, tokens of their row before
+    them (what a draft could begin at; see `training/feed.py`)."""
+    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    place = torch.arange(len(supervised)) - torch.repeat_interleave(offsets[:-1], lengths)
+    counts = []
+    for before in (1, 2):
+        total = torch.cat((lengths.new_zeros(1), (supervised & (place >= before)).cumsum(0)))
+        counts.append(total[offsets[1:]] - total[offsets[:-1]])
+    return torch.stack(counts, 1)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.data.remote import Folder, open_folder
-from redrafter.data.rows import Rows
+from redrafter.data.rows import Rows, starts_per_row
 from redrafter.files import (
     digest_file,
     digest_json,
@@ -307,7 +307,7 @@ class Store:
                     if found != (kind[0], (entry["tokens"], *shape)):
                         raise InputError(self._damaged(number, f"{name} has another shape"))
                     self.columns[name] = kind
-                supervised.append(_starts_per_row(mask, own))
+                supervised.append(starts_per_row(mask, own))
             shard.append(torch.full_like(own, number))
             length.append(own)
             first.append(ends - own)
@@ -389,15 +389,3 @@ class Store:
                 pass
             if digest_file(path) != entry["sha256"]:
                 raise InputError(self._damaged(number, "its digest differs"))
-
-
-def _starts_per_row(supervised: Tensor, lengths: Tensor) -> Tensor:
-    """(R, 2) int64: tokens that are supervised and have one, or two, tokens of their row before
-    them (what a draft could begin at; see `training/feed.py`)."""
-    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    place = torch.arange(len(supervised)) - torch.repeat_interleave(offsets[:-1], lengths)
-    counts = []
-    for before in (1, 2):
-        total = torch.cat((lengths.new_zeros(1), (supervised & (place >= before)).cumsum(0)))
-        counts.append(total[offsets[1:]] - total[offsets[:-1]])
-    return torch.stack(counts, 1)

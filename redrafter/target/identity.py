@@ -34,9 +34,10 @@ def text_identity(tokenizer: Any) -> dict[str, str | None]:
 def target_identity(target: Target) -> dict[str, str | None]:
     """Digests of weights, configuration, tokenizer and template; the tokens that end a text (they
     may stand in generation_config.json alone), and the dtype computed in."""
+    # Only what differs from the defaults: a new version of transformers adds keys.
     config = {
         key: value
-        for key, value in target.model.config.to_dict().items()
+        for key, value in target.model.config.to_diff_dict().items()
         if key not in _FREE and not key.startswith("_")
     }
     text = {} if target.tokenizer is None else text_identity(target.tokenizer)

@@ -193,6 +193,11 @@ class Feed:
                 self._next = (after, self._pool.submit(self._load, after, buffer))
         return self._loaded[1:]
 
+    def end(self, step: int) -> list[str]:
+        """No step from `step` on will be asked for. Returns what the user should know."""
+        hybrids = [part for part in self.parts if isinstance(part, Hybrid)]
+        return [text for p in hybrids if (text := p.end(step >= self.steps_per_epoch))]
+
     # -- batches ---------------------------------------------------------------------------
 
     def step(self, step: int) -> Batch:

@@ -26,7 +26,7 @@ from redrafter.files import (
     write_json,
 )
 from redrafter.heads.recurrent import RecurrentHead, load_head
-from redrafter.target.model import Target, load_target
+from redrafter.target.model import Target, load_target, pick_device
 from redrafter.training import checkpoint
 from redrafter.training.data import (
     check_settings,
@@ -72,6 +72,16 @@ def check_processes(accelerator: Accelerator) -> None:
         raise InputError(
             f"{accelerator.num_processes} processes: training knows one process for now. Launch "
             "with --num_processes 1"
+        )
+
+
+def check_device(accelerator: Accelerator, device: torch.device) -> None:
+    """The head is trained where accelerate says, on batches that come from the target's device."""
+    ours, theirs = (d.index or 0 for d in (device, accelerator.device))
+    if device.type != accelerator.device.type or ours != theirs:
+        raise InputError(
+            f"target.device {device}, but accelerate trains on {accelerator.device}: set "
+            "target.device auto, and choose among devices by CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -124,8 +134,12 @@ class Run:
         self.checkpoints = self.out / "checkpoints"
         resume_from = checkpoint.find(config.resume, self.checkpoints)  # fails before any work
         project = ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs"))
-        self.accelerator = Accelerator(log_with=config.tracker, project_config=project)
+        device = pick_device(config.target.device)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", log_with=config.tracker, project_config=project
+        )
         check_processes(self.accelerator)
+        check_device(self.accelerator, device)
         self.target = load_target(config.target)
         # What can be refused is refused before the data is made, which may take days.
         check_settings(config)
@@ -191,6 +205,8 @@ class Run:
                 if save:
                     self._save()
         self._export()
+        for text in self.feed.end(self.done):
+            print(text)
         self.accelerator.end_training()
         return self.best or {"step": self.done}
 

@@ -1,0 +1,58 @@
+"""Every configuration dataclass, and the one way they are read: YAML, then `--section.key value`.
+
+Unknown keys and wrong types are errors that name the key (jsonargparse). `None` means off.
+"""
+
+from __future__ import annotations
+
+from redrafter.config.common import (
+    DType,
+    SourceConfig,
+    TargetConfig,
+    TreeConfig,
+)
+from redrafter.config.data import (
+    AnswersConfig,
+    BigramsConfig,
+    CheckConfig,
+    DataConfig,
+    MakeAnswersConfig,
+    MakeStatesConfig,
+    PrepareConfig,
+    StatesConfig,
+)
+from redrafter.config.evaluation import (
+    CostsConfig,
+    LosslessConfig,
+    SpeedConfig,
+)
+from redrafter.config.training import (
+    HeadConfig,
+    LossConfig,
+    OptimConfig,
+    TrainConfig,
+    TrainEvalConfig,
+)
+
+__all__ = [
+    "AnswersConfig",
+    "BigramsConfig",
+    "CheckConfig",
+    "CostsConfig",
+    "DType",
+    "DataConfig",
+    "HeadConfig",
+    "LossConfig",
+    "LosslessConfig",
+    "MakeAnswersConfig",
+    "MakeStatesConfig",
+    "OptimConfig",
+    "PrepareConfig",
+    "SourceConfig",
+    "SpeedConfig",
+    "StatesConfig",
+    "TargetConfig",
+    "TrainConfig",
+    "TrainEvalConfig",
+    "TreeConfig",
+]

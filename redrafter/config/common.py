@@ -1,0 +1,90 @@
+"""What several commands need: the target, a source of text, the shape of a draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+
+
+def at_least(least: int, config: object, *names: str) -> None:
+    """Raises ValueError naming the first of these fields that is smaller; None is off."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < least:
+            where = type(config).__name__
+            raise ValueError(f"{name}: {value} must be at least {least} ({where})")
+
+
+def check_temperatures(temperatures: tuple[float, ...]) -> None:
+    if not temperatures or not min(temperatures) >= 0:
+        raise ValueError(f"temperatures: {list(temperatures)} must be one or more, none below 0")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The frozen language model."""
+
+    path: str
+    """Folder or Hub id of a Hugging Face causal language model."""
+    device: str = "auto"
+    """`auto` takes an accelerator if there is one; else e.g. `cpu`, `cuda:0`."""
+    dtype: DType = "auto"
+    """`auto` is float32 on a CPU and the checkpoint's own dtype elsewhere."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention kernel; `auto` lets transformers choose between sdpa and eager."""
+    revision: str | None = None
+    """Hub revision."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where rows of text come from, and what stands in them; see `redrafter/data/sources.py`."""
+
+    path: str
+    """A .jsonl, .json or .parquet file (.gz too), a glob of such, a folder, or a Hub id."""
+    format: Literal["auto", "text", "question", "messages", "turns", "columns"] = "auto"
+    """What a row holds: `text`; `question` (with or without `answer`); `messages` or ShareGPT
+    `conversations`; `turns` of a user; `columns` named below. `auto` looks at the first row."""
+    prompt_column: str | None = None
+    """For `columns`: the user's message."""
+    answer_column: str | None = None
+    """For `columns`: the assistant's; none where the target is to answer."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    revision: str | None = None
+    """Hub revision."""
+    streaming: bool = False
+    """Read as a stream, without storing the data set first; needs holdout_rows 0."""
+    n_rows: int | None = None
+    """Rows to read, from the front; none reads all but the held-out ones."""
+    holdout_rows: int = 0
+    """Rows at the end that are never read."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    supervise: Literal["all", "last"] = "all"
+    """Which assistant messages of a row are learned from."""
+    max_failed_rows: int = 0
+    """Malformed rows to put up with; one more ends the job and names them."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "text_prompt_tokens")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """The shape of what is drafted per step."""
+
+    width: int = 4
+    """W, nodes kept per level."""
+    depth: int = 4
+    """K, drafted levels (the token that is sure anyway is not counted)."""
+    shape: Literal["levels", "beams", "best"] = "levels"
+    """`levels` verifies every level's top W (N = 1 + W*K), `beams` only the prefixes of the final
+    W beams (Apple's), `best` the `nodes` nodes of highest cumulative score over all levels."""
+    nodes: int | None = None
+    """N for shape `best`, the root counted."""
+    seeded: bool = True
+    """At temperature > 0, propose with the verifier's own noise (accepts more, stays exact)."""

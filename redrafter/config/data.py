@@ -1,0 +1,190 @@
+"""The data pipeline: its stages, and the commands that run them one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from redrafter.config.common import (
+    SourceConfig,
+    TargetConfig,
+    TreeConfig,
+    at_least,
+    check_temperatures,
+)
+
+
+@dataclass(frozen=True)
+class AnswersConfig:
+    """The target's own answers to prompts."""
+
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Temperatures that the answers are made at; 0 is greedy."""
+    samples_per_prompt: int = 1
+    """Answers per prompt at each temperature above 0."""
+    max_new_tokens: int = 128
+    """Length of an answer, in tokens."""
+    batch_size: int = 128
+    """Rows per forward; changes the speed, not the answers."""
+    shard_prompts: int = 1024
+    """Prompts per shard; what an interruption can lose."""
+
+    def __post_init__(self) -> None:
+        check_temperatures(self.temperatures)
+        names = ("samples_per_prompt", "max_new_tokens", "batch_size", "shard_prompts")
+        at_least(1, self, *names)
+
+
+@dataclass(frozen=True)
+class StatesConfig:
+    """Hidden states of the target, for every position of every row."""
+
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16", "int8"] = "auto"
+    """Numbers that are stored; `auto` are the target's own. int8 has one scale per position."""
+    max_bytes: int | None = 20_000_000_000
+    """The most that may be written, in bytes; refused before any work. none sets no limit."""
+    shard_bytes: int = 268_435_456
+    """Size of a shard, in bytes; what an interruption can lose."""
+    forward_tokens: int = 16384
+    """Tokens per teacher-forced forward, padding counted; changes the speed, not the states."""
+    teacher_top_k: int | None = None
+    """Keep the target's k most probable next tokens, with their log-probabilities, too."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "shard_bytes", "forward_tokens", "teacher_top_k")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from: stores made before, or a source to make them from here."""
+
+    stores: tuple[str, ...] = ()
+    """Folders or URLs of hidden states (data/states.py), each as PATH or PATH=WEIGHT; with weights
+    an epoch takes rows of each store in that proportion."""
+    source: SourceConfig | None = None
+    """Text to begin with, where there are no stores: data.source.path, .format, .n_rows,
+    .holdout_rows and the other fields that `data/prepare.py --help` explains."""
+    text: Literal["answers", "source"] = "answers"
+    """Learn from the target's own answers to the source's prompts, or from its texts as they
+    stand."""
+    answers: AnswersConfig = AnswersConfig()
+    """How answers are made."""
+    states: StatesConfig = StatesConfig()
+    """How hidden states are stored."""
+    mode: Literal["offline", "online", "hybrid"] = "offline"
+    """`offline` writes all hidden states, then trains; `online` makes them batch by batch and
+    writes none; `hybrid` writes them while the first epoch trains. The batches are the same."""
+    labels: Literal["tokens", "greedy", "local"] = "tokens"
+    """Learn the text's own tokens; what the target says greedily after each of them; or `local`:
+    what the target says when it goes on greedily from each position (the paper's distillation)."""
+    folder: str | None = None
+    """Folder that keeps prompts, answers and states for other runs; none is `data` in the output
+    folder."""
+    buffer_rows: int = 512
+    """Rows held in memory at a time; their positions are shuffled together."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "buffer_rows")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """`data/prepare.py`: text of a source as rows of tokens."""
+
+    target: TargetConfig
+    """The target; only its tokenizer, chat template and configuration are read."""
+    source: SourceConfig
+    """Where the text comes from."""
+    keep: Literal["prompts", "texts"] = "prompts"
+    """`prompts`: what stands before the answer, for the target to go on (data/answers.py).
+    `texts`: everything, with a mask over what is learned from (data/states.py)."""
+    max_tokens: int | None = None
+    """Longer rows are skipped and counted; none takes the target's context."""
+    output_dir: str | None = None
+    """Folder for the rows; none writes nothing (see show)."""
+    show: int = 0
+    """Print this many rows first, with what is learned from in colour."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_tokens")
+        at_least(0, self, "show")
+
+
+@dataclass(frozen=True)
+class MakeAnswersConfig:
+    """`data/answers.py`: let the target answer prompts."""
+
+    target: TargetConfig
+    """The target that answers."""
+    prompts: str
+    """Folder of prompts made by data/prepare.py."""
+    output_dir: str
+    """Folder for the answers; the same command goes on after an interruption."""
+    answers: AnswersConfig = AnswersConfig()
+    """How they are made."""
+    drafter: Literal["none", "head", "lookup"] = "none"
+    """Draft with a trained head or by prompt lookup: faster, and the answers are the same."""
+    head: str | None = None
+    """Folder of the head, for drafter `head`."""
+    tree: TreeConfig = TreeConfig()
+    """What the head drafts."""
+    allow_other_target: bool = False
+    """Accept a head that was trained for another target."""
+    seed: int = 0
+    """Fixes every sampled answer."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+
+
+@dataclass(frozen=True)
+class MakeStatesConfig:
+    """`data/states.py`: store the target's hidden states of rows."""
+
+    target: TargetConfig
+    """The target whose states are stored."""
+    rows: str
+    """Folder of answers (data/answers.py) or texts (data/prepare.py)."""
+    output_dir: str
+    """Folder for the states; the same command goes on after an interruption."""
+    states: StatesConfig = StatesConfig()
+    """How they are stored."""
+    continuation: int = 0
+    """Greedy tokens to store per position, for data.labels `greedy` (1) or `local`
+    (optim.depth + 1)."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "continuation")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """`data/check.py`: is every byte of a store what was written?"""
+
+    store: str
+    """Folder or URL of rows, answers or states."""
+    show: int = 0
+    """Print this many rows, with what is learned from in colour; needs target.path."""
+    target: TargetConfig | None = None
+    """Whose tokenizer to print rows with."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "show")
+
+
+@dataclass(frozen=True)
+class BigramsConfig:
+    """`data/bigrams.py`: count which token follows which, for the n-gram drafter."""
+
+    store: str
+    """Folder or URL of answers, texts or states."""
+    target: TargetConfig
+    """The target; only its configuration is read."""
+    out: str
+    """File to write (.safetensors), for `eval/speed.py --bigrams`."""
+    width: int = 16
+    """Successors kept per token."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "width")

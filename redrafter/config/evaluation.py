@@ -1,0 +1,114 @@
+"""`eval/lossless.py`, `eval/speed.py`, `eval/costs.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from redrafter.config.common import TargetConfig, TreeConfig
+
+
+@dataclass(frozen=True)
+class LosslessConfig:
+    """`eval/lossless.py`: does drafting change a token?"""
+
+    target: TargetConfig
+    head: str
+    """Folder of a trained draft head."""
+    prompts: str
+    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
+    n_prompts: int = 30
+    """Rows to use, from the end of the file."""
+    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    """What a row holds; `auto` looks at the keys of the first one."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    tree: TreeConfig = TreeConfig()
+    max_new_tokens: int = 128
+    """Per prompt."""
+    batch_sizes: str = "1,4"
+    """Rows per speculative batch, comma-separated; the reference is always a row alone."""
+    temperatures: str = "1"
+    """Temperatures of the seeded modes, comma-separated; greedy is always run."""
+    seed: int = 0
+    """Prompt i samples with seed + i."""
+    allow_other_target: bool = False
+    """Accept a head that was trained for another target."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+    out: str | None = None
+    """JSON file to write."""
+
+
+@dataclass(frozen=True)
+class CostsConfig:
+    """`eval/costs.py`: what forwards of n new tokens and drafted levels cost on this device."""
+
+    target: TargetConfig
+    head: str | None = None
+    """Folder of a trained draft head; None measures the target alone."""
+    tree: TreeConfig = TreeConfig()
+    new_tokens: str = "1,2,3,5,9,17,25,33,41"
+    """n, new tokens per row and forward, comma-separated."""
+    contexts: str = "64,256"
+    """Tokens per row already in the cache, comma-separated."""
+    batch_sizes: str = "1,4"
+    """Rows per forward, comma-separated."""
+    rounds: int = 30
+    """Measurements of everything, one after the other in turn."""
+    temperature: float = 0.0
+    """Above 0 the drafter is given noise to propose with."""
+    allow_other_target: bool = False
+    """Accept a head that was trained for another target."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+    out: str | None = None
+    """JSON file to write."""
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """`eval/speed.py`: ways of decoding compared on the same prompts."""
+
+    target: TargetConfig
+    prompts: str
+    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
+    n_prompts: int = 30
+    """Rows to use, from the end of the file."""
+    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    """What a row holds; `auto` looks at the keys of the first one."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    head: str | None = None
+    """Folder of a trained draft head, for the methods named `head`."""
+    methods: str = "stock,plain,head"
+    """Comma-separated: stock (model.generate), plain, head, lookup, bigram, replay (a drafter that
+    knows the answer). `head:8x5:beams` names width x depth and shape; `head:8x5:best:16` the nodes
+    too; `bigram:4x4`; `lookup:10x3` is depth x longest n-gram; `replay:1x4`."""
+    tree: TreeConfig = TreeConfig()
+    """Of the method `head` without a suffix."""
+    max_new_tokens: int = 128
+    """Per prompt, the same for every method."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    batch_size: int = 1
+    """Rows decoded at a time."""
+    repeats: int = 1
+    """Times that every prompt is run by every method; the median counts."""
+    ignore_eos: bool = False
+    """Always generate max_new_tokens."""
+    bigrams: str | None = None
+    """For `bigram`: a table made by data/bigrams.py, or a folder or URL of answers, texts or states
+    to count on. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
+    bigram_prompts: int = 64
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
+    cost_rounds: int = 60
+    """Measurements of each forward and drafted level, for the bound."""
+    seed: int = 0
+    """Prompt i samples with seed + i."""
+    allow_other_target: bool = False
+    """Accept a head that was trained for another target."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+    out: str | None = None
+    """JSON file to write."""

@@ -1,0 +1,154 @@
+"""`train/redrafter.py`: the head, the losses, the optimiser, what is measured meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from redrafter.config.common import (
+    SourceConfig,
+    TargetConfig,
+    TreeConfig,
+    at_least,
+    check_temperatures,
+)
+from redrafter.config.data import DataConfig
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The recurrent head to train; see `redrafter/heads/recurrent.py`."""
+
+    init_from: str | None = None
+    """Folder of a head to go on from (ours or Apple's); the other fields here then do nothing."""
+    num_draft_layers: int = 2
+    """Residual blocks."""
+    exit_dim: int | None = None
+    """E, width of the residual blocks; none is twice the target's hidden width."""
+    first_state: Literal["code", "paper"] = "code"
+    """s_1 = SiLU(W e_1 + b) as in Apple's code, or s_1 = e_1 as in the paper."""
+    cell: Literal["simple", "gru", "sum"] = "simple"
+    """The recurrence; `sum` adds up embeddings."""
+    embedding_scale: Literal["none", "rms"] = "rms"
+    """`rms` divides the frozen embeddings by their root mean square; learns faster."""
+    input_norm: bool = False
+    """RMSNorm on the concatenated hidden state and recurrent state."""
+    output: Literal["own", "target"] = "own"
+    """The matrix over the vocabulary: trained, or the target's lm_head behind a projection."""
+    draft_vocab_size: int | None = None
+    """Draft only this many tokens, the most frequent ones of the answers; none drafts all."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses; see `redrafter/losses.py` for what each one serves."""
+
+    cross_entropy: float = 1.0
+    """Weight of -log q(label)."""
+    kl: float = 0.0
+    """Weight of KL(p || q)."""
+    total_variation: float = 0.0
+    """Weight of the total variation between p and q."""
+    minus_log_acceptance: float = 0.0
+    """Weight of -log sum min(p, q)."""
+    teacher: Literal["states", "top_k"] = "states"
+    """Where p comes from: exactly, from the stored hidden states and the target's lm_head; or from
+    the stored most probable tokens (data.states.teacher_top_k), without that matrix product."""
+    depth_decay: float = 1.0
+    """Depth k weighs depth_decay^(k-1)."""
+    chunk_rows: int = 256
+    """Rows of logits (one per position and depth) held at once."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "chunk_rows")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and a cosine to zero."""
+
+    steps: int = 8000
+    """Optimiser steps."""
+    batch_positions: int = 128
+    """Start positions per micro-batch, each with all its depths."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step."""
+    depth: int = 5
+    """Depths trained."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_lr_ratio: float = 0.0
+    """Learning rate at the end, as a part of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices (never of biases and norms)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averages."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient; none does not clip."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps", "batch_positions", "accumulation", "depth")
+
+
+@dataclass(frozen=True)
+class TrainEvalConfig:
+    """What is measured while training, on held-out prompts."""
+
+    every_steps: int = 1000
+    """Steps between evaluations; one is always made at the end."""
+    source: SourceConfig | None = None
+    """Held-out prompts: eval.source.path and so on, as for data.source; none takes the held-out
+    end of `data.source`."""
+    prompts: int = 40
+    """Prompts, from the end of them; 0 measures nothing, and exports the last head."""
+    max_new_tokens: int = 128
+    """Tokens per held-out answer."""
+    batch_size: int = 40
+    """Rows decoded together."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Tokens per step are measured at each; the first one picks the best head."""
+    tree: TreeConfig = TreeConfig()
+    """The tree that is drafted."""
+
+    def __post_init__(self) -> None:
+        check_temperatures(self.temperatures)
+        at_least(0, self, "prompts")
+        at_least(1, self, "every_steps", "max_new_tokens", "batch_size")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fit a recurrent draft head to a frozen language model."""
+
+    target: TargetConfig
+    """The frozen language model."""
+    data: DataConfig
+    """Prompts and answers."""
+    output_dir: str
+    """Folder for the trained head, its checkpoints, logs and answers."""
+    head: HeadConfig = HeadConfig()
+    """The draft head."""
+    loss: LossConfig = LossConfig()
+    """The loss."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser and its schedule."""
+    eval: TrainEvalConfig = TrainEvalConfig()
+    """Evaluation while training."""
+    seed: int = 0
+    """Fixes initial weights, answers and the order of the data."""
+    save_steps: int = 1000
+    """Steps between checkpoints; an evaluation that improves makes one too."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; the best one comes on top."""
+    resume: str = "none"
+    """`auto` goes on from the newest checkpoint in the output folder (starts anew if there is
+    none), a path from that checkpoint, `none` starts anew."""
+    tracker: str | None = "tensorboard"
+    """Where metrics are logged (a tracker that accelerate knows); none logs nowhere."""
+    log_steps: int = 20
+    """Steps between logged losses."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "save_steps", "log_steps")
