@@ -278,8 +278,13 @@ def estimate(
     seconds = (time.perf_counter() - clock) / len(probe.tokens) * left
     print(
         f"hidden states: {len(kept)} rows ({rows.n_rows - len(kept)} duplicates left out), "
-        f"{total} tokens, {readable(size)} in {dtype}, about {max(1, round(seconds / 60))} min"
+        f"{total} tokens, {readable(size)} in {dtype}, about {minutes(seconds)}"
     )
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
 
 
 def readable(size: int) -> str:
