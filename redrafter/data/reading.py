@@ -131,13 +131,13 @@ def epoch_order(n_rows: Sequence[int], weights: Sequence[float], seed: int, epoc
 
     An epoch has as many rows as all parts together. With equal shares each row comes once. With
     weights, every part gives its share of that, going round its own shuffled rows as often as
-    needed: over the epochs each of its rows comes equally often.
+    needed (a row at least): over the epochs each of its rows comes equally often.
     """
     total, sum_of_weights = sum(n_rows), sum(weights)
     even = all(w == weights[0] for w in weights)
     parts, rows = [], []
     for number, (n, weight) in enumerate(zip(n_rows, weights, strict=True)):
-        share = n if even else round(total * weight / sum_of_weights)
+        share = n if even else max(1, round(total * weight / sum_of_weights))
         first = epoch * share
         rounds = [
             torch.randperm(n, generator=_generator(seed, number, r))

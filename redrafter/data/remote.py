@@ -31,7 +31,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """Files are fetched whole when first needed, and kept in the cache folder
+    """Files are fetched whole when first asked for, and kept in the cache folder
     ($REDRAFTER_CACHE, else redrafter/ in the user's cache)."""
 
     def __init__(self, url: str):

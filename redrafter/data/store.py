@@ -248,7 +248,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 class Store:
     """A complete store, read row by row from memory-mapped shards.
 
-    folder: a path, or a URL that fsspec knows (shards are then fetched when first needed)
+    folder: a path, or a URL that fsspec knows (its shards are then fetched now, and kept)
     kind: what it must hold; None takes any
     What is kept in memory is a few numbers per row. Raises InputError naming what is missing,
     damaged, unfinished or of another kind.
