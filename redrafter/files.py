@@ -45,12 +45,15 @@ def write_text(path: str | Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    part = _part(path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -58,7 +61,9 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None
+) -> None:
     """Replace a safetensors file in one step.
 
     about: its metadata; of several entries safetensors does not keep the order from run to run
@@ -67,13 +72,21 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str,
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A folder of its own: safetensors, too, writes aside and renames, and a kill in between
+    # leaves a file whose name nobody knows.
+    part = _part(path)
+    part.mkdir(exist_ok=True)
     try:
-        save_file(tensors, part, metadata=about)
-        settle(part)
-        os.replace(part, path)
+        save_file(tensors, part / path.name, metadata=about)
+        settle(part / path.name)
+        os.replace(part / path.name, path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _part(path: Path) -> Path:
+    """Where this process writes what becomes `path`; see `remove_leftovers`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def write_config(path: str | Path, config: Any) -> None:
@@ -102,7 +115,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:

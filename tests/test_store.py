@@ -13,7 +13,6 @@ import torch
 
 from redrafter.cli.check_store import main as check
 from redrafter.contracts import InputError
-from redrafter.data import store as store_module
 from redrafter.data.build_rows import columns_of
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import FORMAT, Job, Store, shard_name
@@ -249,14 +248,14 @@ def test_what_another_process_is_writing_stays(tmp_path):
 
 def test_nothing_half_written_is_seen(tmp_path, monkeypatch):
     """The process ends in the middle of a write: no shard, no receipt."""
-    def dies(columns, path):
+    def dies(columns, path, metadata):
         Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "save_file", dies)
+    monkeypatch.setattr("safetensors.torch.save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "s", [[(0, row(4, 1))]])
-    assert not list((tmp_path / "s").glob("shard-*"))
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["job.json"]
 
 
 _FILL = """
@@ -308,10 +307,10 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
 
 def test_a_quota_is_told_from_other_errors(tmp_path, monkeypatch):
     def refuses(code):
-        def save(columns, path):
+        def save(columns, path, metadata):
             raise OSError(code, "refused")
 
-        monkeypatch.setattr(store_module, "save_file", save)
+        monkeypatch.setattr("safetensors.torch.save_file", save)
         write(tmp_path / str(code), [[(0, row(4, 1))]])
 
     with pytest.raises(InputError, match="the disk is full"):

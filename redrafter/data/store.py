@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from redrafter.contracts import InputError
@@ -41,8 +39,8 @@ from redrafter.files import (
     digest_json,
     plain_values,
     remove_leftovers,
-    settle,
     write_json,
+    write_tensors,
 )
 
 FORMAT = 1
@@ -106,16 +104,13 @@ class Job:
                 columns = {name: c.contiguous().cpu() for name, c in columns.items()}
                 columns["check"] = row_checks(columns)
                 path = self.folder / f"{shard_name(index)}.safetensors"
-                part = path.with_name(f".{path.name}.{os.getpid()}.part")
-                save_file(columns, part)
-                settle(part)
+                write_tensors(path, columns)
                 receipt |= {
                     "rows": len(columns["length"]), "tokens": len(columns["tokens"]),
                     "supervised": int(columns["supervised"].sum()),
                     "columns": _layout(columns), "index": _index_check(columns),
-                    "file": path.name, "bytes": part.stat().st_size, "sha256": digest_file(part),
+                    "file": path.name, "bytes": path.stat().st_size, "sha256": digest_file(path),
                 }  # fmt: skip
-                os.replace(part, path)
             receipt["rejected"] = plain_values(list(rejected))
             write_json(self.folder / f"{shard_name(index)}.json", receipt)
         self.receipts[index] = receipt
@@ -170,8 +165,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and "No space left" not in str(error) and "os error 28" not in str(error):
             raise
-        for part in folder.glob(f".*.{os.getpid()}.part"):  # room for whatever comes next
-            part.unlink(missing_ok=True)
         raise InputError(
             f"{folder}: the disk is full. What is written is whole; free some space and run the "
             "same command again to go on"
