@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts_here = width > 0 and config.bigrams is None
     prompts, others = evaluation_prompts(target, config, config.bigram_prompts * counts_here)
     table, counted_on = _bigrams(config, target, width, others) if width else (None, None)
+    partners = known.Partners(head, table)
     methods = [
-        known.build_method(name, target, config, decoding(config), head, table) for name in names
+        known.build_method(name, target, config, decoding(config), partners) for name in names
     ]
     batches, answers = make_batches(target, [p.ids for p in prompts], config)
     body = measure_speed(target, methods, batches, answers, config)

@@ -6,7 +6,7 @@ import copy
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,8 +26,6 @@ from redrafter.evaluation.costs import synchronize
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target, TargetOutput
 
-#: What a user may write before the first colon.
-KINDS = ("stock", "plain", "head", "lookup", "bigram", "replay")
 _SHAPES = ("levels", "beams", "best")
 
 
@@ -168,18 +166,6 @@ class Replay(Loop):
         return ReplayDrafter(texts, self.target.vocab_size, self.tree.depth, self.tree.width)
 
 
-def parse_methods(text: str) -> list[str]:
-    """Names, in order and once each. Raises InputError naming an unknown one."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise InputError("methods: give at least one, e.g. stock,plain,head")
-    for name in names:
-        kind = name.split(":")[0]
-        if kind not in KINDS or (":" in name and kind in ("stock", "plain")):
-            raise InputError(f"methods: {name!r} is unknown; choose from {', '.join(KINDS)}")
-    return names
-
-
 def tree_of(name: str, default: TreeConfig) -> TreeConfig:
     """`head:8x5:best:16` -> the tree it names; parts that are missing are the default's.
 
@@ -209,20 +195,64 @@ def bigram_width(names: Sequence[str]) -> int:
     return max(widths, default=0)
 
 
+@dataclass(frozen=True)
+class Partners:
+    """What drafters are made from besides the target; None where no method asks for it.
+
+    bigrams: at least `bigram_width` wide
+    """
+
+    head: RecurrentHead | None = None
+    bigrams: BigramTable | None = None
+
+
+def _head(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
+    if partners.head is None:
+        raise InputError(f"methods: {name!r} needs --head, the folder of a trained draft head")
+    return RecurrentDrafter(partners.head, target, tree_of(name, config.tree))
+
+
+def _lookup(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
+    size = tree_of(name, TreeConfig(width=10, depth=3))  # the name says depth x n-gram
+    return PromptLookup(depth=size.width, max_ngram=size.depth)
+
+
+def _bigram(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
+    if partners.bigrams is None:
+        raise InputError(f"methods: {name!r} needs a table of bigrams")
+    tree = tree_of(name, TreeConfig())
+    return CountedBigrams(partners.bigrams, tree.width, tree.depth, target.device)
+
+
+#: What a user may write before the first colon, and who makes the drafter of that name.
+DRAFTERS: dict[str, Callable[[str, Target, SpeedConfig, Partners], Drafter]] = {
+    "head": _head,
+    "lookup": _lookup,
+    "bigram": _bigram,
+}
+KINDS = ("stock", "plain", "replay", *DRAFTERS)
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names, in order and once each. Raises InputError naming an unknown one."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise InputError("methods: give at least one, e.g. stock,plain,head")
+    for name in names:
+        kind = name.split(":")[0]
+        if kind not in KINDS or (":" in name and kind in ("stock", "plain")):
+            raise InputError(f"methods: {name!r} is unknown; choose from {', '.join(KINDS)}")
+    return names
+
+
 def build_method(
     name: str,
     target: Target,
     config: SpeedConfig,
     generation_config: GenerationConfig,
-    head: RecurrentHead | None,
-    bigrams: BigramTable | None,
+    partners: Partners,
 ) -> Method:
-    """The method of a name from `parse_methods`.
-
-    head: needed by the methods `head...`; bigrams: needed by the methods `bigram...`, at least
-        `bigram_width` wide
-    Raises InputError naming what is missing or wrong.
-    """
+    """The method of a name from `parse_methods`. Raises InputError naming what it lacks."""
     kind = name.split(":")[0]
     if kind == "stock":
         return Stock(name, target, generation_config)
@@ -231,19 +261,7 @@ def build_method(
     if kind == "replay":
         tree = tree_of(name, TreeConfig(width=1, depth=config.tree.depth))
         return Replay(name, target, generation_config, tree)
-    drafter: Drafter
-    if kind == "head":
-        if head is None:
-            raise InputError(f"methods: {name!r} needs --head, the folder of a trained draft head")
-        drafter = RecurrentDrafter(head, target, tree_of(name, config.tree))
-    elif kind == "lookup":
-        size = tree_of(name, TreeConfig(width=10, depth=3))  # the name says depth x n-gram
-        drafter = PromptLookup(depth=size.width, max_ngram=size.depth)
-    else:
-        if bigrams is None:
-            raise InputError(f"methods: {name!r} needs a table of bigrams")
-        tree = tree_of(name, TreeConfig())
-        drafter = CountedBigrams(bigrams, tree.width, tree.depth, target.device)
+    drafter = DRAFTERS[kind](name, target, config, partners)
     return Loop(name, target, generation_config, drafter)
 
 
