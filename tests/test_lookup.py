@@ -6,10 +6,10 @@ import pytest
 import torch
 from models import VOCAB, alone, prompts, settings, tiny
 
-from redrafter.contracts import Sequences
+from redrafter.contracts import InputError, Sequences
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
-from redrafter.drafters.lookup import PromptLookup, leftmost_match
+from redrafter.drafters.lookup import PromptLookup, find_match
 
 
 def known_rows(rows: list[list[int]], room: int = 6) -> Sequences:
@@ -21,9 +21,12 @@ def known_rows(rows: list[list[int]], room: int = 6) -> Sequences:
     return Sequences(ids, length, length.clone(), torch.ones(len(rows), dtype=torch.bool))
 
 
-def brute_force_lookup(row: list[int], max_ngram: int, depth: int) -> tuple[list[int], int]:
+def brute_force_lookup(
+    row: list[int], max_ngram: int, depth: int, occurrence: str = "leftmost"
+) -> tuple[list[int], int]:
     for n in range(max_ngram, 0, -1):
-        for start in range(len(row) - n):
+        starts = range(len(row) - n)
+        for start in starts if occurrence == "leftmost" else reversed(starts):
             if row[start : start + n] == row[-n:]:
                 return row[start + n : start + n + depth], n
     return [], 0
@@ -38,31 +41,47 @@ def small_rows(count: int = 60, vocab: int = 3) -> list[list[int]]:
 # ---------------------------------------------------------------- prompt lookup
 
 
+@pytest.mark.parametrize("occurrence", ["leftmost", "recent"])
 @pytest.mark.parametrize("max_ngram", [1, 3, 20])
-def test_leftmost_match_is_brute_forces(max_ngram):
+def test_match_is_brute_forces(max_ngram, occurrence):
     rows = small_rows()
     seqs = known_rows(rows)
-    place, ngram = leftmost_match(seqs.ids, seqs.length, max_ngram)
+    place, ngram = find_match(seqs.ids, seqs.length, max_ngram, occurrence)
     found = Counter()
     for row, at, n in zip(rows, place.tolist(), ngram.tolist(), strict=True):
-        tokens, expected = brute_force_lookup(row, max_ngram, depth=4)
+        tokens, expected = brute_force_lookup(row, max_ngram, 4, occurrence)
         assert n == expected
         assert not n or row[at : at + 4] == tokens
         found[n] += 1
     assert found[0] and found[1], "the rows must show both a match and none"
 
 
+def test_occurrences_by_hand():
+    row = [[5, 6, 7, 5, 6, 8, 5, 6]]
+    for occurrence, copied in (("leftmost", [7, 5]), ("recent", [8, 5])):
+        drafter = PromptLookup(2, 3, occurrence)
+        drafter.begin(known_rows(row))
+        drafter.start()
+        for level in (1, 2):
+            drafter.extend(level)
+        assert drafter.tree().tokens.tolist() == [[6, *copied]]
+    assert PromptLookup().occurrence == "leftmost", "the original's, and that of all results so far"
+    with pytest.raises(InputError, match="'first' is none of"):
+        PromptLookup(occurrence="first")
+
+
+@pytest.mark.parametrize("occurrence", ["leftmost", "recent"])
 @pytest.mark.parametrize("levels", [0, 1, 5])
-def test_lookup_tree_is_the_copied_chain(levels):
+def test_lookup_tree_is_the_copied_chain(levels, occurrence):
     rows = small_rows()
-    drafter = PromptLookup(depth=5, max_ngram=3)
+    drafter = PromptLookup(depth=5, max_ngram=3, occurrence=occurrence)
     drafter.begin(known_rows(rows))
     drafter.start()
     features = [drafter.extend(level) for level in range(1, levels + 1)]
     tree = drafter.tree()
     assert tree.n_nodes <= 1 + levels
     for b, row in enumerate(rows):
-        tokens, n = brute_force_lookup(row, 3, levels)
+        tokens, n = brute_force_lookup(row, 3, levels, occurrence)
         valid = tree.valid[b].tolist()
         assert tree.tokens[b, tree.valid[b]].tolist() == [row[-1], *tokens]
         assert valid == sorted(valid, reverse=True), "a chain has no holes"
@@ -104,7 +123,7 @@ def test_bigram_tree_keeps_the_best_paths_of_every_level():
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("which", ["lookup", "bigram"])
+@pytest.mark.parametrize("which", ["lookup", "recent", "bigram"])
 def test_baselines_change_nothing_and_accept_something(which, sampled):
     target, rows = tiny("llama"), prompts()
     rows[0] = rows[0] * 3  # something to look up
@@ -112,11 +131,15 @@ def test_baselines_change_nothing_and_accept_something(which, sampled):
     texts, finish = alone(target, rows, config)
     whole = [row + text for row, text in zip(rows, texts, strict=True)]
     table = count_bigrams(whole, VOCAB, 3)
-    drafter = PromptLookup(4) if which == "lookup" else CountedBigrams(table, 3, 3)
+    drafter = {
+        "lookup": PromptLookup(4),
+        "recent": PromptLookup(4, occurrence="recent"),
+        "bigram": CountedBigrams(table, 3, 3),
+    }[which]
     made = speculative(target, rows, config, seeds=range(len(rows)), drafter=drafter)
     assert (made.tokens, made.finish) == (texts, finish)
     assert made.stats.drafted_at[0] > 0
-    assert made.stats.accepted_at[0] > 0 or which == "lookup"
+    assert made.stats.accepted_at[0] > 0 or which != "bigram"
     # A row's draft does not depend on its neighbours.
     single = [
         speculative(target, [row], config, seeds=[i], drafter=drafter).stats.accepted_at

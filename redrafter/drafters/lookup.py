@@ -1,12 +1,14 @@
 """Prompt lookup: the text goes on as it did after an earlier occurrence of its last few tokens.
 
 The longest suffix of at most `max_ngram` tokens that occurred before decides; among its earlier
-occurrences the leftmost one is taken, as in the original (Saxena's prompt lookup decoding, 2023).
-Unlike the original, a continuation may be shorter than `depth` (it ends where the text does), and
-the text is prompt and answer alike.
+occurrences the leftmost one is taken, as in the original (Saxena's prompt lookup decoding, 2023),
+or the most recent one. Unlike the original, a continuation may be shorter than `depth` (it ends
+where the text does, soon after a recent occurrence), and the text is prompt and answer alike.
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,15 +16,21 @@ from torch import Tensor
 from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.tree import bucket
 
+Occurrence = Literal["leftmost", "recent"]
 
-def leftmost_match(ids: Tensor, length: Tensor, max_ngram: int) -> tuple[Tensor, Tensor]:
+
+def find_match(
+    ids: Tensor, length: Tensor, max_ngram: int, occurrence: Occurrence = "leftmost"
+) -> tuple[Tensor, Tensor]:
     """Where the continuation of each row's longest repeated suffix begins.
 
     ids: (B, M) int64; length: (B,) int64, tokens known
-    Returns (place, ngram), both (B,) int64: the position after the leftmost earlier occurrence,
-    and how many tokens matched; both 0 where nothing did.
+    occurrence: which of the suffix's earlier occurrences
+    Returns (place, ngram), both (B,) int64: the position after that occurrence, and how many
+    tokens matched; both 0 where nothing did.
 
-    Example: a row 5 6 7 5 6 has the suffix (5 6) at 0 too, so place = 2 and ngram = 2.
+    Example: a row 5 6 7 5 6 8 5 6 has the suffix (5 6) at 0 and 3 too, so ngram = 2, and place is
+    2 for the leftmost, 5 for the most recent one.
     """
     place, ngram = torch.zeros_like(length), torch.zeros_like(length)
     for n in range(1, min(max_ngram, ids.shape[1]) + 1):  # the longest one is written last
@@ -30,11 +38,33 @@ def leftmost_match(ids: Tensor, length: Tensor, max_ngram: int) -> tuple[Tensor,
         suffix = ids.gather(1, tail.clamp(min=0))
         hit = (ids.unfold(1, n, 1) == suffix[:, None]).all(-1)  # (B, M - n + 1)
         # An earlier occurrence starts before the suffix itself does; stale ids lie behind it.
-        hit &= torch.arange(hit.shape[1], device=ids.device) < length[:, None] - n
-        found, first = hit.long().max(1)  # the first of equal maxima
-        place = torch.where(found > 0, first + n, place)
-        ngram = torch.where(found > 0, n, ngram)
+        at = torch.arange(hit.shape[1], device=ids.device)
+        hit &= at < length[:, None] - n
+        if occurrence == "leftmost":
+            start = hit.long().argmax(1)  # the first of equal maxima
+        else:
+            start = torch.where(hit, at, 0).amax(1)
+        found = hit.any(1)
+        place = torch.where(found, start + n, place)
+        ngram = torch.where(found, n, ngram)
     return place, ngram
+
+
+def chain_tree(root: Tensor, tokens: Tensor, valid: Tensor, longest: int) -> TokenTree:
+    """One chain per row below the root, cut to the longest one of the batch.
+
+    root: (B,) int64; tokens: (B, >= k) int64; valid: (B, k) bool, without holes
+    longest: tokens of the longest chain
+    """
+    root = root[:, None]
+    k = min(bucket(1 + longest), 1 + valid.shape[1]) - 1
+    depth = torch.arange(1 + k, device=root.device).expand(len(root), -1)
+    return TokenTree(
+        tokens=torch.cat([root, tokens[:, :k]], 1),
+        parent=(depth - 1).clamp(min=0),
+        depth=depth,
+        valid=torch.cat([torch.ones_like(root, dtype=torch.bool), valid[:, :k]], 1),
+    )
 
 
 class PromptLookup(Drafter):
@@ -42,18 +72,23 @@ class PromptLookup(Drafter):
 
     depth: K, tokens copied at most
     max_ngram: longest suffix to look for, in tokens; shorter ones are tried down to 1
+    occurrence: which of several earlier occurrences is copied from: the "leftmost" (the
+        original's) or the most "recent" one
     """
 
     feature_names = ("matched_tokens",)
 
-    def __init__(self, depth: int = 10, max_ngram: int = 3):
+    def __init__(self, depth: int = 10, max_ngram: int = 3, occurrence: Occurrence = "leftmost"):
         if depth < 1 or max_ngram < 1:
             raise InputError(f"lookup: depth {depth} and max_ngram {max_ngram} must be positive")
+        if occurrence not in get_args(Occurrence):
+            raise InputError(f"lookup: occurrence {occurrence!r} is none of {get_args(Occurrence)}")
+        self.occurrence = occurrence
         self.max_depth, self.max_nodes, self.max_ngram = depth, 1 + depth, max_ngram
 
     def start(self) -> None:
         ids, length = self.seqs.ids, self.seqs.length
-        place, self.ngram = leftmost_match(ids, length, self.max_ngram)
+        place, self.ngram = find_match(ids, length, self.max_ngram, self.occurrence)
         level = torch.arange(self.max_depth, device=ids.device)
         where = place[:, None] + level
         self.valid = (self.ngram > 0)[:, None] & (where < length[:, None])  # (B, K)
@@ -68,14 +103,6 @@ class PromptLookup(Drafter):
     def tree(self) -> TokenTree:
         """A chain, cut to the longest one of the batch: one read of the host per step, which is
         worth more than the forward over nodes that are known to be invalid."""
-        root = self.seqs.root[:, None]
         valid = self.valid[:, : self.level]
         longest = int(valid.sum(1).max()) if self.level else 0
-        k = min(bucket(1 + longest), 1 + self.level) - 1
-        depth = torch.arange(1 + k, device=root.device).expand(len(root), -1)
-        return TokenTree(
-            tokens=torch.cat([root, self.tokens[:, :k]], 1),
-            parent=(depth - 1).clamp(min=0),
-            depth=depth,
-            valid=torch.cat([torch.ones_like(root, dtype=torch.bool), valid[:, :k]], 1),
-        )
+        return chain_tree(self.seqs.root, self.tokens, valid, longest)
