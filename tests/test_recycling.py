@@ -219,7 +219,8 @@ def test_structure(children, noisy):
     assert not tree.log_q.isnan().any()
 
 
-def test_paper_tree():
+def test_named_trees():
+    assert TokenRecycling(V).max_nodes == 25 and TokenRecycling(V).max_depth == 5
     counts = [sum(level) for level in parse_children(PAPER_TREE)]
     assert counts == [8, 21, 25, 15, 8, 3] and sum(counts) == 80
 

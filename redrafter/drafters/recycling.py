@@ -25,7 +25,9 @@ from redrafter.drafters.bigram import BigramTable, PairCounts
 
 #: The paper's 80 guesses, depth 6, k = 8 (its repository's template 2.2.2).
 PAPER_TREE = "8/84321111/8321111121001001011/52111000100100000010011/3110010000101/2001"
-DEFAULT_TREE = "8/8421/421/21/1"
+#: 24 guesses, depth 5: the nodes of the paper's tree that were accepted most often, by count over 869
+#: steps (gsm-stories-6m, 12 prompts, greedy and T = 1, a matrix that began cold). Ours.
+DEFAULT_TREE = "6/321/4101/11101/1001"
 
 
 def parse_children(text: str) -> tuple[tuple[int, ...], ...]:
@@ -54,11 +56,13 @@ class TokenRecycling(Drafter):
     warm: what is known before the target has said anything
     fill_prompt: a token whose row is empty gets its successors in the batch's prompts, by count.
         On by default: the contract shows the logits of the prompt's last position alone, so a
-        cold matrix would otherwise draft nothing until the answer repeats a token. What the target
-        or `warm` said is never overwritten by a prompt.
+        cold matrix would otherwise draft nothing until the answer repeats a token (tokens per step
+        on gsm-stories-6m, 5 + 5 prompts, greedy, with and without: gsm8k 1.88 and 1.80, stories
+        2.67 and 2.58). What the target or `warm` said is never overwritten by a prompt.
     reset: forget everything but `warm` whenever a generation begins
     seeded: when sampling, order a token's k successors by log p / temperature + the verifier's
-        noise, which is how the target will choose among them
+        noise, which is how the target will choose among them (same prompts, T = 1, with and
+        without: 1.21 and 1.19, 1.25 and 1.20)
     device: the target's
 
     The matrix is one for all rows of a batch and, unless `reset`, for all generations (the paper's
