@@ -246,14 +246,15 @@ def files(tiny_target, tmp_path_factory):
 
 def test_speed_command(files, tmp_path, capsys):
     out = tmp_path / "speed.json"
-    more = ["--methods", "stock,plain,lookup,bigram:2x2,replay,head:2x2:beams",
+    names = "stock,plain,lookup,suffix:4x1,bigram:2x2,recycling,model:1x3,replay,head:2x2:beams"
+    more = ["--methods", names, "--draft", files["target"][1],
             "--max_new_tokens", "24", "--bigram_prompts", "4", "--cost_rounds", "4"]  # fmt: skip
     assert speed_cli.main([*files["prompts"], *files["head"], *more, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "exact: yes" in shown and "lookup" in shown and "bigrams counted on" in shown
     body = json.loads(out.read_text())
     methods = body["methods"]
-    assert list(methods) == ["stock", "plain", "lookup", "bigram:2x2", "replay", "head:2x2:beams"]
+    assert list(methods) == names.split(",")
     for name, m in methods.items():
         assert m["equal_share"] == 1.0, name
         assert m["low"]["speedup_plain"] <= m["speedup_plain"] <= m["high"]["speedup_plain"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts_here = width > 0 and config.bigrams is None
     prompts, others = evaluation_prompts(target, config, config.bigram_prompts * counts_here)
     table, counted_on = _bigrams(config, target, width, others) if width else (None, None)
-    partners = known.Partners(head, table)
+    partners = known.Partners(head, table, _draft_model(config) if "model" in kinds else None)
     methods = [
         known.build_method(name, target, config, decoding(config), partners) for name in names
     ]
@@ -49,6 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(show(body))
     write_result(config.out, config, target, body)
     return 0
+
+
+def _draft_model(config: SpeedConfig) -> Any:
+    """The smaller model of the methods `model...`, computing as the target does."""
+    from redrafter.target.model import load_target
+
+    if config.draft is None:
+        raise InputError("methods: 'model' needs --draft, a smaller model of this vocabulary")
+    return load_target(replace(config.target, path=config.draft, revision=None))
 
 
 def _bigrams(config: SpeedConfig, target: Any, width: int, others: Sequence[Any]) -> Any:

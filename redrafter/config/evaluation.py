@@ -81,10 +81,14 @@ class SpeedConfig:
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     head: str | None = None
     """Folder of a trained draft head, for the methods named `head`."""
+    draft: str | None = None
+    """Folder or Hub id of a smaller model with the target's vocabulary, for the methods `model`."""
     methods: str = "stock,plain,head"
-    """Comma-separated: stock (model.generate), plain, head, lookup, bigram, replay (a drafter that
-    knows the answer). `head:8x5:beams` names width x depth and shape; `head:8x5:best:16` the nodes
-    too; `bigram:4x4`; `lookup:10x3` is depth x longest n-gram; `replay:1x4`."""
+    """Comma-separated: stock (model.generate), plain, head, lookup, suffix (longest repetition),
+    bigram, recycling (the target's last opinions), model (a smaller model, see draft), replay (a
+    drafter that knows the answer). `head:8x5:beams` names width x depth and shape;
+    `head:8x5:best:16` the nodes too; `bigram:4x4`; `model:1x4`; `lookup:10x3` is depth x longest
+    n-gram, `suffix:10x2` depth x shortest match; `replay:1x4`."""
     tree: TreeConfig = TreeConfig()
     """Of the method `head` without a suffix."""
     max_new_tokens: int = 128

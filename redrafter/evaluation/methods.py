@@ -20,8 +20,11 @@ from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import BigramTable, CountedBigrams
 from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.model import DraftModel
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.evaluation.costs import synchronize
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target, TargetOutput
@@ -204,6 +207,7 @@ class Partners:
 
     head: RecurrentHead | None = None
     bigrams: BigramTable | None = None
+    draft: Target | None = None
 
 
 def _head(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
@@ -224,11 +228,32 @@ def _bigram(name: str, target: Target, config: SpeedConfig, partners: Partners) 
     return CountedBigrams(partners.bigrams, tree.width, tree.depth, target.device)
 
 
+def _suffix(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
+    size = tree_of(name, TreeConfig(width=10, depth=1))  # the name says depth x shortest match
+    return SuffixDrafter(depth=size.width, min_match=size.depth)
+
+
+def _recycling(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
+    if ":" in name:
+        raise InputError(f"methods: {name!r}: recycling has one tree and takes no size")
+    return TokenRecycling(target.vocab_size, device=target.device)
+
+
+def _model(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
+    if partners.draft is None:
+        raise InputError(f"methods: {name!r} needs --draft, a smaller model of this vocabulary")
+    tree = tree_of(name, TreeConfig(width=1, depth=4))
+    return DraftModel(partners.draft, target, tree.depth, tree.width, tree.seeded)
+
+
 #: What a user may write before the first colon, and who makes the drafter of that name.
 DRAFTERS: dict[str, Callable[[str, Target, SpeedConfig, Partners], Drafter]] = {
     "head": _head,
     "lookup": _lookup,
     "bigram": _bigram,
+    "suffix": _suffix,
+    "recycling": _recycling,
+    "model": _model,
 }
 KINDS = ("stock", "plain", "replay", *DRAFTERS)
 
