@@ -168,7 +168,7 @@ def test_forwards_per_step(width, monkeypatch):
 
 
 class Idle(Drafter):
-    """Another drafter makes every second step; the model is not even asked."""
+    """Another drafter makes two steps of three; the model is not even asked."""
 
     def __init__(self, model: Drafter, other: Drafter):
         self.parts, self.turn = (model, other), 0
@@ -195,13 +195,13 @@ def test_an_idle_model_catches_up(width):
     target, rows = tiny("llama"), prompts()
     config = settings(**FREE, max_new_tokens=31)
     texts = [text + [1] * NEW for text in endless(target, rows, config)]
-    model = DraftModel(target, target, DEPTH, width)
+    model = DraftModel(close_draft(target, 0.1), target, DEPTH, width)
     other = ReplayDrafter(texts, VOCAB, DEPTH, 2, 0.6)
     got = speculative(target, rows, config, drafter=Recorder(Idle(model, other)))
     assert got.tokens == alone(target, rows, config)[0]
     for b, row in enumerate(rows):
         known = int(model._known[b])
-        fresh = keys_of(target, (row + got.tokens[b])[:known])
+        fresh = keys_of(model.draft, (row + got.tokens[b])[:known])
         keys = model._cache._views[1][0][b, :, :known]
         torch.testing.assert_close(keys, fresh[1], rtol=0, atol=1e-10)
 
