@@ -116,13 +116,13 @@ def main() -> int:
         seconds, waited = time.perf_counter() - seconds, feed.wait_s - waited
     # Buffers come and go: compare thirds, not single moments.
     third = len(memory) // 3
-    first, last = max(memory[:third]), max(memory[-third:])
-    growth, share = last / first - 1, waited / seconds
+    first, last = sorted(memory[:third]), sorted(memory[-third:])
+    growth, share = last[third // 2] / first[third // 2] - 1, waited / seconds
     print(
         f"{given.steps - warm} steps in {seconds:.0f} s ({(given.steps - warm) / seconds:.1f} "
         f"steps/s), {given.steps / feed.steps_per_epoch:.2f} epochs\n"
-        f"resident memory: {min(memory) / 1e6:.0f} to {max(memory) / 1e6:.0f} MB; peak of the last "
-        f"third over the first third {growth:+.2%}\n"
+        f"resident memory: {min(memory) / 1e6:.0f} to {max(memory) / 1e6:.0f} MB; last third over "
+        f"the first: median {growth:+.2%}, peak {last[-1] / first[-1] - 1:+.2%}\n"
         f"waiting for data: {share:.2%} of the time"
     )
     return int(growth > 0.05 or share > 0.10)
