@@ -28,15 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check(config)
     names = known.parse_methods(config.methods)
-    kinds = {name.split(":")[0] for name in names}
-    if "head" in kinds and config.head is None:
-        raise InputError("methods: 'head' needs --head, the folder of a trained draft head")
+    known.check_partners(names, config)
     target, head = load_both(config)
     width = known.bigram_width(names)
     counts_here = width > 0 and config.bigrams is None
     prompts, others = evaluation_prompts(target, config, config.bigram_prompts * counts_here)
     table, counted_on = _bigrams(config, target, width, others) if width else (None, None)
-    partners = known.Partners(head, table, _draft_model(config) if "model" in kinds else None)
+    partners = known.Partners(head, table, _draft_model(config, names))
     methods = [
         known.build_method(name, target, config, decoding(config), partners) for name in names
     ]
@@ -52,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _draft_model(config: SpeedConfig) -> Any:
-    """The smaller model of the methods `model...`, computing as the target does."""
+def _draft_model(config: SpeedConfig, names: Sequence[str]) -> Any:
+    """The smaller model of the methods `model...`, computing as the target does; None without."""
     from redrafter.target.model import load_target
 
-    if config.draft is None:
-        raise InputError("methods: 'model' needs --draft, a smaller model of this vocabulary")
+    if not any(name.split(":")[0] == "model" for name in names):
+        return None
     return load_target(replace(config.target, path=config.draft, revision=None))
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from hashlib import blake2b
 from typing import Literal
 
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer, category_of
-from redrafter.data.rows import RejectedRow, TokenRow
+from redrafter.data.rows import RejectedRow, TokenRow, row_digest
 from redrafter.data.sources import Source
 
-# Among n rows two different ones are taken for equal with probability n^2 / 2^65.
-_DIGEST_BYTES = 8
 _NAMED_ROWS = 10  # malformed rows that a message quotes
 
 
@@ -51,18 +48,12 @@ def prepared(
             reason = f"{len(ids)} tokens, more than the {max_tokens} that fit"
             yield RejectedRow(row, reason, failed=False)
             continue
-        digest = _digest(ids, supervised)
+        digest = row_digest(array("q", ids).tobytes(), bytes(supervised))
         if digest in seen:
             yield RejectedRow(row, "duplicate", failed=False)
             continue
         seen.add(digest)
         yield TokenRow(ids, supervised, row, category_of(content))
-
-
-def _digest(ids: tuple[int, ...], supervised: tuple[bool, ...]) -> bytes:
-    content = blake2b(array("q", ids).tobytes(), digest_size=_DIGEST_BYTES)
-    content.update(bytes(supervised))
-    return content.digest()
 
 
 def _too_many(failures: list[str], config: SourceConfig) -> InputError:

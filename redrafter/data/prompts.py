@@ -1,4 +1,4 @@
-"""Prompts of one file, all at once: for evaluation, and for training without a store.
+"""Prompts of one file, all at once: for evaluation, and for what training measures itself on.
 
 Formats are those of `chat.py`, files those of `sources.py`. Convention: training reads a file from
 its front (`part="first"`) and never its last `holdout_rows` rows; evaluation reads rows from its
@@ -7,6 +7,7 @@ end (`part="last"`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer, category_of, format_of
-from redrafter.data.sources import read_source
+from redrafter.data.sources import Row, Source, read_source
 
 Format = Literal["auto", "text", "question", "messages", "turns"]
 
@@ -56,15 +57,25 @@ def load_prompts(
     if format == "auto":
         row, content = source.first()
         config = replace(config, format=format_of(content, source.where(row)))
-    renderer = Renderer(tokenizer, config)
+    rows = source if part == "first" else source.held_out(n)
+    return rendered(source, rows, Renderer(tokenizer, config), max_tokens, "max_new_tokens")
+
+
+def rendered(
+    source: Source, rows: Iterable[Row], renderer: Renderer, max_tokens: int | None, room: str
+) -> list[Prompt]:
+    """Some rows of a source as prompts. Raises InputError naming one that is too long.
+
+    room: the setting that `max_tokens` leaves room for, which the message names
+    """
     prompts = []
-    for row, content in source if part == "first" else source.held_out(n):
+    for row, content in rows:
         where = source.where(row)
         ids = renderer.prompt(content, where)
         if max_tokens is not None and len(ids) > max_tokens:
             raise InputError(
                 f"{where}: a prompt of {len(ids)} tokens, only {max_tokens} leave room for an "
-                "answer in the target's context; shorten the row or lower max_new_tokens"
+                f"answer in the target's context; shorten the row or lower {room}"
             )
         prompts.append(Prompt(ids, row, category_of(content)))
     return prompts

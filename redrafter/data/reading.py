@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
+from redrafter.data.rows import offsets_of
 from redrafter.data.states import StateMaker, estimate, facts_of, state_columns, unique_rows
 from redrafter.data.store import Store, open_job
 
@@ -81,11 +82,15 @@ class Hybrid(Fresh):
             return self.stored.load(rows, place)
         if buffer in self.job.receipts:
             return _columns(self.job.read(buffer))
-        made = state_columns(self.maker, self.rows, self.kept[rows])
-        self.job.write(buffer, made)
+        made = self._make(buffer, rows)
         if len(self.job.receipts) == len(self.buffers):
             self._complete()
         return _columns(made)
+
+    def _make(self, buffer: int, rows: Tensor) -> dict[str, Tensor]:
+        made = state_columns(self.maker, self.rows, self.kept[rows])
+        self.job.write(buffer, made)
+        return made
 
     def end(self, whole_epoch: bool) -> str | None:
         """A run ends. Makes the store complete if an epoch was trained, else says what is there."""
@@ -103,8 +108,7 @@ class Hybrid(Fresh):
         """Also what no step of the first epoch needed: the starts that fill no batch."""
         for buffer, rows in enumerate(self.buffers):
             if buffer not in self.job.receipts:
-                made = state_columns(self.maker, self.rows, self.kept[rows])
-                self.job.write(buffer, made)
+                self._make(buffer, rows)
         self.job.finish(len(self.buffers), **facts_of(self.rows, self.kept))
         self.stored = Stored(Store(self.job.folder))
 
@@ -113,9 +117,8 @@ Part = Stored | Fresh | Hybrid
 
 
 def _columns(shard: dict[str, Tensor]) -> dict[str, Tensor]:
-    length = shard["length"].long()
-    offsets = torch.cat((length.new_zeros(1), length.cumsum(0)))
-    return {**{k: v for k, v in shard.items() if k not in _UNREAD}, "offsets": offsets}
+    kept = {k: v for k, v in shard.items() if k not in _UNREAD}
+    return {**kept, "offsets": offsets_of(shard["length"].long())}
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def epoch_order(n_rows: Sequence[int], weights: Sequence[float], seed: int, epoc
         share = n if even else max(1, round(total * weight / sum_of_weights))
         first = epoch * share
         rounds = [
-            torch.randperm(n, generator=_generator(seed, number, r))
+            torch.randperm(n, generator=generator(seed, number, r))
             for r in range(first // n, (first + share - 1) // n + 1)
         ]
         skip = first % n
@@ -148,12 +151,12 @@ def epoch_order(n_rows: Sequence[int], weights: Sequence[float], seed: int, epoc
         parts.append(torch.full((share,), number))
     part, row = torch.cat(parts), torch.cat(rows)
     if len(n_rows) > 1:
-        mixed = torch.randperm(len(row), generator=_generator(seed, len(n_rows), epoch))
+        mixed = torch.randperm(len(row), generator=generator(seed, len(n_rows), epoch))
         part, row = part[mixed], row[mixed]
     return Order(part, row)
 
 
-def _generator(seed: int, stream: int, index: int) -> torch.Generator:
+def generator(seed: int, stream: int, index: int) -> torch.Generator:
     """Independent for each triple."""
     mixed = (seed * 1_000_003 + stream) * 1_000_003 + index
     return torch.Generator().manual_seed(mixed & (2**63 - 1))

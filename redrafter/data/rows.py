@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -61,6 +62,20 @@ class Rows:
         return self.tokens[self.offsets[row] : self.offsets[row + 1]].tolist()
 
 
+def offsets_of(lengths: Tensor) -> Tensor:
+    """(R + 1,) int64: where rows of these lengths (R,) begin and end when laid end to end."""
+    return torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+
+
+def row_digest(ids: bytes, supervised: bytes) -> bytes:
+    """What tells rows apart; equal for equal tokens and masks.
+
+    ids: of int64; supervised: one byte per token. Among n rows two different ones are taken for
+    equal with probability n^2 / 2^97.
+    """
+    return blake2b(ids + supervised, digest_size=12).digest()
+
+
 def right_padded(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Rows as a batch: tokens (B, T) int64, padded with 0 on the right, and lengths (B,)."""
     pieces = [rows.tokens[rows.offsets[r] : rows.offsets[r + 1]] for r in chosen]
@@ -86,7 +101,7 @@ def batches_by_length(lengths: Tensor, chosen: Sequence[int], tokens: int) -> It
 def starts_per_row(supervised: Tensor, lengths: Tensor) -> Tensor:
     """(R, 2) int64: tokens that are supervised and have one, or two, tokens of their row before
     them (what a draft could begin at; see `training/feed.py`)."""
-    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    offsets = offsets_of(lengths)
     place = torch.arange(len(supervised)) - torch.repeat_interleave(offsets[:-1], lengths)
     counts = []
     for before in (1, 2):

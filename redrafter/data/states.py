@@ -15,7 +15,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from redrafter.config import StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import check_same_text
 from redrafter.data.local import continue_greedily
-from redrafter.data.rows import Rows, batches_by_length, right_padded
+from redrafter.data.rows import Rows, batches_by_length, right_padded, row_digest
 from redrafter.data.store import Job, Store, open_job
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
@@ -152,9 +151,9 @@ def unique_rows(rows: Store) -> Tensor:
     for first in range(0, rows.n_rows, 4096):
         chunk = rows.rows(range(first, min(first + 4096, rows.n_rows)))
         offsets = chunk.offsets.tolist()
-        content = torch.stack((chunk.tokens, chunk.supervised.long()), 1).numpy()
+        ids, supervised = chunk.tokens.numpy(), chunk.supervised.numpy()
         for i, (begin, end) in enumerate(pairwise(offsets)):
-            digest = blake2b(content[begin:end].tobytes(), digest_size=12).digest()
+            digest = row_digest(ids[begin:end].tobytes(), supervised[begin:end].tobytes())
             if digest not in seen:
                 seen.add(digest)
                 kept.append(first + i)

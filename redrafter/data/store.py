@@ -33,7 +33,7 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.data.remote import Folder, open_folder
-from redrafter.data.rows import Rows, starts_per_row
+from redrafter.data.rows import Rows, offsets_of, starts_per_row
 from redrafter.files import (
     digest_file,
     digest_json,
@@ -319,7 +319,7 @@ class Store:
         """A shard, mapped only while it is read, so that what was read can leave the memory."""
         entry = self.shards[number]
         path = self.files.local(entry["file"], entry["bytes"], entry["sha256"])
-        if path is None or not path.exists():
+        if not path.exists():
             raise InputError(
                 f"{self.name}/{entry['file']} is missing: bring it back, or remove its receipt "
                 "and manifest.json and run the command that made the store"
@@ -348,7 +348,7 @@ class Store:
         """
         chosen = torch.as_tensor(rows, dtype=torch.long)
         lengths = self.lengths[chosen]
-        offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        offsets = offsets_of(lengths)
         total = int(offsets[-1])
         out = {n: torch.empty(total, *self.columns[n][1], dtype=self.columns[n][0])
                for n in columns}  # fmt: skip

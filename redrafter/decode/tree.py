@@ -28,6 +28,16 @@ def ancestors(tree: TokenTree, max_depth: int) -> Tensor:
     return seen
 
 
+def level_start(level: int, width: int) -> int:
+    """Index of the first node of a level where every level below the root has `width` nodes."""
+    return 0 if level == 0 else 1 + (level - 1) * width
+
+
+def level_depths(n: int, width: int, device: torch.device) -> Tensor:
+    """(n,) int64: depth of each of the first n nodes of such a tree."""
+    return (torch.arange(n, device=device) + width - 1) // width
+
+
 def select(tree: TokenTree, index: Tensor, kept: Tensor) -> TokenTree:
     """The sub-tree of some nodes.
 

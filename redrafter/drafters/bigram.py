@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
+from redrafter.decode.tree import level_depths, level_start
 from redrafter.files import plain_values, write_tensors
 
 FORMAT = 1
@@ -220,16 +221,13 @@ class CountedBigrams(Drafter):
         frontier = self.tokens[-1]  # (B, w)
         total = self.log_q[-1][:, :, None] + self.next_log_p[frontier]  # (B, w, W)
         best, index = total.flatten(1).topk(self.width, dim=-1)
-        # Nodes of level 1 follow the root, those of level l the 1 + (l - 1) W nodes before them.
-        first = 0 if level == 1 else 1 + (level - 2) * self.width
         self.tokens.append(self.next_tokens[frontier].flatten(1).gather(1, index))
-        self.parents.append(first + index // self.width)
+        self.parents.append(level_start(level - 1, self.width) + index // self.width)
         self.log_q.append(best)
         return best[:, :1]
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)
-        node = torch.arange(tokens.shape[1], device=tokens.device)
-        depth = ((node + self.width - 1) // self.width).expand_as(tokens)
+        depth = level_depths(tokens.shape[1], self.width, tokens.device).expand_as(tokens)
         # A token without enough counted successors leaves nodes of probability 0.
         return TokenTree(tokens, torch.cat(self.parents, 1), depth, log_q > float("-inf"), log_q)

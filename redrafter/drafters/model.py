@@ -19,6 +19,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
 from redrafter.decode.cache import RowCache
+from redrafter.decode.tree import level_depths, level_start
 from redrafter.decode.warp import score_dtype
 from redrafter.target.model import Target
 
@@ -130,23 +131,14 @@ class DraftModel(Drafter):
         total = top + (self.log_q[-1] - scores.logsumexp(-1))[:, :, None]
         best, index = total.flatten(1).topk(self.width, dim=-1)
         self.tokens.append(ids.flatten(1).gather(1, index))
-        self.parents.append(self._first(level - 1) + index // self.width)
+        self.parents.append(level_start(level - 1, self.width) + index // self.width)
         self.log_q.append(best.masked_fill((level > self._room)[:, None], float("-inf")))
         return self.log_q[-1][:, :1]
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)
-        depth = self._depth(tokens.shape[1]).expand_as(tokens)
+        depth = level_depths(tokens.shape[1], self.width, tokens.device).expand_as(tokens)
         return TokenTree(tokens, torch.cat(self.parents, 1), depth, log_q > float("-inf"), log_q)
-
-    # -- the tree's layout -----------------------------------------------------------------
-
-    def _first(self, level: int) -> int:
-        """Index of the first node of a level: the root is 0, then come W nodes a level."""
-        return 0 if level == 0 else 1 + (level - 1) * self.width
-
-    def _depth(self, n: int) -> Tensor:
-        return (self._arange[:n] + self.width - 1) // self.width
 
     def _append_nothing(self) -> Tensor:
         """A level of invalid nodes, without a forward."""
@@ -174,7 +166,7 @@ class DraftModel(Drafter):
             fits = self.tokens[level] == ids.gather(1, where[:, None])
             fits &= good[:, None] & (self.parents[level] == node[:, None])
             good = fits.any(1)
-            node = self._first(level) + fits.int().argmax(1)
+            node = level_start(level, self.width) + fits.int().argmax(1)
             path.append(node)
             agreed = agreed + good
         return torch.stack(path, 1), agreed
@@ -206,7 +198,7 @@ class DraftModel(Drafter):
         if self.width == 1:
             masks = self._causal(position)
         else:
-            beam = (parents - self._first(level - 2))[:, :, None]
+            beam = (parents - level_start(level - 2, self.width))[:, :, None]
             seen = self._seen.gather(1, beam.expand(-1, -1, self._seen.shape[2]))
             own = torch.eye(self.width, dtype=torch.bool, device=seen.device)
             self._seen = torch.cat([seen, own.expand(len(seen), -1, -1)], 2)  # (B, W, n)
@@ -232,7 +224,8 @@ class DraftModel(Drafter):
         root = self._known[:, None] - 1
         column = root + self._arange[:n]  # (B, n): where node j lies
         allowed.scatter_(2, column[:, None].expand_as(self._seen), self._seen)
-        key_position = keys.repeat(len(position), 1).scatter_(1, column, root + self._depth(n))
+        own = root + level_depths(n, self.width, root.device)
+        key_position = keys.repeat(len(position), 1).scatter_(1, column, own)
         return self.draft.masks(allowed, position, key_position)
 
 

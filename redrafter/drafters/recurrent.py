@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
-from redrafter.decode.tree import best_nodes, final_beams
+from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
@@ -76,7 +76,7 @@ class RecurrentDrafter(Drafter):
             beam = index // self.width
             ids = ids.flatten(1).gather(1, index)
             states = states.gather(1, beam[:, :, None].expand(-1, -1, states.shape[-1]))
-            parent = beam + (1 + (level - 2) * self.width)
+            parent = beam + level_start(level - 1, self.width)
         else:
             best, ids = total[:, 0], ids[:, 0]
             states = states.expand(-1, self.width, -1)
@@ -90,8 +90,7 @@ class RecurrentDrafter(Drafter):
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)
         n, levels = tokens.shape[1], len(self.tokens) - 1
-        index = torch.arange(n, device=tokens.device)
-        depth = ((index + self.width - 1) // self.width).expand_as(tokens)
+        depth = level_depths(n, self.width, tokens.device).expand_as(tokens)
         valid = torch.ones_like(tokens, dtype=torch.bool)
         tree = TokenTree(tokens, torch.cat(self.parents, 1), depth, valid, torch.cat(self.log_q, 1))
         if self.shape.shape == "best":

@@ -200,7 +200,8 @@ def bigram_width(names: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Partners:
-    """What drafters are made from besides the target; None where no method asks for it.
+    """What drafters are made from besides the target; None where no method asks for it (see
+    `check_partners`).
 
     bigrams: at least `bigram_width` wide
     """
@@ -211,8 +212,6 @@ class Partners:
 
 
 def _head(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
-    if partners.head is None:
-        raise InputError(f"methods: {name!r} needs --head, the folder of a trained draft head")
     return RecurrentDrafter(partners.head, target, tree_of(name, config.tree))
 
 
@@ -222,8 +221,6 @@ def _lookup(name: str, target: Target, config: SpeedConfig, partners: Partners) 
 
 
 def _bigram(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
-    if partners.bigrams is None:
-        raise InputError(f"methods: {name!r} needs a table of bigrams")
     tree = tree_of(name, TreeConfig())
     return CountedBigrams(partners.bigrams, tree.width, tree.depth, target.device)
 
@@ -240,8 +237,6 @@ def _recycling(name: str, target: Target, config: SpeedConfig, partners: Partner
 
 
 def _model(name: str, target: Target, config: SpeedConfig, partners: Partners) -> Drafter:
-    if partners.draft is None:
-        raise InputError(f"methods: {name!r} needs --draft, a smaller model of this vocabulary")
     tree = tree_of(name, TreeConfig(width=1, depth=4))
     return DraftModel(partners.draft, target, tree.depth, tree.width, tree.seeded)
 
@@ -270,6 +265,15 @@ def parse_methods(text: str) -> list[str]:
     return names
 
 
+def check_partners(names: Sequence[str], config: SpeedConfig) -> None:
+    """Raises InputError, before anything is loaded, naming an option that a method lacks."""
+    kinds = {name.split(":")[0] for name in names}
+    if "head" in kinds and config.head is None:
+        raise InputError("methods: 'head' needs --head, the folder of a trained draft head")
+    if "model" in kinds and config.draft is None:
+        raise InputError("methods: 'model' needs --draft, a smaller model of this vocabulary")
+
+
 def build_method(
     name: str,
     target: Target,
@@ -277,7 +281,7 @@ def build_method(
     generation_config: GenerationConfig,
     partners: Partners,
 ) -> Method:
-    """The method of a name from `parse_methods`. Raises InputError naming what it lacks."""
+    """The method of a name from `parse_methods`. Raises InputError where its size is wrong."""
     kind = name.split(":")[0]
     if kind == "stock":
         return Stock(name, target, generation_config)

@@ -8,17 +8,16 @@ Each stage is a store that is made once and found again; with stores given, none
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from redrafter.config import DataConfig, SourceConfig, TrainConfig
+from redrafter.config import DataConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows, write_rows
 from redrafter.data.chat import Renderer
+from redrafter.data.prompts import rendered
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
 from redrafter.data.rows import TokenRow
 from redrafter.data.sources import read_source
@@ -182,24 +181,12 @@ def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store
         )
     context = target.max_positions
     room = None if context is None else context - measured.max_new_tokens
-    rows = last_prompts(source, need_tokenizer(target), measured.prompts, room)
+    # What training left out and what is read here are both counted from the end.
+    whole = read_source(replace(source, holdout_rows=0, n_rows=None))
+    renderer = Renderer(need_tokenizer(target), whole.config)
+    prompts = rendered(
+        whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens"
+    )
+    rows = [TokenRow(p.ids, (False,) * len(p.ids), p.row) for p in prompts]
     identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows])}
     return write_rows(lambda: rows, "prompts", folder, identity, named=True)
-
-
-def last_prompts(
-    source: SourceConfig, tokenizer, n: int, max_tokens: int | None
-) -> Sequence[TokenRow]:
-    """Prompts of the last n rows of a source. Raises InputError naming a row that is too long."""
-    whole = replace(source, holdout_rows=0, n_rows=None)
-    renderer, found = Renderer(tokenizer, whole), []
-    for number, content in deque(read_source(whole), maxlen=n):
-        where = f"{source.path}, row {number + 1}"
-        ids = tuple(renderer.prompt(content, where))
-        if max_tokens is not None and len(ids) > max_tokens:
-            raise InputError(
-                f"{where}: a prompt of {len(ids)} tokens, only {max_tokens} leave room for an "
-                "answer in the target's context; shorten the row or lower eval.max_new_tokens"
-            )
-        found.append(TokenRow(ids, (False,) * len(ids), number))
-    return found

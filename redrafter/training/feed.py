@@ -13,6 +13,7 @@ the end of a row: every index is clamped to it, and masked where it was.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
-from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order
+from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order, generator
 from redrafter.data.states import decoded
 from redrafter.target.model import Target
 
@@ -165,15 +166,16 @@ class Feed:
             for i, part in enumerate(self.parts)
             if bool((buffer.part == i).any())
         ]
-        columns = pieces[0] if len(pieces) == 1 else _joined(pieces)
+        columns, starts = self._with_starts(pieces[0] if len(pieces) == 1 else _joined(pieces))
+        shuffled = torch.randperm(len(starts), generator=generator(self.seed, *place))
+        return columns, starts[shuffled]
+
+    def _with_starts(self, columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Columns of rows, with `end` (where each position's row ends) for offsets; and their
+        starts, ascending."""
         offsets = columns.pop("offsets")
-        lengths = offsets[1:] - offsets[:-1]
-        columns["end"] = torch.repeat_interleave(offsets[1:], lengths)
-        starts = starts_of(columns["supervised"], columns["end"], self.labels)
-        generator = torch.Generator().manual_seed(
-            ((self.seed * 1_000_003 + place[0]) * 1_000_003 + place[1]) & (2**63 - 1)
-        )
-        return columns, starts[torch.randperm(len(starts), generator=generator)]
+        columns["end"] = torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1])
+        return columns, starts_of(columns["supervised"], columns["end"], self.labels)
 
     def _buffer(self, epoch: _Epoch, number: int) -> tuple[dict[str, Tensor], Tensor]:
         place = (epoch.number, number)
@@ -205,20 +207,18 @@ class Feed:
         epoch, within = self._find(step)
         begin = within * self.positions
         end = begin + self.positions
-        pieces, low = [], 0
-        for number, high in enumerate(epoch.ends):
-            if low < end and begin < high:
-                columns, starts = self._buffer(epoch, number)
-                pieces.append(self._gather(columns, starts[max(low, begin) - low : end - low]))
-            low = high
+        pieces, number = [], bisect_right(epoch.ends, begin)
+        while begin < end:
+            low = epoch.ends[number - 1] if number else 0
+            columns, starts = self._buffer(epoch, number)
+            pieces.append(self._gather(columns, starts[begin - low : end - low]))
+            begin, number = epoch.ends[number], number + 1
         return self._to_device(_joined_batches(pieces))
 
     def batches(self, positions: int) -> list[Batch]:
         """Every start once, in order, `positions` at a time (for measuring; few rows)."""
-        columns = self.parts[0].load(torch.arange(self.parts[0].n_rows), (0, 0))
-        offsets = columns.pop("offsets")
-        columns["end"] = torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1])
-        starts = starts_of(columns["supervised"], columns["end"], self.labels)
+        part = self.parts[0]
+        columns, starts = self._with_starts(part.load(torch.arange(part.n_rows), (0, 0)))
         return [self._to_device(self._gather(columns, s)) for s in starts.split(positions)]
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
-from redrafter.training.feed import Feed
+from redrafter.training.feed import Batch, Feed
 from redrafter.training.step import depth_accuracy
 
 
@@ -32,7 +32,8 @@ class Measure:
         self.source_rows = prompts.source_row.tolist()
         self.names = [temperature_name(t) for t in config.eval.temperatures]
         forward_tokens = config.data.states.forward_tokens
-        self.feeds: dict[str, Feed] = {}
+        chunk, depth = config.loss.chunk_rows, config.optim.depth
+        self.batches: dict[str, list[Batch]] = {}
         for temperature, name in zip(config.eval.temperatures, self.names, strict=True):
             how = AnswersConfig(
                 temperatures=(temperature,), max_new_tokens=config.eval.max_new_tokens,
@@ -42,15 +43,17 @@ class Measure:
                 target, prompts, how, folder, seed=config.seed, named=True, progress=False
             )
             part = Fresh(answers, StateMaker(target, StatesConfig(forward_tokens=forward_tokens)))
-            self.feeds[name] = Feed(target, [part], positions=1, depth=config.optim.depth, seed=0)
+            feed = Feed(target, [part], positions=1, depth=depth, seed=0)
+            # Made once: the target says the same at every evaluation.
+            self.batches[name] = feed.batches(max(1, chunk // depth))
 
     def __call__(self, head: RecurrentHead) -> dict[str, Any]:
         rates, top_1, top_5 = {}, {}, {}
         for temperature, name in zip(self.config.eval.temperatures, self.names, strict=True):
             rates[name] = self.tokens_per_step(head, temperature)
-            chunk = self.config.loss.chunk_rows
-            batches = self.feeds[name].batches(max(1, chunk // self.config.optim.depth))
-            accuracy = depth_accuracy(head, self.target, batches, chunk)
+            accuracy = depth_accuracy(
+                head, self.target, self.batches[name], self.config.loss.chunk_rows
+            )
             top_1[name], top_5[name] = accuracy["top_1"], accuracy["top_5"]
         return {"tokens_per_step": rates, "top_1": top_1, "top_5": top_5}
 
