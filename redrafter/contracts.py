@@ -22,17 +22,22 @@ class InputError(ValueError):
 class Draws:
     """How the children of a node were *drawn*, for verifiers that use acceptance ratios.
 
-    The seeded rule and the deterministic rule test membership and never read this. A ratio rule
-    needs every draw, in order and with repeats (two equal draws share a node, never a round).
+    The seeded rule tests membership and never reads this. A ratio rule needs every draw, in order
+    and with repeats (two equal draws may share a node, never a round).
 
-    order: (B, N, R) int64, node index of the r-th draw below each node, -1 where there is none
-    mode: how the draws were made
-    log_q: (B, N, V) log-probabilities that the draws of each node were made from
+    order:  (B, N, R) int64, node of the r-th draw below each node, -1 where there is none. The
+            draws of a node come first: behind a -1 there are only more
+    mode:   `iid`: each from its own distribution, by itself; `without_replacement`: all from one
+            distribution, each without those before it; `deterministic`: distinct, not drawn at all
+    log_q:  (B, N, Q, V) log-probabilities that the draws below each node were made from, Q
+            drafters' (one, but for SpecInfer's); None where `deterministic`
+    source: (B, N, R) int64, which of the Q each draw was made from; None where Q = 1
     """
 
     order: Tensor
     mode: Literal["iid", "without_replacement", "deterministic"]
-    log_q: Tensor
+    log_q: Tensor | None = None
+    source: Tensor | None = None
 
 
 @dataclass
@@ -73,6 +78,10 @@ class Sequences:
               absolute position L + k, that is to the nodes of depth k + 1. None when greedy. A
               drafter may propose with it, and must not write to it.
     temperature: what the target's logits are divided by (1.0 when greedy)
+    seeds:    (B,) int64, every row's seed; None when greedy. For a drafter that draws by itself:
+              see `noise.private_gumbel`
+    cache:    the target's keys and values (a `RowCache`), for a drafter that borrows it: it may
+              write behind the committed part, and puts `lengths` back before its tree is verified
     """
 
     ids: Tensor
@@ -81,6 +90,8 @@ class Sequences:
     live: Tensor
     noise: Tensor | None = None
     temperature: float = 1.0
+    seeds: Tensor | None = None
+    cache: Any = None
 
     @property
     def root(self) -> Tensor:
@@ -98,6 +109,9 @@ class Truth:
     hidden: (B, K+1, H) or None, hidden state (the tensor that feeds lm_head) whose logits
             produced each of `tokens`; None if the drafter's `needs` lacks "hidden"
     logits: (B, K+1, V) or None, the raw target logits that produced them
+    tree:   the tree that was verified, and
+    tree_logits: (B, N, V), the raw target logits at all of its nodes, accepted or not; None if
+            `needs` lacks "tree_logits", and after the prefill
     After the prefill, K = 0: `tokens[:, 0]` is the first root, and the prompt itself stands in
     `Sequences.ids`.
     """
@@ -106,6 +120,8 @@ class Truth:
     count: Tensor
     hidden: Tensor | None = None
     logits: Tensor | None = None
+    tree: TokenTree | None = None
+    tree_logits: Tensor | None = None
 
     def last_hidden(self) -> Tensor:
         """(B, H): the hidden state that produced the new root."""
@@ -121,7 +137,7 @@ class Drafter(ABC):
     shortest complete one.
     """
 
-    #: what `observe` must carry: any of "hidden", "logits"
+    #: what `observe` must carry: any of "hidden", "logits", "tree_logits"
     needs: frozenset[str] = frozenset()
     #: the most levels `extend` may be called for in one step (K)
     max_depth: int = 0
@@ -150,14 +166,28 @@ class Drafter(ABC):
     def observe(self, truth: Truth) -> None:  # noqa: B027 - most table drafters need nothing
         """Learn what the target said."""
 
+    def report(self) -> dict[str, Any]:
+        """What there is to say of the generation that just ended, JSON-able; it becomes
+        `Generation.extra["drafter"]`."""
+        return {}
+
 
 class Lookahead(ABC):
-    """Decides after each drafted level whether to go on."""
+    """Decides after each drafted level whether to go on. One object serves one generation at a
+    time."""
+
+    def begin(self, seqs: Sequences) -> None:  # noqa: B027 - most remember nothing
+        """A new generation starts. What was learned in earlier ones may be kept."""
 
     @abstractmethod
     def __call__(self, features: Tensor | None, level: int) -> Tensor | bool:
         """features: (B, F) of the level just drafted. Returns go_on: (B,) bool, or one Python
         bool where the answer is the same for all rows and known without reading the features."""
+
+    def observe(self, drafted: Tensor, accepted: Tensor) -> None:  # noqa: B027
+        """What became of a step. drafted, accepted: (B,) int64, levels that were verified and
+        those of them accepted (before any stop); 0 and 0 for a row that drafted nothing or was
+        not live."""
 
 
 @dataclass

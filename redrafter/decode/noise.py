@@ -31,18 +31,36 @@ def _mix_(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift_right(x, 31))
 
 
+def _uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:
+    """(B, P, n) float64 in (0, 1), the i-th number of every (seed, position)."""
+    place = torch.arange(1, n + 1, device=position.device) * _GOLDEN
+    stream = _mix_(_mix_(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN)
+    bits = _mix_(stream[:, :, None] + place)
+    # 52 bits, centred in their cell, so u is never 0 or 1 (with 53 the largest would round to 1,
+    # and infinite noise on a token of probability 0 is nan)
+    return _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
+
+
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """seed: (B,) int64; position: (B, P) int64, absolute. Returns (B, P, V) float64.
 
     With it, argmax_v(log p(v) + gumbel) is distributed as p.
     """
-    token = torch.arange(1, vocab_size + 1, device=position.device) * _GOLDEN
-    stream = _mix_(_mix_(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN)
-    bits = _mix_(stream[:, :, None] + token)
-    # 52 bits, centred in their cell, so u is never 0 or 1 (with 53 the largest would round to 1,
-    # and infinite noise on a token of probability 0 is nan)
-    u = _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
-    return u.log_().neg_().log_().neg_()
+    return _uniform(seed, position, vocab_size).log_().neg_().log_().neg_()
+
+
+#: Streams of numbers that have nothing to do with the noise that tokens are chosen with, nor with
+#: each other: what a drafter draws with, and what a ratio rule accepts with.
+DRAWING, ACCEPTING = 1, 2
+
+
+def private_uniform(seed: Tensor, stream: int, position: Tensor, n: int) -> Tensor:
+    """(B, P, n) float64 in (0, 1) of a stream of its own.
+
+    A ratio rule needs that what was drawn, and what it is accepted with, be independent of each
+    other and of what came before: every (stream, position, i) may be used once.
+    """
+    return _uniform(_mix_(seed + stream * _MUL_1), position, n)
 
 
 class NoiseAhead:

@@ -76,8 +76,8 @@ class Request:
         device = target.device
         self._noise = None
         if self.sampled:
-            own = _seeds(seeds, self.n_rows).to(device)
-            self._noise = NoiseAhead(own, target.vocab_size, score_dtype(target.dtype))
+            self._seed = _seeds(seeds, self.n_rows).to(device)
+            self._noise = NoiseAhead(self._seed, target.vocab_size, score_dtype(target.dtype))
         minimum = [
             max(config.min_new_tokens or 0, (config.min_length or 0) - len(p)) for p in self.prompts
         ]
@@ -124,8 +124,9 @@ class Request:
         temperature = (self.config.temperature or 1.0) if self.sampled else 1.0
         live = torch.ones(self.n_rows, dtype=torch.bool, device=device)
         return Sequences(
-            ids.to(device), length, length.clone(), live, temperature=float(temperature)
-        )
+            ids.to(device), length, length.clone(), live, temperature=float(temperature),
+            seeds=self._seed if self.sampled else None,
+        )  # fmt: skip
 
     def prefill(self, seqs: Sequences, slack: int) -> tuple[RowCache, Tensor, Tensor]:
         """Right-padded prefill. Returns the cache, (B, V) logits and (B, H) hidden state of each

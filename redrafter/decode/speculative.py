@@ -1,5 +1,6 @@
 """Speculative decoding: draft, verify, accept, commit, repeat. One target forward per step for the
-whole batch; the text is `plain`'s, whatever the drafter proposes."""
+whole batch. Under the seeded rule, the default, the text is `plain`'s, whatever the drafter
+proposes; under a ratio rule its law is."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from redrafter.contracts import (
     Drafter,
     Generation,
+    InputError,
     Lookahead,
     Sequences,
     StepStats,
@@ -20,6 +22,7 @@ from redrafter.contracts import (
     root_tree,
 )
 from redrafter.decode.cache import RowCache
+from redrafter.decode.ratio import RULES, Rule, accepting_noise, verify_ratio
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
 from redrafter.decode.tree import ancestors
@@ -36,6 +39,7 @@ def speculative(
     seeds: int | Sequence[int] = 0,
     drafter: Drafter | None = None,
     lookahead: Lookahead | None = None,
+    rule: Rule = "seeded",
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     streamer=None,
@@ -45,8 +49,12 @@ def speculative(
 
     drafter: None drafts nothing (K = 0), which is plain decoding by the tree code
     lookahead: None always drafts `drafter.max_depth` levels
+    rule: `seeded`, or for comparison one of the papers' ratio rules (`decode/ratio.py`): their text
+        has plain's law but changes with the drafter. Greedy decoding is the same by all
     The other arguments are `plain`'s.
     """
+    if rule not in ("seeded", *RULES):
+        raise InputError(f"rule: {rule!r} is not one of seeded, {', '.join(RULES)}")
     request = Request(
         target, prompts, generation_config, seeds,
         logits_processor, stopping_criteria, streamer, attention_mask,
@@ -62,6 +70,9 @@ def speculative(
         for row, token in enumerate(first.tolist()):
             emitter.emit(row, [token])
         _append(seqs, first[:, None], emitter)
+        seqs.cache = cache
+        if lookahead:
+            lookahead.begin(seqs)
         if drafter:
             drafter.begin(seqs)
             count = seqs.live.long()  # a row may have ended with its first token
@@ -75,12 +86,21 @@ def speculative(
         with timer("verify"):
             out = _forward(target, tree, seen, seqs, cache, limit)
         scores = request.warp.tree(out.logits, tree, seen, seqs)
-        verdict = verify(scores, tree, seqs.noise, seen, depth)
+        if rule == "seeded" or not request.sampled:
+            verdict = verify(scores, tree, seqs.noise, seen, depth)
+        else:
+            uniform = accepting_noise(seqs, tree, depth)
+            verdict = verify_ratio(scores, tree, uniform, depth, rule)
+        if lookahead:
+            drafted = torch.where(tree.valid, tree.depth, 0).amax(1)
+            lookahead.observe(drafted * seqs.live, verdict.count * seqs.live)
         _accept(verdict, tree, seqs, cache, emitter, timer.stats)
         if drafter:
             with timer("draft"):
-                drafter.observe(_truth(verdict, out, seqs, drafter.needs))
-    return emitter.result(timer.stats)
+                drafter.observe(_truth(verdict, out, tree, seqs, drafter.needs))
+    made = emitter.result(timer.stats)
+    made.extra["drafter"] = drafter.report() if drafter else {}
+    return made
 
 
 def _draft(
@@ -174,7 +194,9 @@ def _append(seqs: Sequences, tokens: Tensor, emitter: Emitter) -> None:
     seqs.live = live
 
 
-def _truth(verdict: Verdict, out: TargetOutput, seqs: Sequences, needs: frozenset[str]) -> Truth:
+def _truth(
+    verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: Sequences, needs: frozenset[str]
+) -> Truth:
     def along(x: Tensor) -> Tensor:
         return x.gather(1, verdict.path[:, :, None].expand(-1, -1, x.shape[-1]))
 
@@ -183,4 +205,6 @@ def _truth(verdict: Verdict, out: TargetOutput, seqs: Sequences, needs: frozense
         torch.where(seqs.live, verdict.count + 1, 0),
         along(out.hidden) if "hidden" in needs else None,
         along(out.logits) if "logits" in needs else None,
+        tree,
+        out.logits if "tree_logits" in needs else None,
     )
