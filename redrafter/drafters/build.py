@@ -1,0 +1,232 @@
+"""The one place where drafters are chosen by name: `suffix:10x2:factor=1.5` and the like.
+
+To add a drafter: write a builder below and its line in `DRAFTERS`. A builder is
+
+    def name(target, partners, *, option: type = default, ...) -> TheDrafter
+
+and its options are what users may write (see `options.py`; `**options` are those of the class that
+they are passed on to). One that is made of other drafters takes `members` third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from redrafter.config import TreeConfig
+from redrafter.contracts import Drafter, InputError
+from redrafter.drafters.bigram import BigramTable, CountedBigrams
+from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.model import DraftModel
+from redrafter.drafters.options import Name, describe_options, options_of, parse_name
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.recycling import TokenRecycling
+from redrafter.drafters.replay import ReplayDrafter
+from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.target.model import Target
+
+
+@dataclass(frozen=True)
+class Partners:
+    """What drafters are made from besides the target; None where no name asks for it (see `needs`).
+
+    draft: a smaller model of this vocabulary
+    bigrams: at least as wide as `needs` says
+    texts: per row of the batch, prompt and plain answer, for the drafter that knows them
+    tree: of a head whose name has no size
+    """
+
+    head: RecurrentHead | None = None
+    draft: Target | None = None
+    bigrams: BigramTable | None = None
+    texts: list[list[int]] | None = None
+    tree: TreeConfig = field(default_factory=TreeConfig)
+
+
+#: A partner -> what a user must give for it.
+MISSING = {
+    "head": "--head, the folder of a trained draft head",
+    "draft": "--draft, a smaller model of this vocabulary",
+    "bigrams": "--bigrams, a table of counted bigrams",
+    "texts": "texts that are already known",
+}
+
+
+# ------------------------------------------------------------------------------------ builders
+
+
+def head(
+    target: Target,
+    partners: Partners,
+    *,
+    width: int | None = None,
+    depth: int | None = None,
+    shape: Literal["levels", "beams", "best"] | None = None,
+    nodes: int | None = None,
+    seeded: bool | None = None,
+) -> RecurrentDrafter:
+    """The trained head.
+
+    What is not given is --tree's; a size alone means the shape `levels`.
+    width: W, nodes kept per level
+    depth: K, drafted levels
+    shape: which nodes are verified
+    nodes: N for the shape `best`, the root counted
+    seeded: when sampling, propose with the verifier's own noise
+    """
+    tree = partners.tree
+    if (width or depth) and not shape:
+        shape = "levels"
+    if shape:
+        tree = replace(tree, shape=shape, nodes=None)
+    given = {"width": width, "depth": depth, "nodes": nodes, "seeded": seeded}
+    tree = replace(tree, **{key: value for key, value in given.items() if value is not None})
+    if nodes is not None and tree.shape != "best":
+        raise InputError(f"head: nodes {nodes} is for the shape best, not {tree.shape}")
+    return RecurrentDrafter(partners.head, target, tree)
+
+
+def lookup(target: Target, partners: Partners, *, recent: bool = False, **options) -> PromptLookup:
+    """Prompt lookup.
+
+    recent: copy from the most recent earlier occurrence, not from the leftmost one
+    """
+    return PromptLookup(occurrence="recent" if recent else "leftmost", **options)
+
+
+def suffix(target: Target, partners: Partners, **options) -> SuffixDrafter:
+    """The longest repetition, by a suffix automaton."""
+    return SuffixDrafter(reference=None, **options)
+
+
+def bigram(target: Target, partners: Partners, **options) -> CountedBigrams:
+    """Counted bigrams."""
+    return CountedBigrams(partners.bigrams, device=target.device, **options)
+
+
+def recycling(
+    target: Target, partners: Partners, *, warm: bool = False, **options
+) -> TokenRecycling:
+    """The target's own last opinions.
+
+    warm: begin with counted bigrams
+    children: the tree, one digit per node and a slash between levels
+    k: successors kept per token
+    """
+    table = partners.bigrams if warm else None
+    return TokenRecycling(target.vocab_size, warm=table, device=target.device, **options)
+
+
+def model(target: Target, partners: Partners, **options) -> DraftModel:
+    """A smaller model."""
+    return DraftModel(partners.draft, target, **options)
+
+
+def replay(
+    target: Target, partners: Partners, *, width: int = 1, depth: int | None = None, **options
+) -> ReplayDrafter:
+    """A drafter that knows the answer: the ceiling of its depth.
+
+    width: siblings per level
+    depth: K, by default --tree's
+    """
+    depth = partners.tree.depth if depth is None else depth
+    return ReplayDrafter(partners.texts, target.vocab_size, width=width, depth=depth, **options)
+
+
+# ------------------------------------------------------------------------------------ the list
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a name makes a drafter.
+
+    build: see the top of the file
+    size: the two options that `AxB` sets, more: those that the parts behind it set
+    needs: of the options, the partners that the drafter is made from, and how wide each must be
+        (bigrams: successors per token; 1 where width means nothing)
+    members: it is made of the drafters named in its brackets; `build` takes {name: Drafter} third
+    """
+
+    build: Callable[..., Drafter]
+    size: tuple[str, str] | None = None
+    more: tuple[str, ...] = ()
+    needs: Callable[[dict[str, Any]], dict[str, int]] = field(default=lambda options: {})
+    members: bool = False
+
+
+DRAFTERS: dict[str, Kind] = {
+    "head": Kind(head, ("width", "depth"), ("shape", "nodes"), lambda o: {"head": 1}),
+    "lookup": Kind(lookup, ("depth", "max_ngram")),
+    "suffix": Kind(suffix, ("depth", "min_match")),
+    "bigram": Kind(bigram, ("width", "depth"), needs=lambda o: {"bigrams": o["width"]}),
+    "recycling": Kind(recycling, needs=lambda o: {"bigrams": o["k"]} if o["warm"] else {}),
+    "model": Kind(model, ("width", "depth"), needs=lambda o: {"draft": 1}),
+    "replay": Kind(replay, ("width", "depth"), needs=lambda o: {"texts": 1}),
+}
+
+
+def build_drafter(name: str, target: Target, partners: Partners) -> Drafter:
+    """The drafter of a name. Raises InputError naming what is wrong with it or missing."""
+    parsed, kind, options = _parse(name)
+    require(name, [partner for partner in MISSING if getattr(partners, partner) is not None])
+    if not kind.members:
+        return kind.build(target, partners, **options)
+    members = {member: build_drafter(member, target, partners) for member in parsed.members}
+    return kind.build(target, partners, members, **options)
+
+
+def needs(name: str) -> dict[str, int]:
+    """The partners that a drafter and its members are made from, and how wide each must be.
+
+    Nothing is loaded or built. Raises InputError naming what is wrong with the name.
+    """
+    parsed, kind, options = _parse(name)
+    found = dict(kind.needs(options))
+    for member in parsed.members or ():
+        for partner, width in needs(member).items():
+            found[partner] = max(width, found.get(partner, 0))
+    return found
+
+
+def require(name: str, there: Sequence[str]) -> None:
+    """Raises InputError naming a partner that a drafter needs and that is not `there`."""
+    for partner in needs(name):
+        if partner not in there:
+            raise InputError(f"{name!r} needs {MISSING[partner]}")
+
+
+def _parse(name: str) -> tuple[Name, Kind, dict[str, Any]]:
+    parsed = parse_name(name)
+    kind = DRAFTERS.get(parsed.kind)
+    if kind is None:
+        raise InputError(f"{name!r} is unknown; choose from {', '.join(DRAFTERS)}")
+    if kind.members:
+        _check_members(parsed)
+    elif parsed.members is not None:
+        raise InputError(f"{name!r}: {parsed.kind} is not made of other drafters")
+    return parsed, kind, options_of(name, parsed.parts, kind.build, kind.size, kind.more)
+
+
+def _check_members(parsed: Name) -> None:
+    if not parsed.members:
+        example = f"{parsed.kind}(lookup:10x3,suffix:10x2)"
+        raise InputError(f"{parsed.text!r}: name the drafters that it is made of, e.g. {example}")
+    if len(set(parsed.members)) < len(parsed.members):
+        raise InputError(f"{parsed.text!r} names a drafter twice")
+
+
+def describe() -> str:
+    """Every kind with its options, for help texts."""
+    lines = []
+    for name, kind in DRAFTERS.items():
+        usage = name + ("(NAME,NAME,...)" if kind.members else "")
+        if kind.size:
+            parts = ["x".join(key.upper() for key in kind.size), *map(str.upper, kind.more)]
+            usage += "".join(f"[:{part}" for part in parts)
+            usage += "]" * len(parts)
+        about = (kind.build.__doc__ or "").strip().splitlines()
+        lines += [f"  {usage}   {about[0] if about else ''}", *describe_options(kind.build)]
+    return "\n".join(lines)
