@@ -7,6 +7,7 @@ back; `Truth` is what it is told after each verification.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -145,6 +146,11 @@ class Drafter(ABC):
     max_nodes: int = 1
     #: names of the columns of the features that `extend` returns
     feature_names: tuple[str, ...] = ()
+
+    def watch(self, prefill: bool) -> AbstractContextManager:
+        """Entered around each of the target's own forwards, the prefill (before `begin`) and the
+        verifications, by a drafter that looks inside of them."""
+        return nullcontext()
 
     def begin(self, seqs: Sequences) -> None:
         """A new generation starts; `seqs` stays the same object to its end."""

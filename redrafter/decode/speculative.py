@@ -5,6 +5,7 @@ proposes; under a ratio rule its law is."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -63,8 +64,10 @@ def speculative(
     emitter, timer = Emitter(request), StepTimer(request.n_rows, depth)
     seqs = request.sequences(slack=depth + 1)
     limit = torch.tensor(request.limit, device=target.device)
+    watch = drafter.watch if drafter else nullcontext
     with timer("prefill"):
-        cache, logits, hidden = request.prefill(seqs, slack=drafter.max_nodes if drafter else 1)
+        with watch(True):
+            cache, logits, hidden = request.prefill(seqs, slack=drafter.max_nodes if drafter else 1)
         noise = request.noise(emitter.lengths, 1)
         first = choose(request.warp.rows(logits, seqs), None if noise is None else noise[:, 0])
         for row, token in enumerate(first.tolist()):
@@ -83,7 +86,7 @@ def speculative(
         with timer("draft"):
             tree = _draft(drafter, lookahead, seqs, limit)
             seen = ancestors(tree, depth)
-        with timer("verify"):
+        with timer("verify"), watch(False):
             out = _forward(target, tree, seen, seqs, cache, limit)
         scores = request.warp.tree(out.logits, tree, seen, seqs)
         if rule == "seeded" or not request.sampled:

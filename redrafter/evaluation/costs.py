@@ -105,7 +105,7 @@ class _Bench:
         self.cache.commit([context] * batch)
         length = torch.full((batch,), context, device=target.device)
         live = torch.ones_like(length, dtype=torch.bool)
-        self.rows = Rows(self.ids, length, length.clone(), live)
+        self.rows = Rows(self.ids, length, length.clone(), live, cache=self.cache)
         self.temperature = temperature
 
     def _inputs(self, n: int):
