@@ -30,8 +30,9 @@ class Draws:
             draws of a node come first: behind a -1 there are only more
     mode:   `iid`: each from its own distribution, by itself; `without_replacement`: all from one
             distribution, each without those before it; `deterministic`: distinct, not drawn at all
-    log_q:  (B, N, Q, V) log-probabilities that the draws below each node were made from, Q
-            drafters' (one, but for SpecInfer's); None where `deterministic`
+    log_q:  (B, M, Q, V) log-probabilities that the draws below each of the first M nodes were made
+            from, Q drafters' (one, but for SpecInfer's); the nodes behind them are leaves. None
+            where `deterministic`
     source: (B, N, R) int64, which of the Q each draw was made from; None where Q = 1
     """
 

@@ -1,8 +1,4 @@
-"""A sampled token follows the target's distribution: by enumeration, and by counting draws.
-
-Counting states its power. For any law q at total variation d from p, Cauchy and Schwarz give
-sum (q - p)^2 / p >= 4 d^2, so n draws have a noncentrality of at least 4 n d^2, whatever q is.
-"""
+"""A sampled token follows the target's distribution: by enumeration, and by counting draws."""
 
 import functools
 import itertools
@@ -10,6 +6,7 @@ import math
 
 import pytest
 import torch
+from chi_square import ALPHA, follows, n_draws
 from models import alone, endless, make_tree, prompts, replays, settings, tiny
 
 from redrafter.contracts import Drafter, TokenTree
@@ -19,108 +16,6 @@ from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import ancestors
 from redrafter.decode.verify import choose, verify
-
-ALPHA = 1e-4  # probability that a right sampler is called wrong
-DISTANCE = 0.03  # total variation that is found ...
-POWER = 0.99  # ... with this probability, or more
-
-# ------------------------------------------------------------------- chi-square
-
-
-def chi2_tail(x: float, df: int, noncentrality: float = 0.0) -> float:
-    """P(X > x) of the (noncentral) chi-square: a Poisson mixture of central ones."""
-    half = noncentrality / 2
-    last = int(half + 12 * math.sqrt(half) + 20)
-    j = torch.arange(last + 1, dtype=torch.float64)
-    log_weight = -half + torch.special.xlogy(j, torch.tensor(half).double()) - torch.lgamma(j + 1)
-    tail = torch.special.gammaincc(df / 2 + j, torch.full_like(j, x / 2))
-    return float((log_weight.exp() * tail).sum())
-
-
-@functools.cache
-def critical(df: int) -> float:
-    low, high = 0.0, 50.0 + 10 * df
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if chi2_tail(middle, df) > ALPHA else (low, middle)
-    return high
-
-
-@functools.cache
-def n_draws(cells: int) -> int:
-    """The fewest draws that find any law at DISTANCE with probability POWER."""
-    df = cells - 1
-    low, high = 1, 10**7
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = chi2_tail(critical(df), df, 4 * middle * DISTANCE**2) >= POWER
-        low, high = (low, middle) if enough else (middle, high)
-    return high
-
-
-def statistic(draws: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """draws: (..., n) cell of each draw; p: (cells,). Pearson's statistic, (...)."""
-    n = draws.shape[-1]
-    flat = draws.reshape(-1, n)
-    offset = torch.arange(len(flat))[:, None] * len(p)
-    counts = torch.bincount((flat + offset).flatten(), minlength=len(flat) * len(p))
-    counts = counts.view(*draws.shape[:-1], len(p)).double()
-    return ((counts - n * p) ** 2 / (n * p)).sum(-1)
-
-
-def follows(draws: torch.Tensor, p: torch.Tensor) -> bool:
-    p = p.double() / p.double().sum()
-    assert draws.shape[-1] >= n_draws(len(p)), "too few draws for the stated power"
-    assert float(p.min()) * draws.shape[-1] >= 5, "a cell is too rare for Pearson's statistic"
-    return bool(statistic(draws, p) <= critical(len(p) - 1))
-
-
-def test_chi_square_against_tables():
-    # Abramowitz and Stegun, table 26.8: upper percentage points
-    for df, x, tail in ((1, 3.84146, 0.05), (7, 24.3219, 0.001), (10, 15.9871, 0.1)):
-        assert chi2_tail(x, df) == pytest.approx(tail, rel=1e-4)
-    # One degree of freedom is a shifted normal squared.
-    for x, shift in ((4.0, 1.5), (9.0, 3.0), (15.1, 5.5)):
-        root = math.sqrt(x)
-        normal = 0.5 * (math.erfc((root - shift) / 2**0.5) + math.erfc((root + shift) / 2**0.5))
-        assert chi2_tail(x, 1, shift**2) == pytest.approx(normal, rel=1e-9)
-
-
-@pytest.mark.parametrize("cells", [4, 8, 64])
-def test_the_stated_power_is_real(cells):
-    """On the law that is hardest to find at this distance, and on the right one."""
-    random = torch.Generator().manual_seed(cells)
-    p = torch.rand(cells, generator=random).double() + 0.2
-    half = cells // 2
-    p = torch.cat([p[:half] / p[:half].sum(), p[half:] / p[half:].sum()]) / 2
-    sign = torch.ones(cells).double()
-    sign[half:] = -1
-    worst = p * (1 + 2 * DISTANCE * sign)  # equality in Cauchy and Schwarz
-    assert float((worst - p).abs().sum() / 2) == pytest.approx(DISTANCE)
-    n, trials = n_draws(cells), 200
-
-    def draws(law):
-        return torch.multinomial(law, trials * n, True, generator=random).view(trials, n)
-
-    found = statistic(draws(worst), p) > critical(cells - 1)
-    # 0.99 expected; fewer than 0.95 of 200 has a probability below 1e-5
-    assert found.double().mean() >= 0.95
-    right = statistic(draws(p), p)
-    assert (right <= critical(cells - 1)).all()
-    assert right.mean() == pytest.approx(cells - 1, rel=0.1)  # it is a chi-square at all
-    # With a tenth of the draws the same law would mostly pass: the number is not idle.
-    few = statistic(draws(worst)[:, : n // 10], p) > critical(cells - 1)
-    assert few.double().mean() < 0.5
-
-
-def test_a_known_biased_rule_is_found():
-    """Taking the best of several beams by ratio turns the first law into the second."""
-    p, biased = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([1 / 3, 2 / 3, 0, 0])
-    random = torch.Generator().manual_seed(0)
-    n = n_draws(len(p))
-    assert not follows(torch.multinomial(biased, n, True, generator=random), p)
-    assert follows(torch.multinomial(p, n, True, generator=random), p)
-
 
 # ------------------------------------------------------------------- the noise
 

@@ -60,7 +60,20 @@ def private_uniform(seed: Tensor, stream: int, position: Tensor, n: int) -> Tens
     A ratio rule needs that what was drawn, and what it is accepted with, be independent of each
     other and of what came before: every (stream, position, i) may be used once.
     """
-    return _uniform(_mix_(seed + stream * _MUL_1), position, n)
+    own = torch.full_like(seed, stream).mul_(_MUL_1)
+    return _uniform(_mix_(own.add_(seed)), position, n)
+
+
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution. p: (..., V) >= 0, not all 0; u: (..., n) in (0, 1).
+
+    Returns (..., n) int64; never a token of probability 0. p need not sum to 1.
+    """
+    total = p.cumsum(-1, dtype=torch.float64)
+    index = torch.searchsorted(total, u * total[..., -1:], right=True)
+    # Rounding can take u * total to the total itself: then it is the last token that has any.
+    last = (total < total[..., -1:]).sum(-1, keepdim=True)
+    return torch.minimum(index, last)
 
 
 class NoiseAhead:

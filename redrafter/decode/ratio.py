@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import Draws, InputError, Sequences, TokenTree
-from redrafter.decode.noise import ACCEPTING, private_uniform
+from redrafter.decode.noise import ACCEPTING, draw, private_uniform
 from redrafter.decode.verify import Verdict
 
 Rule = Literal["seeded", "ratio", "kseq"]
@@ -54,18 +54,6 @@ def accepting_noise(seqs: Sequences, tree: TokenTree, max_depth: int) -> Tensor:
     rounds = tree.draws.order.shape[2] if tree.draws is not None else tree.n_nodes - 1
     depth = torch.arange(max_depth + 1, device=seqs.length.device)
     return private_uniform(seqs.seeds, ACCEPTING, seqs.length[:, None] + depth, rounds + 1)
-
-
-def draw(p: Tensor, u: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution. p: (..., V) >= 0, not all 0; u: (..., n) in (0, 1).
-
-    Returns (..., n) int64; never a token of probability 0. p need not sum to 1.
-    """
-    total = p.cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(total, u * total[..., -1:], right=True)
-    # Rounding can take u * total to the total itself: then it is the last token that has any.
-    last = (total < total[..., -1:]).sum(-1, keepdim=True)
-    return torch.minimum(index, last)
 
 
 def verify_ratio(
@@ -123,7 +111,8 @@ class _Node:
         self.p, self.mode, self.source = p, draws.mode, None
         self.row = torch.arange(len(node), device=p.device)
         if draws.log_q is not None:
-            self.q = draws.log_q[self.row, node].double().exp()  # (B, Q, V)
+            inner = node.clamp(max=draws.log_q.shape[1] - 1)  # behind them there are only leaves
+            self.q = draws.log_q[self.row, inner].double().exp()  # (B, Q, V)
             if draws.source is not None:
                 self.source = draws.source[self.row, node]  # (B, R)
         self.kseq = None
@@ -171,7 +160,7 @@ class _KSeq:
     """
 
     def __init__(self, p: Tensor, q: Tensor, k: Tensor):
-        k = k.clamp(min=1).double()
+        any_drawn, k = k > 0, k.clamp(min=1).double()
 
         def beta(rho: Tensor) -> Tensor:
             return torch.minimum(q, p / rho[:, None]).sum(-1).clamp(max=1.0)
@@ -188,5 +177,5 @@ class _KSeq:
         share = torch.where(b > 0, (1 - none) / b.clamp(min=1e-300), k)
         taken = torch.minimum(q, p / high[:, None]) * share[:, None]
         rest = (p - taken).clamp(min=0)
-        # Nothing left: every draw is accepted, whatever is written here.
-        self.rest = torch.where((rest.sum(-1) > 0)[:, None], rest, p)
+        # Nothing left: every draw is accepted, whatever is written here. At a leaf all of p is.
+        self.rest = torch.where((any_drawn & (rest.sum(-1) > 0))[:, None], rest, p)
