@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "states": "store its hidden states of rows (data/states.py)",
     "check_store": "check that a store is what was written (data/check.py)",
     "count_bigrams": "count a draft table from a store (data/bigrams.py)",
+    "probe_bigrams": "ask the model for a draft table, token by token (data/probe.py)",
     "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",

@@ -19,6 +19,7 @@ from redrafter.config.data import (
     MakeAnswersConfig,
     MakeStatesConfig,
     PrepareConfig,
+    ProbeConfig,
     StatesConfig,
 )
 from redrafter.config.evaluation import (
@@ -48,6 +49,7 @@ __all__ = [
     "MakeStatesConfig",
     "OptimConfig",
     "PrepareConfig",
+    "ProbeConfig",
     "SourceConfig",
     "SpeedConfig",
     "StatesConfig",

@@ -188,3 +188,30 @@ class BigramsConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "width")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """`data/probe.py`: ask the target what follows every single token."""
+
+    target: TargetConfig
+    """The target, whole."""
+    out: str
+    """File to write (.safetensors), for `eval/speed.py --bigrams`; the same command goes on after
+    an interruption."""
+    width: int = 16
+    """Successors kept per token, and tokens of the ranking without context."""
+    bos: bool = False
+    """Put BOS before the token."""
+    unigram: Literal["table", "weights", "bos"] = "table"
+    """Rank tokens without context by their mean probability in the table, by the rows of lm_head
+    alone, or by what follows BOS."""
+    batch_size: int = 256
+    """Tokens per forward; changes the speed, not the table."""
+    part_tokens: int = 8192
+    """Tokens per part; what an interruption can lose."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "width", "batch_size", "part_tokens", "threads")

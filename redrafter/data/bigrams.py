@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from redrafter.contracts import InputError
+from redrafter.data.probed import PROBED, check_probed
 from redrafter.data.store import Store
 from redrafter.drafters.bigram import BigramTable, PairCounts, load_bigrams
 from redrafter.target.identity import text_identity
@@ -67,11 +68,12 @@ def table_identity(store: Store) -> dict[str, Any]:
 
 
 def open_bigrams(path: str, target: Target, width: int) -> tuple[BigramTable, str]:
-    """A table of data/bigrams.py, or one counted now on the store at a folder or URL.
+    """A table of data/bigrams.py or data/probe.py, or one counted now on the store at a folder or
+    URL.
 
     width: successors per token; a table on disk may have more, or fewer
     Returns the table and a line that says what it was counted on. Raises InputError naming what is
-    missing, damaged, or made with another vocabulary or tokenizer.
+    missing, damaged, made with another vocabulary or tokenizer, or probed from another target.
     """
     if "://" in path or Path(path).is_dir():
         store = Store(path)
@@ -80,6 +82,9 @@ def open_bigrams(path: str, target: Target, width: int) -> tuple[BigramTable, st
         table = bigrams_of_store(store, target.vocab_size, width, progress=True)
     else:
         table, about = load_bigrams(path, target.vocab_size)
+        if about.get("kind") == PROBED:
+            check_probed(path, about, target)
+            return table, f"{path}: probed {'with' if about['bos'] else 'without'} BOS"
         shown = f", as {path} says"
         _check_tokenizer(path, about.get("tokenizer"), target)
     on = about.get("counted_on") or {}

@@ -33,10 +33,12 @@ class BigramTable:
     tokens: (V, width) int64, most frequent first, the smaller id at equal counts; 0 where fewer
         successors were seen
     log_p: (V, width) float32, log of count / all successors counted; -inf where fewer were seen
+    unigram: (n,) int64 or None, distinct tokens to try after any token, the best one first
     """
 
     tokens: Tensor
     log_p: Tensor
+    unigram: Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -132,6 +134,8 @@ def save_bigrams(path: str | Path, table: BigramTable, identity: dict[str, Any])
         **identity, "format": FORMAT, "vocab_size": table.vocab_size, "width": table.width
     }  # fmt: skip
     tensors = {"tokens": table.tokens.contiguous(), "log_p": table.log_p.contiguous()}
+    if table.unigram is not None:
+        tensors["unigram"] = table.unigram.contiguous()
     write_tensors(path, tensors, {_METADATA: json.dumps(plain_values(about), sort_keys=True)})
 
 
@@ -153,7 +157,8 @@ def load_bigrams(path: str | Path, vocab_size: int) -> tuple[BigramTable, dict[s
                     f"{path} has bigram format {about.get('format')!r}, this version reads and "
                     f"writes {FORMAT}: make it anew with data/bigrams.py"
                 )
-            table = BigramTable(file.get_tensor("tokens"), file.get_tensor("log_p"))
+            unigram = file.get_tensor("unigram") if "unigram" in file.keys() else None  # noqa: SIM118
+            table = BigramTable(file.get_tensor("tokens"), file.get_tensor("log_p"), unigram)
     except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         message = f"{path} cannot be read ({error}): make it anew with data/bigrams.py"
         raise InputError(message) from None
@@ -173,6 +178,10 @@ def _check_table(path: str | Path, table: BigramTable, shape: tuple[int, Any]) -
         and (table.tokens.dtype, table.log_p.dtype) == (torch.int64, torch.float32)
         and 0 <= int(table.tokens.min()) <= int(table.tokens.max()) < shape[0]
     )
+    if table.unigram is not None:
+        ids = table.unigram
+        whole &= ids.dtype == torch.int64 and ids.dim() == 1 and len(ids) > 0
+        whole = whole and 0 <= int(ids.min()) <= int(ids.max()) < shape[0]
     if not whole:
         raise InputError(f"{path} is damaged: make it anew with data/bigrams.py")
 
