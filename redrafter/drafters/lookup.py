@@ -50,11 +50,15 @@ def find_match(
     return place, ngram
 
 
-def chain_tree(root: Tensor, tokens: Tensor, valid: Tensor, longest: int) -> TokenTree:
+def chain_tree(
+    root: Tensor, tokens: Tensor, valid: Tensor, longest: int, matched: Tensor | None = None
+) -> TokenTree:
     """One chain per row below the root, cut to the longest one of the batch.
 
     root: (B,) int64; tokens: (B, >= k) int64; valid: (B, k) bool, without holes
     longest: tokens of the longest chain
+    matched: (B,) tokens of the match that the chain follows: the longer, the surer. It gives the
+        nodes a score, -depth / (1 + matched), for whoever ranks them among others (ours)
     """
     root = root[:, None]
     k = min(bucket(1 + longest), 1 + valid.shape[1]) - 1
@@ -64,6 +68,7 @@ def chain_tree(root: Tensor, tokens: Tensor, valid: Tensor, longest: int) -> Tok
         parent=(depth - 1).clamp(min=0),
         depth=depth,
         valid=torch.cat([torch.ones_like(root, dtype=torch.bool), valid[:, :k]], 1),
+        log_q=None if matched is None else -depth / (1 + matched[:, None]),
     )
 
 
@@ -105,4 +110,4 @@ class PromptLookup(Drafter):
         worth more than the forward over nodes that are known to be invalid."""
         valid = self.valid[:, : self.level]
         longest = int(valid.sum(1).max()) if self.level else 0
-        return chain_tree(self.seqs.root, self.tokens, valid, longest)
+        return chain_tree(self.seqs.root, self.tokens, valid, longest, self.ngram)

@@ -280,4 +280,5 @@ class SuffixDrafter(Drafter):
 
     def tree(self) -> TokenTree:
         longest = min(max(self.lengths), self.level)
-        return chain_tree(self.seqs.root, self.tokens, self.valid[:, : self.level], longest)
+        valid, matched = self.valid[:, : self.level], self.features[:, 0]
+        return chain_tree(self.seqs.root, self.tokens, valid, longest, matched)

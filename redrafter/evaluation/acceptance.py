@@ -1,0 +1,139 @@
+"""How much is accepted, how much could be: rules side by side, with the oracle of each.
+
+Where a tree was drawn, the run itself knows both distributions at every node that was tested: q of
+the drafter and p of the target. From them come what one draw is accepted with (1 - TV) and the most
+that any rule can accept of k independent draws, at the very prefixes that were tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from redrafter.contracts import Drafter, TokenTree, Truth
+from redrafter.contracts import Sequences as Rows
+from redrafter.decode.ratio import Rule
+from redrafter.decode.speculative import speculative
+from redrafter.evaluation.figures import Interval, bootstrap, pooled
+from redrafter.evaluation.optimum import best_acceptance
+from redrafter.target.model import Target
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Figures of one method; each is (value, low, high), the interval over prompts.
+
+    tokens_per_step: as everywhere
+    accepted: share of tested nodes below which a child was accepted (a node is tested if it was
+        accepted itself, or is the root, and has children)
+    overlap: mean over the tested nodes of sum_v min(p, q) = 1 - TV; None where nothing was drawn
+    optimum: mean of the most that any rule accepts of as many independent draws; None likewise
+    nodes: verified per step, the root counted
+    """
+
+    tokens_per_step: Interval
+    accepted: Interval
+    overlap: Interval | None
+    optimum: Interval | None
+    nodes: float
+
+
+class Watcher(Drafter):
+    """Drafts as another drafter does, and sums up what was tested.
+
+    tested, accepted: nodes; overlap, optimum: sums over the nodes tested
+    """
+
+    def __init__(self, inner: Drafter, temperature: float):
+        self.inner, self.temperature = inner, temperature
+        self.needs = inner.needs | {"tree_logits"}
+        self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
+        self.feature_names = inner.feature_names
+
+    def begin(self, seqs: Rows) -> None:
+        super().begin(seqs)
+        self.inner.begin(seqs)
+        self.tested = self.accepted = 0
+        self.overlap = self.optimum = 0.0
+        self.drawn = False
+
+    def start(self) -> None:
+        self.inner.start()
+
+    def extend(self, level: int):
+        return self.inner.extend(level)
+
+    def tree(self) -> TokenTree:
+        return self.inner.tree()
+
+    def watch(self, prefill: bool):
+        return self.inner.watch(prefill)
+
+    def observe(self, truth: Truth) -> None:
+        self.inner.observe(truth)
+        if truth.tree is None:
+            return
+        tree = truth.tree
+        children = torch.zeros_like(tree.parent)
+        children.scatter_add_(1, tree.parent[:, 1:], tree.valid[:, 1:].long())
+        for row, count in enumerate(truth.count.tolist()):
+            node = 0
+            for d in range(count):  # the nodes of the path, the root first
+                if not children[row, node]:
+                    break
+                self.tested += 1
+                self._oracle(truth, row, node)
+                if d == count - 1:
+                    break
+                self.accepted += 1
+                token = truth.tokens[row, d]
+                fits = (tree.parent[row] == node) & (tree.tokens[row] == token) & tree.valid[row]
+                fits[0] = False
+                node = int(fits.nonzero()[0, 0])
+
+    def _oracle(self, truth: Truth, row: int, node: int) -> None:
+        draws = truth.tree.draws
+        if draws is None or draws.mode != "iid" or draws.source is not None:
+            return
+        self.drawn = True
+        p = (truth.tree_logits[row, node].double() / self.temperature).softmax(-1)
+        q = draws.log_q[row, node, 0].double().exp()
+        k = int((draws.order[row, node] >= 0).sum())
+        self.overlap += float(torch.minimum(p, q).sum())
+        self.optimum += best_acceptance(p, q, k)
+
+
+def measure_acceptance(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    seeds: Sequence[int],
+    rule: Rule,
+    name: str = "acceptance",
+) -> Acceptance:
+    """Decode every prompt by itself and look at what was tested."""
+    temperature = float(config.temperature or 1.0) if config.do_sample else 1.0
+    watcher, rows = Watcher(drafter, temperature), []
+    for prompt, seed in zip(tqdm(prompts, desc=name, disable=None), seeds, strict=True):
+        made = speculative(target, [prompt], config, seeds=[seed], drafter=watcher, rule=rule)
+        stats = made.stats
+        rows.append((sum(stats.emitted), sum(stats.steps), watcher.accepted, watcher.tested,
+                     watcher.overlap, watcher.optimum, stats.nodes_verified))  # fmt: skip
+    emitted, steps, accepted, tested, overlap, optimum, nodes = np.array(rows, dtype=float).T
+
+    def oracle(total: np.ndarray) -> Interval | None:
+        return bootstrap(pooled, total, tested) if watcher.drawn else None
+
+    return Acceptance(
+        bootstrap(pooled, emitted, steps),
+        bootstrap(pooled, accepted, tested),
+        oracle(overlap),
+        oracle(optimum),
+        float(nodes.sum() / max(1.0, steps.sum())),
+    )
