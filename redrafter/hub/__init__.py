@@ -1,0 +1,1 @@
+"""Heads, tables and models on the Hugging Face Hub."""

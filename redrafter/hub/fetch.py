@@ -1,0 +1,40 @@
+"""Paths that may lie on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from redrafter.contracts import InputError
+
+# owner/name, then a file or folder inside the repository, then a revision
+_HUB = re.compile(r"([\w.-]+/[\w.-]+)(/[^@]+)?(?:@([\w./-]+))?")
+
+
+def fetch(path: str, option: str) -> str:
+    """A local path as it is; else `owner/name[/inside][@revision]` of the Hub, downloaded into its
+    cache. Returns the local path.
+
+    option: what the path was given for, for messages
+    Raises InputError where there is neither.
+    """
+    if Path(path).exists():
+        return path
+    match = _HUB.fullmatch(path)
+    if not match or path.startswith("."):
+        raise InputError(f"{option}: {path!r} does not exist, and is no owner/name of the Hub")
+    from huggingface_hub import snapshot_download
+
+    repo, inside, revision = match.groups()
+    inside = (inside or "").strip("/")
+    patterns = [inside, f"{inside}/*"] if inside else None
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # offline, unknown, gated, interrupted: each its own class
+        first = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{option}: {path!r} does not exist here, and the Hub did not give it: {first}"
+        ) from None
+    if not (found := Path(folder, inside)).exists():
+        raise InputError(f"{option}: {repo} on the Hub has no {inside!r}")
+    return str(found)
