@@ -41,7 +41,8 @@ class LayerSkipping(Drafter):
     max_skipped: at most so many layers, those of the largest s_l; None is no limit
     positions: s_l is the mean over the last so many tokens that the target has read; None is all
     refresh: "prompt" chooses once, after the prefill; "step" again after each verification, whose
-        tokens then count among `positions` (free but for the cosines: it runs every layer anyway)
+        tokens then count among `positions`. It runs every layer anyway, so this costs the cosines
+        alone: 0.5 ms beside 8 ms (gsm-stories-6m, 9 nodes, one x86-64 core)
     protect: (first, last) layers that are never skipped
     fixed: this set of layers, and nothing is chosen. () drafts with the whole target: every token
         is accepted and nothing gained, a test of the machinery
@@ -56,6 +57,11 @@ class LayerSkipping(Drafter):
     prompts once more, and "step" keeps the set of the prompt.
     q is the softmax of logits / temperature: other processors of the request are not applied to
     the draft, which costs acceptance, never exactness.
+    The default threshold picks, on gsm-stories-6m (20 gsm8k prompts, 64 tokens, one x86-64 core),
+    the set of the best bound, greedy and at T = 1: {5} of 6 layers; 0.95 adds 1 and 4, of bound
+    0.76 for 0.78 (greedy, with the exit). By cosine the layers come in the order in which greedy
+    search for acceptance takes them. None of these sets pays there: a draft costs at least 0.9 of
+    a forward. `scripts/measure_skipping.py` says what a target of yours gains.
     Raises InputError for a target whose attentions cannot be skipped, and for impossible options.
     """
 
@@ -66,7 +72,7 @@ class LayerSkipping(Drafter):
         target: Target,
         depth: int = 8,
         *,
-        threshold: float | None = 0.9,
+        threshold: float | None = 0.97,
         max_skipped: int | None = None,
         positions: int | None = None,
         refresh: Refresh = "prompt",
