@@ -11,8 +11,8 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import count_bigrams
-from redrafter.drafters.build import DRAFTERS, Kind, Partners, build_drafter, describe, needs
-from redrafter.drafters.options import parse_name, split_list
+from redrafter.drafters.build import DRAFTERS, Kind, Partners, build_drafter, describe_kinds, needs
+from redrafter.drafters.options import describe, options_of, parse_name, split_list
 from redrafter.heads.recurrent import RecurrentHead
 
 #: One name per kind that sets what only this kind has, and what it then must be.
@@ -65,7 +65,7 @@ def test_every_kind_has_an_example_and_is_described():
     kinds = {name.split(":")[0] for name in EXAMPLES}
     plain = {name for name, kind in DRAFTERS.items() if not kind.members}
     assert kinds == plain, "every kind without members has an example above"
-    shown = describe()
+    shown = describe_kinds(DRAFTERS)
     for name in DRAFTERS:
         assert f"\n  {name}" in f"\n{shown}"
     for said in ("min_match: int = 1   tokens; nothing", "warm: bool = false   begin",
@@ -153,6 +153,21 @@ def test_a_kind_made_of_others(partners, monkeypatch):
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             needs(bad)
+
+
+class Made:
+    def __init__(self, depth: int = 2, state: Partners | None = None, table: dict | None = None):
+        self.depth = depth
+
+
+def made(target, partners, **options) -> Made:
+    return Made(**options)
+
+
+def test_objects_are_no_options():
+    assert [line.split()[0] for line in describe("made", made)] == ["made", "depth:"]
+    with pytest.raises(InputError, match="no option 'state'; there are depth"):
+        options_of("made:state=x", ["state=x"], made)
 
 
 # ---------------------------------------------------------------- errors

@@ -9,6 +9,7 @@ import torch
 from models import tiny
 
 import redrafter.evaluation.lossless as lossless
+import redrafter.evaluation.methods as methods
 from redrafter.cli import costs as costs_cli
 from redrafter.cli import lossless as lossless_cli
 from redrafter.cli import speed as speed_cli
@@ -18,11 +19,12 @@ from redrafter.config import (
     SpeedConfig,
     TargetConfig,
     TrainConfig,
-    TreeConfig,
 )
 from redrafter.contracts import InputError, StepStats
+from redrafter.data.answers import generation_config
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.evaluation.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
 from redrafter.evaluation.figures import (
     acceptance,
@@ -33,7 +35,16 @@ from redrafter.evaluation.figures import (
     pooled,
     speed_bound,
 )
-from redrafter.evaluation.methods import Batch, Loop, Method, Run, parse_methods, tree_of
+from redrafter.evaluation.methods import (
+    Batch,
+    Loop,
+    Method,
+    Partners,
+    Run,
+    build_method,
+    parse_methods,
+)
+from redrafter.evaluation.plans import build_plan
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
 from redrafter.evaluation.speed import Summary, noise_warning, run_interleaved
 from redrafter.files import write_config
@@ -92,6 +103,13 @@ def test_cost_table_interpolates_and_refuses_to_guess():
     for n, context, batch in ((6, 64, 1), (1, 65, 1), (2, 64, 4)):
         with pytest.raises(KeyError):
             table.t(n, context, batch)
+
+
+def test_a_draft_that_ends_early_costs_the_levels_it_drafted():
+    levels = [Cost(1.0, s, 1.0) for s in (1.0, 2.0, 4.0)]
+    table = CostTable([], [DrafterCost("head", 64, 1, Cost(9.0, 8.0, 9.0), levels)])
+    assert table.draft("head") == 8.0
+    assert table.draft("head", [1.0, 0.5, 0.0]) == 8.0 - 1.0 - 4.0
 
 
 def test_a_busy_machine_is_told():
@@ -191,19 +209,49 @@ def test_speed_figures_of_a_known_clock():
 
 
 def test_method_names():
-    assert parse_methods("stock, plain,stock") == ["stock", "plain"]
-    default = TreeConfig(width=2, depth=3, shape="beams")
-    assert tree_of("head", default) == default
-    assert tree_of("head:8x5", default) == TreeConfig(width=8, depth=5)
-    assert tree_of("head:8x5:beams", default) == TreeConfig(width=8, depth=5, shape="beams")
-    best = TreeConfig(width=8, depth=5, shape="best", nodes=16)
-    assert tree_of("head:8x5:best:16", default) == best
-    for bad in ("head:8", "head:0x4", "head:4x4:oval", "head:4x4:levels:3", "head:4x4:best:x"):
-        with pytest.raises(InputError, match=bad):
-            tree_of(bad, default)
-    for bad in ("warp", "plain:4x4", "", "stock,Head"):
-        with pytest.raises(InputError, match="methods"):
+    assert parse_methods("stock, plain,stock,head:8x5") == ["stock", "plain", "head:8x5"]
+    names = ["suffix:8x2:lookahead=static(depth=2)", "head:4x4:rule=ratio"]
+    assert parse_methods(",".join(names)) == names
+    for bad, said in (
+        ("warp", "'warp' is unknown; choose from plain, stock, hf-assistant"), ("", "at least one"),
+        ("plain:4x4", "plain has no options"), ("stock:4x4", "'stock:4x4'"), ("stock,Head", "Head"),
+        ("head:rule=fair", "rule 'fair' is not one of seeded, ratio, kseq"),
+        ("head:rule=ratio:rule=kseq", "rule is set twice"),
+        ("head:lookahead=clever", "lookahead 'clever' is not one of static"),
+        ("head:lookahead=static(deep=2)", "no option 'deep'; there are depth"),
+        ("head:lookahead=static", "depth must be given"), ("hf-exit", "layer must be given"),
+        ("head:lookahead=static:depth=2:depth=2", "depth"), ("hf-lookup:x", "nor TOKENS, e.g. 4"),
+        ("suffix:deep=3", "'suffix:deep=3': no option 'deep'; there are depth, min_match, factor"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"^methods: ") as error:
             parse_methods(bad)
+        assert said in str(error.value)
+
+
+def test_plans_reach_the_loop(monkeypatch):
+    target = tiny("llama")
+    name = "suffix:8x1:lookahead=static(depth=2):rule=ratio"
+    plan = build_plan(f"{name}:factor=3", target, Partners())
+    assert isinstance(plan.drafter, SuffixDrafter) and plan.drafter.factor == 3.0
+    assert plan.lookahead.depth == 2 and plan.rule == "ratio"
+    config = generation_config(1.0, 6)
+    given = {}
+    real = methods.speculative
+
+    def spy(*args, **options):
+        given.update(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(methods, "speculative", spy)
+    loop = build_method(name, target, config, Partners())
+    batch = Batch([[1, 2, 1, 2]], [0], [[1, 2, 1, 2]])
+    loop.prepare(batch)
+    assert loop.run(batch).nodes and max(loop.run(batch).nodes) == 3, "two levels and the root"
+    assert given["rule"] == "ratio" and given["lookahead"].depth == 2 and loop.law_only
+    assert loop.stops_early and not build_method("suffix", target, config, Partners()).stops_early
+    assert not build_method(name, target, generation_config(0.0, 6), Partners()).law_only
+    with pytest.raises(InputError, match="depth 0"):
+        build_plan("suffix:lookahead=static(depth=0)", target, Partners())
 
 
 def test_number_lists_name_their_option():
@@ -244,9 +292,13 @@ def files(tiny_target, tmp_path_factory):
     return {"target": target, "prompts": [*target, *some], "head": ["--head", str(head)]}
 
 
-def test_speed_command(files, tmp_path, capsys):
+def test_speed_command(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "speed.json"
-    names = "stock,plain,lookup,suffix:4x1,bigram:2x2,recycling,model:1x3,replay,head:2x2:beams"
+    monkeypatch.setattr(SuffixDrafter, "report", lambda self: {"min_match": self.min_match})
+    names = (
+        "stock,plain,hf-lookup:4,hf-assistant,lookup,suffix:4x1,bigram:2x2,recycling:warm=true,"
+        "model:1x3,replay,head:2x2:beams,suffix:factor=1.5:lookahead=static(depth=2)"
+    )
     more = ["--methods", names, "--draft", files["target"][1],
             "--max_new_tokens", "24", "--bigram_prompts", "4", "--cost_rounds", "4"]  # fmt: skip
     assert speed_cli.main([*files["prompts"], *files["head"], *more, "--out", str(out)]) == 0
@@ -259,14 +311,18 @@ def test_speed_command(files, tmp_path, capsys):
         assert m["equal_share"] == 1.0, name
         assert m["low"]["speedup_plain"] <= m["speedup_plain"] <= m["high"]["speedup_plain"]
         assert m["speedup_stock"] > 0 and m["tokens"] == methods["plain"]["tokens"]
-        assert m["loop_share"] == body["loop_share"]
-        if name not in ("stock", "plain"):
+        assert m["loop_share"] == body["loop_share"] and not m["law_only"]
+        if name.startswith("hf-"):
+            assert m["bound"] is None and m["tokens_per_step"] > 1.0
+        elif name not in ("stock", "plain"):
             assert m["efficiency"] == pytest.approx(m["decode_speedup_plain"] / m["bound"])
             assert m["tokens_per_step"] >= 1.0
             assert 0 <= m["outside_share"] < 1
     assert methods["replay"]["tokens_per_step"] > 3.5, "the drafter that knows the answer"
     assert methods["plain"]["plain_overhead"] >= 1.0
     assert methods["plain"]["tokens_per_step"] == 1.0
+    assert methods["suffix:4x1"]["drafter_reports"] == [{"min_match": 1}], "once, not per prompt"
+    assert methods["lookup"]["drafter_reports"] == []
     sizes = {entry["n"] for entry in body["costs"]["target"]}
     assert {1, 5, 11} <= sizes, "plain, replay and bigram trees, the largest lookup"
     about = body["provenance"]
@@ -274,14 +330,18 @@ def test_speed_command(files, tmp_path, capsys):
     assert {"argv", "versions", "git_commit", "device", "threads", "written"} <= set(about)
 
 
-def test_speed_command_sampled_in_batches(files, tmp_path):
+def test_speed_command_sampled_in_batches(files, tmp_path, capsys):
     out = tmp_path / "speed.json"
-    more = ["--methods", "plain,lookup,replay", "--temperature", "1", "--batch_size", "2",
-            "--max_new_tokens", "12", "--cost_rounds", "2", "--ignore_eos", "true"]  # fmt: skip
+    more = ["--methods", "plain,lookup,replay,lookup:rule=ratio", "--temperature", "1",
+            "--batch_size", "2", "--max_new_tokens", "12", "--cost_rounds", "2",
+            "--ignore_eos", "true"]  # fmt: skip
     assert speed_cli.main([*files["prompts"], *more, "--out", str(out)]) == 0
     body = json.loads(out.read_text())
     assert body["exact"] is True and body["methods"]["plain"]["tokens"] == 36
     assert body["methods"]["lookup"]["speedup_stock"] is None, "stock was not run"
+    ratio = body["methods"]["lookup:rule=ratio"]
+    assert ratio["law_only"] and ratio["equal_share"] < 1.0, "which is no fault"
+    assert f"({ratio['equal_rows']}/3)" in capsys.readouterr().out
 
 
 def test_lossless_command(files, tmp_path, capsys, monkeypatch):
@@ -290,22 +350,51 @@ def test_lossless_command(files, tmp_path, capsys, monkeypatch):
             "--temperatures", "1,0.5", "--tree.width", "2", "--out", str(out)]  # fmt: skip
     assert lossless_cli.main(args) == 0
     assert "lossless" in capsys.readouterr().out
-    body = json.loads(out.read_text())
+    modes = json.loads(out.read_text())["methods"]["head"]
     for mode in ("greedy", "seeded", "seeded_0.5"):
-        assert body[mode]["unexplained"] == 0 and body[mode]["prompts"] == 3
-        assert body[mode]["compared_tokens"] > 50
-    # A difference must reach the exit status.
+        assert modes[mode]["unexplained"] == 0 and modes[mode]["prompts"] == 3
+        assert modes[mode]["compared_tokens"] > 50
+
+
+def test_lossless_command_with_several_methods(files, tmp_path, capsys, monkeypatch):
+    """One reference per mode; a difference in any method reaches the exit status."""
+    out = tmp_path / "lossless.json"
+    names = ["bigram:2x2", "model:1x2", "replay:1x3", "suffix:6x1:lookahead=static(depth=2)",
+             "head:2x2:rule=ratio"]  # fmt: skip
+    args = [*files["prompts"], *files["head"], "--methods", ",".join(names), "--draft",
+            files["target"][1], "--bigram_prompts", "3", "--max_new_tokens", "8",
+            "--batch_sizes", "1,2", "--out", str(out)]  # fmt: skip
+    runs = []
+    real_reference = lossless.reference
+    monkeypatch.setattr(
+        lossless, "reference", lambda *a, **o: runs.append(a) or real_reference(*a, **o)
+    )
+    assert lossless_cli.main(args) == 0
+    shown = capsys.readouterr().out
+    assert "head:2x2:rule=ratio: compared greedily only" in shown
+    body = json.loads(out.read_text())
+    assert list(body["methods"]) == names and body["greedy_only"] == names[-1:]
+    assert "plain answers" in body["bigram_counted_on"]
+    for name, modes in body["methods"].items():
+        assert list(modes) == (["greedy"] if name == names[-1] else ["greedy", "seeded"])
+        assert all(m["unexplained"] == 0 and m["rows_compared"] == 6 for m in modes.values())
+    near_tied = sum(m["rows_compared"] - m["rows_equal"]
+                    for modes in body["methods"].values() for m in modes.values())  # fmt: skip
+    assert len(runs) == 2 * 3 + near_tied, "plain runs once per mode and row, not per method"
     real = lossless.speculative
 
-    def faulty(*args, **options):
-        made = real(*args, **options)
-        made.tokens[0][5] = (made.tokens[0][5] + 1) % 500
+    def faulty(*args, drafter, **options):
+        made = real(*args, drafter=drafter, **options)
+        if isinstance(drafter.drafter, SuffixDrafter):
+            made.tokens[0][5] = (made.tokens[0][5] + 1) % 500
         return made
 
     monkeypatch.setattr(lossless, "speculative", faulty)
     assert lossless_cli.main(args) == 1
-    assert "UNEXPLAINED greedy: prompt 0" in capsys.readouterr().out
-    assert json.loads(out.read_text())["greedy"]["unexplained"] > 0
+    assert "UNEXPLAINED suffix:6x1" in capsys.readouterr().out
+    body = json.loads(out.read_text())["methods"]
+    wrong = {name for name, modes in body.items() if any(m["unexplained"] for m in modes.values())}
+    assert wrong == {names[3]}
 
 
 def test_costs_command(files, tmp_path, capsys):
@@ -340,7 +429,15 @@ def test_evaluation_takes_the_last_rows_and_counts_on_others(files, tmp_path):
         (speed_cli, ["--methods", "plain", "--max_new_tokens", "600"], "max_new_tokens"),
         (speed_cli, ["--methods", "plain", "--batch_size", "0"], "batch_size"),
         (speed_cli, ["--methods", "bigram", "--bigrams", "nowhere.st"], "nowhere.st"),
+        (speed_cli, ["--methods", "suffix:deep=3"], "no option 'deep'"),
+        (speed_cli, ["--methods", "head:4x4"], "'head:4x4' needs --head"),
+        (speed_cli, ["--methods", "model:1x2"], "--draft"),
+        (speed_cli, ["--methods", "hf-assistant"], "--draft"),
+        (speed_cli, ["--methods", "hf-lookup", "--batch_size", "2"], "batch_size 1"),
+        (speed_cli, ["--methods", "hf-exit:99"], "layer 99"),
         (lossless_cli, ["--head", "no_head"], "no_head"),
+        (lossless_cli, [], "'head' needs --head"),
+        (lossless_cli, ["--methods", "lookup,stock"], "'stock' does not draft"),
         (lossless_cli, ["--head", "x", "--batch_sizes", "one"], "batch_sizes"),
         (speed_cli, ["--target.path", "./no_model"], "no_model"),
     ],
@@ -355,7 +452,6 @@ def test_bad_input_is_named_without_a_traceback(files, capsys, command, change, 
 
 
 def test_stock_in_a_padded_batch_is_stock_alone(files):
-    from redrafter.data.answers import generation_config
     from redrafter.evaluation.methods import Stock
 
     target = load_target(files["target"][1])

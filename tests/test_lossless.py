@@ -8,6 +8,7 @@ from models import EOS, alone, prompts, settings, tiny
 
 import redrafter.evaluation.lossless as lossless
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
+from redrafter.evaluation.plans import Plan
 from redrafter.target.model import Target, TargetOutput
 
 
@@ -30,7 +31,10 @@ def check(target, config, **options):
     texts, _ = alone(target, rows, config)
     known = [row + text for row, text in zip(rows, texts, strict=True)]
     drafter = CountedBigrams(count_bigrams(known, target.vocab_size, 3), width=3, depth=3)
-    return lossless.check_mode(target, drafter, rows, config, (1, 4), **options)
+    plain_of = lossless.references(target, rows, config)
+    return lossless.check_mode(
+        target, lambda texts: Plan(drafter), rows, config, plain_of, (1, 4), **options
+    )
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -7,15 +7,28 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from redrafter.contracts import InputError
 
 Config = TypeVar("Config")
 
 
+class _Formatter(DefaultHelpFormatter):
+    """Keeps an epilog's lines; everything else is wrapped as ever."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return text
+        return super()._fill_text(text, width, indent)
+
+
 def parse(
-    cls: type[Config], argv: Sequence[str] | None, prog: str, description: str | None = None
+    cls: type[Config],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str | None = None,
+    epilog: str | None = None,
 ) -> Config:
     """Build a frozen configuration dataclass from the command line.
 
@@ -24,9 +37,12 @@ def parse(
     with status 2 and a message that names it. `--help` shows the text under each field.
 
     argv: arguments without the program's name; None takes those of this process
+    epilog: stands as it is below the options in the help
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description)
+    parser = ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=_Formatter
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
     given = parser.parse_args(None if argv is None else list(argv))

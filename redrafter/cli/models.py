@@ -1,7 +1,9 @@
-"""What every evaluation command loads first."""
+"""What evaluation commands load: the target, and what drafters are made from besides it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from redrafter.contracts import InputError
@@ -22,3 +24,54 @@ def load_both(config: Any) -> tuple[Any, Any]:
     if getattr(config, "head", None) is None:
         return target, None
     return target, load_head(config.head, target, config.allow_other_target)
+
+
+def prompts_to_count(names: Sequence[str], config: Any) -> int:
+    """How many prompts besides the evaluated ones the methods need: bigrams are counted on plain
+    answers to them where no table is given."""
+    from redrafter.evaluation.methods import needed
+
+    counts_here = "bigrams" in needed(names) and config.bigrams is None
+    return config.bigram_prompts if counts_here else 0
+
+
+def load_partners(
+    names: Sequence[str],
+    config: Any,
+    target: Any,
+    head: Any,
+    others: Sequence[Any],
+    generation_config: Any,
+) -> tuple[Any, str | None]:
+    """(Partners of these methods, what their bigrams were counted on).
+
+    config: SpeedConfig or LosslessConfig; others: `prompts_to_count` prompts, not evaluated ones
+    """
+    from redrafter.evaluation.methods import Partners, needed
+    from redrafter.target.model import load_target
+
+    wanted = needed(names)
+    table = counted_on = draft = None
+    if "bigrams" in wanted:
+        width = wanted["bigrams"]
+        table, counted_on = _bigrams(config, target, width, others, generation_config)
+    if "draft" in wanted:  # it computes as the target does
+        draft = load_target(replace(config.target, path=config.draft, revision=None))
+    return Partners(head=head, draft=draft, bigrams=table, tree=config.tree), counted_on
+
+
+def _bigrams(
+    config: Any, target: Any, width: int, others: Sequence[Any], generation_config: Any
+) -> Any:
+    """(BigramTable, what it was counted on)."""
+    from redrafter.data.bigrams import open_bigrams
+    from redrafter.drafters.bigram import count_bigrams
+    from redrafter.evaluation.methods import plain_answers
+
+    if config.bigrams is not None:
+        return open_bigrams(config.bigrams, target, width)
+    seeds = [config.seed + config.n_prompts + i for i in range(len(others))]
+    rows = [list(p.ids) for p in others]
+    answers = plain_answers(target, rows, generation_config, seeds, batch_size=4)
+    where = f"plain answers to rows {others[0].row}..{others[-1].row} of {config.prompts}"
+    return count_bigrams(answers, target.vocab_size, width), where

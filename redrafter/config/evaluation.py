@@ -13,8 +13,6 @@ class LosslessConfig:
     """`eval/lossless.py`: does drafting change a token?"""
 
     target: TargetConfig
-    head: str
-    """Folder of a trained draft head."""
     prompts: str
     """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
     n_prompts: int = 30
@@ -23,7 +21,19 @@ class LosslessConfig:
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
+    head: str | None = None
+    """Folder of a trained draft head, for the methods named `head`."""
+    draft: str | None = None
+    """Folder or Hub id of a smaller model with the target's vocabulary, for the methods `model`."""
+    methods: str = "head"
+    """Ways of drafting, comma-separated; all of them, with their options, stand below."""
     tree: TreeConfig = TreeConfig()
+    """Of the method `head` without a size."""
+    bigrams: str | None = None
+    """For `bigram`: a table made by data/bigrams.py, or a folder or URL of answers, texts or states
+    to count on. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
+    bigram_prompts: int = 64
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
     max_new_tokens: int = 128
     """Per prompt."""
     batch_sizes: str = "1,4"
@@ -58,6 +68,24 @@ class CostsConfig:
     """Measurements of everything, one after the other in turn."""
     temperature: float = 0.0
     """Above 0 the drafter is given noise to propose with."""
+    slowdown: str | None = None
+    """Rows and lengths, as `1,5,10x2,4,8`: what verifying k rows of w guesses costs beside one new
+    token, as a batch of k rows (N-Grammys) and as one tree of as many nodes."""
+    ngrammys: str | None = None
+    """For `slowdown`: a table made by data/probe.py or data/bigrams.py, or a store to count on.
+    Walks the drafter over plain answers to `prompts` and recommends k and w."""
+    prompts: str | None = None
+    """For `ngrammys`: JSON-lines file of prompts; rows are taken from its end."""
+    n_prompts: int = 20
+    """Rows to use, from the end of the file."""
+    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    """What a row holds; `auto` looks at the keys of the first one."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    max_new_tokens: int = 128
+    """Of a plain answer, in tokens."""
+    plot: str | None = None
+    """Draw the map of `slowdown` to PLOT.png and PLOT.svg; needs matplotlib."""
     allow_other_target: bool = False
     """Accept a head that was trained for another target."""
     threads: int | None = None
@@ -82,15 +110,12 @@ class SpeedConfig:
     head: str | None = None
     """Folder of a trained draft head, for the methods named `head`."""
     draft: str | None = None
-    """Folder or Hub id of a smaller model with the target's vocabulary, for the methods `model`."""
+    """Folder or Hub id of a smaller model with the target's vocabulary, for the methods `model` and
+    `hf-assistant`."""
     methods: str = "stock,plain,head"
-    """Comma-separated: stock (model.generate), plain, head, lookup, suffix (longest repetition),
-    bigram, recycling (the target's last opinions), model (a smaller model, see draft), replay (a
-    drafter that knows the answer). `head:8x5:beams` names width x depth and shape;
-    `head:8x5:best:16` the nodes too; `bigram:4x4`; `model:1x4`; `lookup:10x3` is depth x longest
-    n-gram, `suffix:10x2` depth x shortest match; `replay:1x4`."""
+    """Ways of decoding, comma-separated; all of them, with their options, stand below."""
     tree: TreeConfig = TreeConfig()
-    """Of the method `head` without a suffix."""
+    """Of the method `head` without a size."""
     max_new_tokens: int = 128
     """Per prompt, the same for every method."""
     temperature: float = 0.0

@@ -19,7 +19,7 @@ from redrafter.contracts import Drafter, InputError
 from redrafter.drafters.bigram import BigramTable, CountedBigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.model import DraftModel
-from redrafter.drafters.options import Name, describe_options, options_of, parse_name
+from redrafter.drafters.options import Name, describe, options_of, parse_name
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter
@@ -144,14 +144,14 @@ class Kind:
     """How a name makes a drafter.
 
     build: see the top of the file
-    size: the two options that `AxB` sets, more: those that the parts behind it set
+    size: the options that `AxB` (or `A`) sets, more: those that the parts behind it set
     needs: of the options, the partners that the drafter is made from, and how wide each must be
         (bigrams: successors per token; 1 where width means nothing)
     members: it is made of the drafters named in its brackets; `build` takes {name: Drafter} third
     """
 
     build: Callable[..., Drafter]
-    size: tuple[str, str] | None = None
+    size: tuple[str, ...] | None = None
     more: tuple[str, ...] = ()
     needs: Callable[[dict[str, Any]], dict[str, int]] = field(default=lambda options: {})
     members: bool = False
@@ -170,7 +170,7 @@ DRAFTERS: dict[str, Kind] = {
 
 def build_drafter(name: str, target: Target, partners: Partners) -> Drafter:
     """The drafter of a name. Raises InputError naming what is wrong with it or missing."""
-    parsed, kind, options = _parse(name)
+    parsed, kind, options = parse_kind(name, DRAFTERS)
     require(name, [partner for partner in MISSING if getattr(partners, partner) is not None])
     if not kind.members:
         return kind.build(target, partners, **options)
@@ -183,7 +183,7 @@ def needs(name: str) -> dict[str, int]:
 
     Nothing is loaded or built. Raises InputError naming what is wrong with the name.
     """
-    parsed, kind, options = _parse(name)
+    parsed, kind, options = parse_kind(name, DRAFTERS)
     found = dict(kind.needs(options))
     for member in parsed.members or ():
         for partner, width in needs(member).items():
@@ -198,11 +198,12 @@ def require(name: str, there: Sequence[str]) -> None:
             raise InputError(f"{name!r} needs {MISSING[partner]}")
 
 
-def _parse(name: str) -> tuple[Name, Kind, dict[str, Any]]:
+def parse_kind(name: str, kinds: dict[str, Kind]) -> tuple[Name, Kind, dict[str, Any]]:
+    """A name of one of these kinds, taken apart, and its options. Raises InputError."""
     parsed = parse_name(name)
-    kind = DRAFTERS.get(parsed.kind)
+    kind = kinds.get(parsed.kind)
     if kind is None:
-        raise InputError(f"{name!r} is unknown; choose from {', '.join(DRAFTERS)}")
+        raise InputError(f"{name!r} is unknown; choose from {', '.join(kinds)}")
     if kind.members:
         _check_members(parsed)
     elif parsed.members is not None:
@@ -218,15 +219,9 @@ def _check_members(parsed: Name) -> None:
         raise InputError(f"{parsed.text!r} names a drafter twice")
 
 
-def describe() -> str:
+def describe_kinds(kinds: dict[str, Kind]) -> str:
     """Every kind with its options, for help texts."""
     lines = []
-    for name, kind in DRAFTERS.items():
-        usage = name + ("(NAME,NAME,...)" if kind.members else "")
-        if kind.size:
-            parts = ["x".join(key.upper() for key in kind.size), *map(str.upper, kind.more)]
-            usage += "".join(f"[:{part}" for part in parts)
-            usage += "]" * len(parts)
-        about = (kind.build.__doc__ or "").strip().splitlines()
-        lines += [f"  {usage}   {about[0] if about else ''}", *describe_options(kind.build)]
+    for name, kind in kinds.items():
+        lines += describe(name + "(NAME,NAME,...)" * kind.members, kind.build, kind.size, kind.more)
     return "\n".join(lines)

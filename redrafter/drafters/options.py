@@ -76,16 +76,17 @@ def options_of(
     name: str,
     parts: Sequence[str],
     make: Callable[..., Any],
-    size: tuple[str, str] | None = None,
+    size: tuple[str, ...] | None = None,
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The options that the parts of a name set, typed; those not named have their defaults.
 
     name: for messages; make: whose options they are
-    size: the two options that a part AxB sets; more: those set by the positional parts behind it
+    size: the options that a part AxB (or A) sets; more: those set by the positional parts behind it
     Raises InputError naming the name, the key and what there is.
     """
-    known, given, place = _parser(make)[1], {}, 0
+    parser, known = _parser(make)
+    given, place = {}, 0
     for part in parts:
         key, equals, value = part.partition("=")
         if equals:
@@ -100,8 +101,11 @@ def options_of(
             if key in given:
                 raise InputError(f"{name!r}: {key} is set twice")
             given[key] = value
+    for key in _required(make):
+        if key not in given:
+            raise InputError(f"{name!r}: {key} must be given")
     try:
-        return vars(_parser(make)[0].parse_args([f"--{k}={v}" for k, v in given.items()]))
+        return vars(parser.parse_args([f"--{key}={value}" for key, value in given.items()]))
     except ArgumentError as error:
         named = re.search(r'"(\w+)"', str(error))
         if not named or named[1] not in given:
@@ -111,15 +115,17 @@ def options_of(
 
 
 def _positional(
-    name: str, part: str, place: int, size: tuple[str, str] | None, more: Sequence[str]
+    name: str, part: str, place: int, size: tuple[str, ...] | None, more: Sequence[str]
 ) -> dict[str, str]:
     if size is None:
         raise InputError(f"{name!r}: {part!r} is not key=value")
     if place == 0:
-        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part)
+        found = re.fullmatch("x".join([r"([1-9]\d*)"] * len(size)), part)
         if not found:
-            wanted = "x".join(key.upper() for key in size)
-            raise InputError(f"{name!r}: {part!r} is neither key=value nor {wanted}, e.g. 4x4")
+            wanted, example = "x".join(key.upper() for key in size), "x".join("4" * len(size))
+            raise InputError(
+                f"{name!r}: {part!r} is neither key=value nor {wanted}, e.g. {example}"
+            )
         return dict(zip(size, found.groups(), strict=True))
     if place > len(more):
         raise InputError(f"{name!r} has parts too many; see --help")
@@ -128,31 +134,70 @@ def _positional(
 
 @functools.cache
 def _parser(make: Callable[..., Any]) -> tuple[ArgumentParser, dict[str, Any]]:
-    """A parser of the options, and {option: its type}."""
-    parser = ArgumentParser(exit_on_error=False, add_help=False)
-    positional = {
+    """A parser of the options, and {option: its type}. What is given as an object, such as another
+    drafter's state, is no option."""
+    skip = {
         key
         for key, parameter in inspect.signature(make).parameters.items()
         if parameter.kind == parameter.POSITIONAL_OR_KEYWORD and not inspect.isclass(make)
     }
-    add = parser.add_class_arguments if inspect.isclass(make) else parser.add_function_arguments
-    add(make, skip=positional)
-    return parser, {action.dest: action._typehint for action in parser._actions}
+    while True:
+        parser = ArgumentParser(exit_on_error=False, add_help=False)
+        add = parser.add_class_arguments if inspect.isclass(make) else parser.add_function_arguments
+        add(make, skip=skip)
+        kinds = {action.dest: action._typehint for action in parser._actions}
+        objects = {key.split(".")[0] for key, kind in kinds.items() if not _is_text(kind)}
+        if not objects:
+            return parser, kinds
+        skip |= objects
+
+
+def _required(make: Callable[..., Any]) -> list[str]:
+    """Options without a default."""
+    parser, kinds = _parser(make)
+    defaults = vars(parser.get_defaults())
+    return [
+        k for k, kind in kinds.items() if defaults[k] is None and "null" not in _type_name(kind)
+    ]
+
+
+def _is_text(kind: Any) -> bool:
+    """Can a value of this type be written in a name?"""
+    if typing.get_origin(kind) is typing.Literal:
+        return True
+    if typing.get_origin(kind) is not None:
+        return all(_is_text(inner) for inner in typing.get_args(kind) if inner is not ...)
+    return kind in (int, float, bool, str, type(None))
+
+
+def describe(
+    name: str,
+    make: Callable[..., Any],
+    size: tuple[str, ...] | None = None,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """Lines of a help text: the name with its shorthands, then its options."""
+    usage = ""
+    if size:
+        for part in reversed(["x".join(map(str.upper, size)), *map(str.upper, more)]):
+            usage = f"[:{part}{usage}]"
+    about = (inspect.getdoc(make) or "").splitlines() or [""]
+    return [f"  {name}{usage}   {about[0]}".rstrip(), *describe_options(make)]
 
 
 def describe_options(make: Callable[..., Any]) -> list[str]:
     """`key: type = default`, with the first sentence that a docstring says about each."""
     parser, kinds = _parser(make)
-    defaults = vars(parser.get_defaults())
+    defaults, required = vars(parser.get_defaults()), _required(make)
     returns = typing.get_type_hints(make).get("return") if not inspect.isclass(make) else None
     said = [_sentences(inspect.getdoc(source) or "") for source in (make, returns) if source]
     lines = []
     for key, kind in kinds.items():
-        default = defaults[key]
-        shown = default if isinstance(default, str) else json.dumps(default)
+        shown = defaults[key] if isinstance(defaults[key], str) else json.dumps(defaults[key])
+        shown = ", must be given" if key in required else f" = {shown}"
         about = next((text[key] for text in said if key in text), "")
         lines += textwrap.wrap(
-            f"{key}: {_type_name(kind)} = {shown}" + (f"   {about}" if about else ""),
+            f"{key}: {_type_name(kind)}{shown}" + (f"   {about}" if about else ""),
             width=100,
             initial_indent="      ",
             subsequent_indent="          ",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from redrafter.contracts import Drafter, InputError, Truth
+from redrafter.contracts import Drafter, InputError, Truth, root_tree
 from redrafter.contracts import Sequences as Rows
 from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
@@ -86,9 +86,16 @@ class CostTable:
             raise KeyError((n, context, batch))
         return float(np.interp(n, *zip(*known, strict=True)))
 
-    def draft(self, name: str) -> float:
-        """Seconds of one draft, lower quartile (the first setting measured)."""
-        return next(entry.draft.q1_s for entry in self.drafters if entry.name == name)
+    def draft(self, name: str, drafted: Sequence[float] | None = None) -> float:
+        """Seconds of one draft, lower quartile (the first setting measured).
+
+        drafted: per level, the share of the steps that drafted it; None drafts all in every step
+        """
+        entry = next(entry for entry in self.drafters if entry.name == name)
+        saved = 0.0
+        for level, share in zip(entry.levels, drafted or (), strict=False):
+            saved += (1 - share) * level.q1_s
+        return max(0.0, entry.draft.q1_s - saved)
 
 
 class _Bench:
@@ -137,14 +144,16 @@ class _Bench:
         depth = torch.arange(drafter.max_depth + 1, device=self.target.device)
         if self.temperature > 0:
             seeds = torch.arange(self.batch, device=self.target.device)
-            self.rows.temperature = self.temperature
+            self.rows.temperature, self.rows.seeds = self.temperature, seeds
             self.rows.noise = gumbel(seeds, self.context + depth, self.target.vocab_size)
         one = torch.ones_like(self.rows.length)
-        truth = Truth(self.rows.root[:, None], one, self.hidden, self.logits)
+        tree = root_tree(self.rows.root)
+        prefill = Truth(tree.tokens, one, self.hidden, self.logits)
+        truth = replace(prefill, tree=tree, tree_logits=self.logits)
 
         def run() -> list[float]:
             drafter.begin(self.rows)
-            drafter.observe(truth)
+            drafter.observe(prefill)
             calls = [drafter.start]
             calls += [lambda k=k: drafter.extend(k) for k in range(1, drafter.max_depth + 1)]
             calls += [drafter.tree, lambda: drafter.observe(truth)]

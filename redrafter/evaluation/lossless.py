@@ -18,8 +18,9 @@ rounding bound, ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.decode.verify import choose
+from redrafter.evaluation.plans import Plan
 from redrafter.target.model import Target, TargetOutput
 
 # A tree's forward has other shapes than the parallel pass: its rounding may be larger by luck, but
@@ -69,6 +71,9 @@ class RecordingDrafter(Drafter):
 
     def tree(self):
         return self.drafter.tree()
+
+    def report(self) -> dict[str, Any]:
+        return self.drafter.report()
 
     def observe(self, truth: Truth) -> None:
         # By the rows' lengths, not by `truth.count`: that is 0 for a row that has just ended.
@@ -259,40 +264,60 @@ def compare_row(
         result.add(Case(prompt, batch_size, n, token, after, None, None, rounding, False))
 
 
+def references(
+    target: Target, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int = 0
+) -> list[Reference]:
+    """Plain decoding of every prompt alone; prompt i has seed + i. Every method of a mode is
+    compared with it."""
+    rows = tqdm(prompts, desc=f"plain, {_mode(config)}", unit="row", disable=None)
+    return [reference(target, row, config, seed + i) for i, row in enumerate(rows)]
+
+
+def _mode(config: GenerationConfig) -> str:
+    return f"temperature {_temperature(config):g}"
+
+
+def _temperature(config: GenerationConfig) -> float:
+    return float(config.temperature or 1.0) if config.do_sample else 0.0
+
+
 @torch.inference_mode()
 def check_mode(
     target: Target,
-    drafter: Drafter,
+    make_plan: Callable[[list[list[int]]], Plan],
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
+    plain_of: Sequence[Reference],
     batch_sizes: Sequence[int] = (1, 4),
     seed: int = 0,
     speculative_target: Target | None = None,
+    name: str = "",
 ) -> ModeResult:
     """Compare speculative with plain decoding on every prompt, at every batch size.
 
-    config: greedy, or sampling (then prompt i has seed + i)
+    make_plan: see `plans.planner`; its rule is `seeded` or the decoding greedy, as a ratio rule's
+        sampled text is another one
+    config: greedy, or sampling; plain_of: `references` of the same prompts, config and seed
     speculative_target: the target of the speculative run, where a test plants a fault in it
+    name: the method's, for the progress bar
     """
-    temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
-    result = ModeResult(temperature, len(prompts))
-    recorder = RecordingDrafter(drafter)
-    mode = f"temperature {temperature:g}"
-    plain_of = [
-        reference(target, row, config, seed + i)
-        for i, row in enumerate(tqdm(prompts, desc=f"plain, {mode}", unit="row", disable=None))
-    ]
+    result = ModeResult(_temperature(config), len(prompts))
     result.rounding = max(own.rounding for own in plain_of)
     for batch_size in batch_sizes:
         starts = range(0, len(prompts), batch_size)
-        for start in tqdm(starts, desc=f"batches of {batch_size}, {mode}", disable=None):
+        about = f"{name}, batches of {batch_size}, {_mode(config)}"
+        for start in tqdm(starts, desc=about, disable=None):
             chunk = range(start, min(start + batch_size, len(prompts)))
+            plan = make_plan([[*prompts[i], *plain_of[i].tokens] for i in chunk])
+            recorder = RecordingDrafter(plan.drafter)
             made = speculative(
                 speculative_target or target,
                 [prompts[i] for i in chunk],
                 copy.deepcopy(config),
                 seeds=[seed + i for i in chunk],
                 drafter=recorder,
+                lookahead=plan.lookahead,
+                rule=plan.rule,
             )
             for row, i in enumerate(chunk):
                 own, tokens = plain_of[i], made.tokens[row]

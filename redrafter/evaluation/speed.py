@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -169,6 +169,15 @@ def sum_seconds(runs: list[list[Run]]) -> dict[str, float]:
     return parts
 
 
+def distinct(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that say something, in order and once each."""
+    found: list[dict[str, Any]] = []
+    for report in reports:
+        if report and report not in found:
+            found.append(report)
+    return found
+
+
 class Summary:
     """Figures of all methods from their runs."""
 
@@ -183,6 +192,7 @@ class Summary:
     ):
         self.methods, self.runs, self.config, self.costs = methods, runs, config, costs
         self.answers = [list(a) for a in answers]
+        self.outside = {method.name for method in methods if method.outside}
         prompts = [p for batch in batches for p in batch.prompts]
         self.timing = {name: Timing(r) for name, r in runs.items()}
         self.loop_share = loop_share(list(zip(prompts, answers, strict=True)))
@@ -192,8 +202,8 @@ class Summary:
     def speedup(self, name: str, over: str | None, decode: bool = False) -> Interval | None:
         """Median over prompts of the ratio of speeds, with its interval.
 
-        decode: of the phase after the prefill. What stock's prefill takes is not known from
-        outside; it is taken to be that of `plain`.
+        decode: of the phase after the prefill. What the prefill of other people's loops takes is
+        not known from outside; it is taken to be that of `plain`.
         """
         if over is None or over not in self.timing:
             return None
@@ -202,7 +212,7 @@ class Summary:
             return bootstrap(median, own.per_second() / base.per_second())
         ours = self.timing.get("plain")
         prefill = {
-            n: t.prefill_s if n != "stock" or ours is None else ours.prefill_s
+            n: t.prefill_s if n not in self.outside or ours is None else ours.prefill_s
             for n, t in ((name, own), (over, base))
         }
         ratio = own.decode_per_second(prefill[name]) / base.decode_per_second(prefill[over])
@@ -221,7 +231,7 @@ class Summary:
             if interval is not None:
                 low[key], high[key] = interval[1:]
 
-        stats = None if name == "stock" else total_stats(runs)
+        stats = None if runs[0][0].stats is None else total_stats(runs)
         if stats is None:  # one token per forward by construction
             out |= {"tokens_per_step": 1.0, "tokens_per_step_mean": 1.0}
         else:
@@ -230,7 +240,7 @@ class Summary:
         put("speedup_stock", self.speedup(name, "stock"))
         put("speedup_plain", self.speedup(name, self.best_plain))
         put("decode_speedup_plain", self.speedup(name, self.best_plain, decode=True))
-        out |= self._bound(method, out["tokens_per_step"])
+        out |= self._bound(method, out["tokens_per_step"], stats)
         decode = out["decode_speedup_plain"]
         out["efficiency"] = decode / out["bound"] if decode and out["bound"] else None
         if out["efficiency"] is not None:
@@ -239,11 +249,13 @@ class Summary:
         out["loop_share"] = self.loop_share
         if method.drafter is not None:
             out["acceptance"] = acceptance(stats.drafted_at, stats.accepted_at)
+            out["drafter_reports"] = distinct(r[0].report for r in runs)
         made = [row for r in runs for row in r[0].tokens]
         equal = sum(a == b for a, b in zip(made, self.answers, strict=True))
         out |= {
             "equal_rows": equal,
             "equal_share": equal / len(made),
+            "law_only": method.law_only,
             "tokens": sum(map(len, made)),
             "steps": None if stats is None else sum(stats.steps),
             "tokens_per_second": float(
@@ -255,15 +267,17 @@ class Summary:
         }
         return out
 
-    def _bound(self, method: Method, tau: float) -> dict[str, Any]:
+    def _bound(self, method: Method, tau: float, stats: StepStats | None) -> dict[str, Any]:
         """t(N) is the mean over the sizes of the trees that were verified."""
         if method.drafter is None:
-            return {"bound": None if method.name == "stock" else 1.0}
+            return {"bound": None if method.outside else 1.0}
         at = self.costs.target[0]
         sizes = Counter(n for r in self.runs[method.name] for run in r for n in run.nodes)
         steps = max(1, sizes.total())
         t_n = sum(k * self.costs.t(n, at.context, at.batch) for n, k in sizes.items()) / steps
-        t_1, draft = self.costs.t(1, at.context, at.batch), self.costs.draft(method.name)
+        drafted = [n / max(1, sum(stats.steps)) for n in stats.drafted_at]
+        draft = self.costs.draft(method.name, drafted if method.stops_early else None)
+        t_1 = self.costs.t(1, at.context, at.batch)
         return {
             "bound": speed_bound(tau, t_1, draft, t_n) if sizes else None,
             "bound_parts": {
@@ -287,7 +301,7 @@ class Summary:
 
     def body(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        drafting = [m.name for m in self.methods if m.drafter is not None]
+        drafting = [m.name for m in self.methods if m.drafter is not None and not m.law_only]
         figures = {m.name: self.method(m) for m in self.methods}
         return {
             "methods": figures,

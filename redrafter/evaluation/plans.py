@@ -1,0 +1,118 @@
+"""How the loop is to draft, by name: a drafter's name (`drafters/build.py`) and, among its parts,
+
+rule=RULE                             who decides what is accepted; `seeded` where it is missing
+lookahead=NAME(key=value,...)         when to stop drafting; none drafts to full depth
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from redrafter.contracts import Drafter, InputError, Lookahead
+from redrafter.decode.ratio import Rule
+from redrafter.drafters import build
+from redrafter.drafters.build import Partners
+from redrafter.drafters.options import describe, options_of, parse_name, split_list
+from redrafter.lookahead.static import StaticLookahead
+from redrafter.target.model import Target
+
+RULES = get_args(Rule)
+
+
+def static(drafter: Drafter, *, depth: int) -> StaticLookahead:
+    """Always the same number of levels.
+
+    depth: levels, at most the drafter's own
+    """
+    if depth < 1:
+        raise InputError(f"lookahead: static depth {depth} must be positive")
+    return StaticLookahead(depth)
+
+
+#: To add one: a function of the drafter that it is for, and its options.
+LOOKAHEADS: dict[str, Callable[..., Lookahead]] = {
+    "static": static,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arguments of `speculative`."""
+
+    drafter: Drafter
+    rule: Rule = "seeded"
+    lookahead: Lookahead | None = None
+
+
+@dataclass(frozen=True)
+class PlanName:
+    """A name taken apart. drafter: what is left for `build_drafter`; lookahead: text or None"""
+
+    drafter: str
+    rule: Rule = "seeded"
+    lookahead: str | None = None
+
+
+def parse_plan(name: str) -> PlanName:
+    """Raises InputError, before anything is built, naming what is wrong with any part."""
+    kept, found = [], {}
+    for part in split_list(name, ":"):
+        key, _, value = (item.strip() for item in part.partition("="))
+        if key not in ("rule", "lookahead"):
+            kept.append(part)
+        elif key in found:
+            raise InputError(f"{name!r}: {key} is set twice")
+        else:
+            found[key] = value
+    plan = PlanName(":".join(kept), **found)
+    if plan.rule not in RULES:
+        raise InputError(f"{name!r}: rule {plan.rule!r} is not one of {', '.join(RULES)}")
+    if plan.lookahead is not None:
+        _lookahead(name, plan.lookahead)
+    build.needs(plan.drafter)
+    return plan
+
+
+def build_plan(name: str, target: Target, partners: Partners) -> Plan:
+    """The plan of a name. Raises InputError naming what is wrong with it or missing."""
+    plan = parse_plan(name)
+    drafter = build.build_drafter(plan.drafter, target, partners)
+    lookahead = None
+    if plan.lookahead is not None:
+        make, options = _lookahead(name, plan.lookahead)
+        lookahead = make(drafter, **options)
+    return Plan(drafter, plan.rule, lookahead)
+
+
+def planner(name: str, target: Target, partners: Partners) -> Callable[[list[list[int]]], Plan]:
+    """Of the texts of a batch (per row, prompt and plain answer), the plan of a name.
+
+    It is one plan for all batches, so that what a drafter has learned stays, unless the drafter
+    knows the texts. Raises as `build_plan` does, at once.
+    """
+    first = build_plan(name, target, replace(partners, texts=[[0]]))
+    if "texts" not in build.needs(parse_plan(name).drafter):
+        return lambda texts: first
+    return lambda texts: build_plan(name, target, replace(partners, texts=texts))
+
+
+def _lookahead(name: str, text: str) -> tuple[Callable[..., Lookahead], dict]:
+    parsed = parse_name(text)
+    make = LOOKAHEADS.get(parsed.kind)
+    if make is None:
+        raise InputError(
+            f"{name!r}: lookahead {parsed.kind!r} is not one of {', '.join(LOOKAHEADS)}"
+        )
+    if parsed.parts:
+        raise InputError(f"{name!r}: write the lookahead's options in brackets, key=value,...")
+    return make, options_of(name, parsed.members or (), make)
+
+
+def describe_plans() -> str:
+    """For help texts."""
+    lines = [f"  rule=RULE   {', '.join(RULES)}"]
+    for name, make in LOOKAHEADS.items():
+        lines += describe(f"lookahead={name}(key=value,...)", make)
+    return "\n".join(lines)
