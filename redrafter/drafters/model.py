@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
+from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.cache import RowCache
-from redrafter.decode.tree import level_depths, level_start
+from redrafter.decode.tree import best_nodes, level_depths, level_start
 from redrafter.decode.warp import score_dtype
+from redrafter.drafters.budget import NodeBudget
 from redrafter.target.model import Target
 
 _SHOWN = 5  # tokens that an error message names
@@ -33,6 +34,8 @@ class DraftModel(Drafter):
     depth: K; width: W, 1 is a chain
     seeded: propose with the verifier's noise when sampling; False proposes what q holds likeliest
     temperature: what the draft model's logits are divided by when sampling; None is the target's
+    nodes: N, of the 1 + W x K nodes verify those of highest cumulative score; None verifies all
+    budget: chooses N in every step, at most `nodes`, and how many levels are drafted, at most K
 
     A step that drafts l levels costs l forwards of the draft model: the first reads the tokens
     that its cache lacks (the root, and the last drafted one where all were accepted, as that one
@@ -52,9 +55,13 @@ class DraftModel(Drafter):
         width: int = 1,
         seeded: bool = True,
         temperature: float | None = None,
+        nodes: int | None = None,
+        budget: NodeBudget | None = None,
     ):
         if width < 1 or depth < 1:
             raise InputError(f"draft model: width {width} and depth {depth} must be positive")
+        if nodes is not None and nodes < 1:
+            raise InputError(f"draft model: nodes {nodes} must be positive; the root is one")
         if temperature is not None and not temperature > 0:
             raise InputError(
                 f"draft model: temperature {temperature} must be positive; for the likeliest "
@@ -71,6 +78,11 @@ class DraftModel(Drafter):
         self.vocab_size = min(draft.vocab_size, target.vocab_size)
         self.width = min(width, self.vocab_size)
         self.max_depth, self.max_nodes = depth, 1 + self.width * depth
+        self.nodes, self.budget = nodes, budget
+        if nodes is not None:
+            self.max_nodes = min(self.max_nodes, nodes)
+        if budget is not None:
+            self.max_nodes = min(self.max_nodes, budget.max_nodes)
         self._sees_all = list(draft.windows.values()) == [None]
 
     def begin(self, seqs: Sequences) -> None:
@@ -112,10 +124,15 @@ class DraftModel(Drafter):
         self.log_q = [torch.zeros(root.shape, dtype=score_dtype(self.draft.dtype)).to(root.device)]
         self._seen = torch.ones_like(root, dtype=torch.bool)[:, :, None]
         self.noise = seqs.noise if self.seeded else None
+        self._ended = False
+        if self.budget:
+            self.budget.start(seqs.live, self.max_nodes)
 
     def extend(self, level: int) -> Tensor:
         """Features (B, 1): cumulative log-score of the level's best node; -inf in rows whose
-        text has left the draft model's context."""
+        text has left the draft model's context, and once the budget has ended the draft."""
+        if self._ended:
+            return torch.full_like(self.log_q[0], float("-inf"))
         if level > self._levels:
             return self._append_nothing()
         if level > 1:
@@ -133,12 +150,22 @@ class DraftModel(Drafter):
         self.tokens.append(ids.flatten(1).gather(1, index))
         self.parents.append(level_start(level - 1, self.width) + index // self.width)
         self.log_q.append(best.masked_fill((level > self._room)[:, None], float("-inf")))
+        if self.budget:
+            self._ended = not self.budget.go_on(self.log_q[-1])
         return self.log_q[-1][:, :1]
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)
         depth = level_depths(tokens.shape[1], self.width, tokens.device).expand_as(tokens)
-        return TokenTree(tokens, torch.cat(self.parents, 1), depth, log_q > float("-inf"), log_q)
+        valid = log_q > float("-inf")
+        tree = TokenTree(tokens, torch.cat(self.parents, 1), depth, valid, log_q)
+        if self.budget:
+            return self.budget.prune(tree)
+        return best_nodes(tree, self.max_nodes)  # the cache keeps what is cut off here
+
+    def observe(self, truth: Truth) -> None:
+        if self.budget:
+            self.budget.observe(truth)
 
     def _append_nothing(self) -> Tensor:
         """A level of invalid nodes, without a forward."""

@@ -17,27 +17,41 @@ from torch import Tensor
 from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
+from redrafter.drafters.budget import NodeBudget
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
 
 class RecurrentDrafter(Drafter):
-    """W beams of depth K from a `RecurrentHead`, as a tree of one of `TreeConfig`'s shapes."""
+    """W beams of depth K from a `RecurrentHead`, as a tree of one of `TreeConfig`'s shapes.
+
+    budget: chooses in every step how many of the W x K nodes are verified, the best ones, at most
+        `tree.nodes`, and how many levels are drafted, at most K; instead of `tree.shape`
+    """
 
     needs = frozenset({"hidden"})
     feature_names = ("best_log_q",)
 
-    def __init__(self, head: RecurrentHead, target: Target, tree: TreeConfig | None = None):
+    def __init__(
+        self,
+        head: RecurrentHead,
+        target: Target,
+        tree: TreeConfig | None = None,
+        budget: NodeBudget | None = None,
+    ):
         tree = tree or TreeConfig()
         if tree.width < 1 or tree.depth < 1:
             raise InputError(f"tree: width {tree.width} and depth {tree.depth} must be positive")
-        if tree.shape == "best" and not tree.nodes:
+        if budget is None and tree.shape == "best" and not tree.nodes:
             raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
         self.head, self.target, self.shape = head, target, tree
         self.width = min(tree.width, head.draft_vocab_size)
         self.max_depth = tree.depth
         self.max_nodes = 1 + self.width * tree.depth
-        if tree.shape == "best":
+        self.budget = budget
+        if budget is not None:
+            self.max_nodes = min(self.max_nodes, budget.max_nodes, tree.nodes or self.max_nodes)
+        elif tree.shape == "best":
             self.max_nodes = min(self.max_nodes, tree.nodes)
 
     def begin(self, seqs: Sequences) -> None:
@@ -49,6 +63,8 @@ class RecurrentDrafter(Drafter):
     def observe(self, truth: Truth) -> None:
         """Keep c (B, H): the hidden state whose logits produced the new root."""
         self.context = truth.last_hidden()[:, None]
+        if self.budget:
+            self.budget.observe(truth)
 
     def start(self) -> None:
         root = self.seqs.root[:, None]
@@ -59,9 +75,18 @@ class RecurrentDrafter(Drafter):
         if noise is not None and self.head.config.draft_vocab_size is not None:
             noise = noise[..., self.head.draft_ids]
         self.noise = noise
+        self._ended = False
+        if self.budget:
+            self.budget.start(self.seqs.live, self.max_nodes)
 
     def extend(self, level: int) -> Tensor:
-        """One step of the recurrence over the frontier (B, w), then its best W children."""
+        """One step of the recurrence over the frontier (B, w), then its best W children.
+
+        Features (B, 1): log-score of the level's best node; -inf once the budget has ended the
+        draft.
+        """
+        if self._ended:
+            return torch.full_like(self.log_q[0], float("-inf"))
         frontier = self.tokens[-1]
         states = self.head.step(self.target.embed(frontier), self.states)
         scores = self.head.logits(self.context, states)  # (B, w, Vd)
@@ -85,6 +110,8 @@ class RecurrentDrafter(Drafter):
         self.tokens.append(self.head.to_vocab_ids(ids))
         self.parents.append(parent)
         self.log_q.append(best)
+        if self.budget:
+            self._ended = not self.budget.go_on(best)
         return best[:, :1]
 
     def tree(self) -> TokenTree:
@@ -93,6 +120,8 @@ class RecurrentDrafter(Drafter):
         depth = level_depths(n, self.width, tokens.device).expand_as(tokens)
         valid = torch.ones_like(tokens, dtype=torch.bool)
         tree = TokenTree(tokens, torch.cat(self.parents, 1), depth, valid, torch.cat(self.log_q, 1))
+        if self.budget:
+            return self.budget.prune(tree)
         if self.shape.shape == "best":
             return best_nodes(tree, self.max_nodes)
         if self.shape.shape == "beams" and self.width > 1:

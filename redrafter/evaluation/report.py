@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from redrafter.files import plain_values, provenance, write_json
-from redrafter.target.model import Target
+from redrafter.target.model import Target, device_name
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -44,21 +42,6 @@ def with_interval(value: float | None, low: float | None, high: float | None) ->
     if value is None:
         return "-"
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def device_name(device: torch.device) -> str:
-    """What the figures were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
 
 
 def write_result(path: str | None, config: Any, target: Target, body: dict[str, Any]) -> None:
