@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both
 from redrafter.config import CostsConfig
 from redrafter.contracts import InputError
+
+_PLAIN_ROWS = 8  # prompts answered at a time
 
 
 @reports_input_errors
@@ -18,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         CostsConfig,
         argv,
         "eval/costs.py",
-        "Seconds that the target needs for n new tokens, and a drafter for its levels.",
+        "Seconds that the target needs for n new tokens, and a drafter for its levels; with "
+        "--slowdown also which rows of guesses are worth verifying on this device.",
     )
     from redrafter.drafters.recurrent import RecurrentDrafter
     from redrafter.evaluation.costs import CostMeter
@@ -30,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     new_tokens = number_list("new_tokens", config.new_tokens, int, 1)
     contexts = number_list("contexts", config.contexts, int, 1)
     batches = number_list("batch_sizes", config.batch_sizes, int, 1)
+    slowdown = check_slowdown(config)
     target, head = load_both(config)
     drafters = {}
     if head is not None:
@@ -44,8 +49,76 @@ def main(argv: Sequence[str] | None = None) -> int:
         temperature=config.temperature,
     ).run(config.rounds)
     print(show(costs))
-    write_result(config.out, config, target, asdict(costs))
+    body = asdict(costs)
+    if slowdown is not None:
+        body |= measure_slowdown(config, target, *slowdown, contexts)
+    write_result(config.out, config, target, body)
     return 0
+
+
+def check_slowdown(config: CostsConfig) -> tuple[list[int], list[int]] | None:
+    """(k, w) to measure, None without. Raises InputError before any work where options that go
+    together are not all there."""
+    from redrafter.evaluation.pictures import new_figure
+    from redrafter.evaluation.slowdown import parse_slowdown
+
+    for name in ("ngrammys", "plot"):
+        if getattr(config, name) is not None and config.slowdown is None:
+            raise InputError(f"{name}: needs --slowdown, the rows and lengths to measure")
+    if (config.ngrammys is None) != (config.prompts is None):
+        raise InputError("ngrammys and prompts: give both, or neither")
+    if config.plot is not None:
+        new_figure(1, 1)
+    return None if config.slowdown is None else parse_slowdown(config.slowdown)
+
+
+def measure_slowdown(
+    config: CostsConfig, target: Any, ks: list[int], ws: list[int], contexts: list[int]
+) -> dict[str, Any]:
+    """Measures, prints and draws; returns what belongs to the result."""
+    from redrafter.evaluation.pictures import save_figure, slowdown_map
+    from redrafter.evaluation.report import device_name
+    from redrafter.evaluation.slowdown import SlowdownMeter, show_advice, show_slowdown
+
+    bigrams = None if config.ngrammys is None else open_table(config, target, max(ks))
+    meter = SlowdownMeter(target, ks, ws, contexts)
+    cells = meter.run(config.rounds)
+    print(f"\n{show_slowdown(cells)}")
+    body: dict[str, Any] = {"slowdown": [asdict(cell) for cell in cells]}
+    if config.plot is not None:
+        title = f"{target.name.rstrip('/').split('/')[-1]} on {device_name(target.device)}"
+        paths = save_figure(slowdown_map(cells, title), config.plot)
+        print(f"\ndrawn: {', '.join(map(str, paths))}")
+    if bigrams is not None:
+        texts = plain_texts(config, target)
+        advice = meter.advise(bigrams, *texts, config.max_new_tokens, target.device)
+        print(f"\n{show_advice(advice)}")
+        body["advice"] = [asdict(line) for line in advice]
+    return body
+
+
+def open_table(config: CostsConfig, target: Any, width: int) -> Any:
+    """The table of config.ngrammys, at least as wide as it goes."""
+    from redrafter.data.bigrams import open_bigrams
+
+    table, shown = open_bigrams(config.ngrammys, target, 2 * width)
+    print(f"bigrams of {shown}")
+    return table
+
+
+def plain_texts(config: CostsConfig, target: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and the target's greedy answers."""
+    from transformers import GenerationConfig
+
+    from redrafter.decode.plain import plain
+    from redrafter.evaluation.prompts import evaluation_prompts
+
+    prompts = [list(prompt.ids) for prompt in evaluation_prompts(target, config)[0]]
+    greedy = GenerationConfig(max_new_tokens=config.max_new_tokens)
+    answers = []
+    for first in range(0, len(prompts), _PLAIN_ROWS):
+        answers += plain(target, prompts[first : first + _PLAIN_ROWS], greedy).tokens
+    return prompts, answers
 
 
 def show(costs) -> str:
