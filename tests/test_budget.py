@@ -220,6 +220,7 @@ def test_sizes_and_depths_vary():
         speculative(target, prompts()[:1], config, seeds=[0], drafter=drafter)
         assert len({tree.n_nodes for tree, *_ in drafter.steps}) > 2
         assert len({int(tree.depth.max()) for tree, *_ in drafter.steps}) > 1
+        assert sum(drafter.inner.budget._accepted) > 0  # both drafters tell it what became of it
 
 
 @pytest.mark.parametrize("mode", [0, 2])
