@@ -193,19 +193,20 @@ def test_trie_equals_rows():
         assert tokens[1 : 1 + len(rows[0])] == rows[0]
 
 
-def test_seeded_order_is_the_targets():
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+def test_seeded_order_is_the_targets(temperature):
     """The first guess is the target's choice among those tokens wherever p is the table's."""
     table = table_of({t: [(t + 1) % 10, (t + 3) % 10, (t + 4) % 10] for t in range(10)})
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, 10, generator=random, dtype=torch.float64) * 2
-    given = {"noise": noise, "temperature": 0.7}
+    given = {"noise": noise, "temperature": temperature}
     rows, _ = draft(NGrammys(table, k=3, w=3, allocation=(0, 3, 0)), [[1], [4]], **given)
     changed = 0
     for b, last in enumerate((1, 4)):
 
         def score(token, depth, b=b):
             return [
-                float(lp) / 0.7 + float(noise[b, depth, t])
+                float(lp) / temperature + float(noise[b, depth, t])
                 for t, lp in zip(table.tokens[token], table.log_p[token], strict=True)
             ]  # fmt: skip
 
