@@ -122,11 +122,9 @@ class Foreign(Recorder):
 def test_another_tree_is_not_learned_from():
     target = tiny("llama", **DEEP)
     drafter = LayerSkipping(target, DEPTH, **SETS["step"])
-    got = speculative(
-        target, prompts(), settings(), seeds=range(4), drafter=(seen := Foreign(drafter))
-    )
-    assert (got.tokens, got.finish) == said("llama", "greedy", True)
-    assert len(seen.steps) > 3 and len(drafter.report()["sets"]) == 1
+    got = speculative(target, prompts(), settings(**FREE), drafter=Foreign(drafter))
+    assert got.tokens == alone(target, prompts(), settings(**FREE))[0]
+    assert len(drafter.report()["sets"]) == 1  # more in test_the_sets_of_these_cases_vary
 
 
 @pytest.mark.parametrize(
