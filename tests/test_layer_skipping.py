@@ -203,13 +203,14 @@ def test_the_sets_of_these_cases_vary():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "deepseek_v3"])
-def test_with_nothing_skipped_all_is_accepted(family, mode):
-    """Ragged rows, windows, noise: a slip in positions, masks or the cache shows here."""
-    target, rows = tiny(family), prompts()
+@pytest.mark.parametrize("lengths", [(9, 3, 14, 8), (9,)])
+def test_with_nothing_skipped_all_is_accepted(lengths, family, mode):
+    """Ragged rows and one, windows, noise: a slip in positions, masks or the cache shows here."""
+    target, rows = tiny(family), prompts(lengths)
     n_steps = 3
     config = settings(**MODES[mode], **FREE, max_new_tokens=1 + n_steps * (DEPTH + 1))
     drafter = LayerSkipping(target, DEPTH, fixed=())
-    got = speculative(target, rows, config, seeds=range(4), drafter=drafter)
+    got = speculative(target, rows, config, seeds=range(len(rows)), drafter=drafter)
     assert got.tokens == alone(target, rows, config)[0]
     assert got.stats.accepted_at == got.stats.drafted_at == [n_steps * len(rows)] * DEPTH
     assert got.stats.tokens_per_step == DEPTH + 1
