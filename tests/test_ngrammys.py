@@ -345,6 +345,7 @@ class NoPeeking(PromptLookup):
 
     def observe(self, truth: Truth):
         n = int(truth.count)
+        assert (n > 0) == bool(self.seqs.live[0]), "as the loop tells a row that has ended"
         at = int(self.seqs.length)
         assert self.seqs.ids[0, at - n : at].tolist() == truth.tokens[0, :n].tolist()
 
