@@ -177,7 +177,7 @@ def test_objects_are_no_options():
     ("name", "said"),
     [
         ("warp", "'warp' is unknown; choose from head, lookup"),
-        ("suffix:deep=3", "'suffix:deep=3': no option 'deep'; there are depth, min_match, factor"),
+        ("lookup:deep=3", "'lookup:deep=3': no option 'deep'; there are recent, depth, max_ngram"),
         ("suffix:depth=x", "'suffix:depth=x': depth: 'x' is not int"),
         ("model:seeded=maybe", "seeded: 'maybe' is not bool"),
         ("head:4x4:oval", "'head:4x4:oval': shape: 'oval' is not levels | beams | best"),
@@ -189,7 +189,7 @@ def test_objects_are_no_options():
         ("lookup:4x4:recent", "'lookup:4x4:recent' has parts too many"),
         ("bigram:4x4:width=3", "'bigram:4x4:width=3': width is set twice"),
         ("recycling:4x4", "'4x4' is not key=value"),
-        ("suffix:reference=x", "no option 'reference'"),
+        ("bigram:table=x", "no option 'table'"),
         ("recycling:device=cpu", "no option 'device'"),
         ("a b", "'a b' is no name"),
         ("head(x", "missing"),

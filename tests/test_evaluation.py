@@ -221,7 +221,7 @@ def test_method_names():
         ("head:lookahead=static(deep=2)", "no option 'deep'; there are depth"),
         ("head:lookahead=static", "depth must be given"), ("hf-exit", "layer must be given"),
         ("head:lookahead=static:depth=2:depth=2", "depth"), ("hf-lookup:x", "nor TOKENS, e.g. 4"),
-        ("suffix:deep=3", "'suffix:deep=3': no option 'deep'; there are depth, min_match, factor"),
+        ("lookup:deep=3", "'lookup:deep=3': no option 'deep'; there are recent, depth, max_ngram"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=r"^methods: ") as error:
             parse_methods(bad)
