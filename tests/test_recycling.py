@@ -1,8 +1,10 @@
 """Token recycling: the matrix by hand, the tree's structure, and the text unchanged."""
 
+import copy
+
 import pytest
 import torch
-from models import VOCAB, Recorder, alone, path_to, prompts, settings, tiny
+from models import VOCAB, Recorder, alone, make_tree, path_to, prompts, settings, tiny
 
 from redrafter.contracts import InputError, Sequences, Truth
 from redrafter.decode.speculative import speculative
@@ -110,6 +112,48 @@ def test_of_equal_tokens_the_last_said_stays():
     ]
     advance(drafter, truth([[3, 4], [3, 5], [3, 6]], said, [2, 2, 1]))
     assert matrix(drafter) == {3: [5, 2]}, "the largest depth, the last row that reached it"
+
+
+def test_rejected_nodes_teach_too():
+    """Two rows whose trees are 1 - (2 - 4, 3) and 5 - (2 - 6, 7); the second has a hole at 7."""
+    there = [[True] * 4, [True, True, False, True]]
+    tree = make_tree([[1, 2, 3, 4], [5, 2, 7, 6]], [0, 0, 0, 1], there)
+    said = [
+        [likely(3, 2), likely(4, 5), likely(8, 9), likely(0, 1)],
+        [likely(2, 7), likely(6, 8), likely(9, 1), likely(5, 0)],
+    ]
+    # Row 0 accepts 3, then says 8; row 1 accepts 2 and 6, then says 5.
+    path = [[said[0][0], said[0][2], said[0][2]], [said[1][0], said[1][1], said[1][3]]]
+    told = truth([[3, 8, 0], [2, 6, 5]], path, [2, 3])
+    told.tree, told.tree_logits = tree, torch.stack([torch.stack(row) for row in said])
+    of_path = {1: [3, 2], 3: [8, 9], 5: [2, 7], 2: [6, 8], 6: [5, 0]}
+    drafters = {flag: small(all_nodes=flag) for flag in (False, True)}
+    for drafter in drafters.values():
+        drafter.begin(known([[9, 1], [9, 5]], [1, 1]))
+        advance(drafter, copy.copy(told))
+    assert matrix(drafters[False]) == of_path
+    # 4 was rejected; 7 was never there; of the two 2s the later row's stays.
+    assert matrix(drafters[True]) == {**of_path, 4: [0, 1]}
+    # The prefill has no tree; a row that has ended teaches nothing.
+    drafter = small()
+    drafter.begin(known([[9, 1], [9, 5]], [1, 1]))
+    drafter.observe(truth([[1], [5]], [[likely(1, 2)], [likely(5, 3)]], [1, 1]))
+    assert matrix(drafter) == {9: [5, 3]}
+    told.count = torch.tensor([2, 0])
+    advance(drafter, told)
+    assert matrix(drafter) == {9: [5, 3], 1: [3, 2], 3: [8, 9], 2: [4, 5], 4: [0, 1]}
+
+
+def test_of_equal_nodes_the_deepest_then_the_last_stays():
+    said = [likely(1, 2), likely(4, 5), likely(6, 7), likely(8, 9)]
+    for n, expected in ((4, [8, 9]), (3, [6, 7]), (2, [4, 5])):
+        drafter = small()
+        drafter.begin(known([[0, 3]], [1]))
+        told = truth([[0]], [[said[0]]], [1])
+        told.tree = make_tree([[3] * n], [0, 0, 0, 1][:n])
+        told.tree_logits = torch.stack(said[:n])[None]
+        advance(drafter, told)
+        assert matrix(drafter) == {3: expected}
 
 
 def test_k_larger_than_the_vocabulary():
@@ -261,11 +305,14 @@ def test_what_does_not_fit_is_refused(what):
 CONFIGS = {"greedy": settings(), "t1": settings(do_sample=True, temperature=1.0)}
 
 
+@pytest.mark.parametrize("all_nodes", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_exact_and_better_when_hot(name):
+def test_exact_and_better_when_hot(name, all_nodes):
+    """Random weights say something else after every prefix, so what rejected nodes teach pushes out
+    what a second run could use: only the accepted path's words must make it better here."""
     target, rows, config = tiny("llama"), prompts(), CONFIGS[name]
     want, finish = alone(target, rows, config)
-    drafter = TokenRecycling(VOCAB)
+    drafter = TokenRecycling(VOCAB, all_nodes=all_nodes)
     taus = []
     for _ in range(2):
         recorder = Recorder(drafter)
@@ -273,8 +320,8 @@ def test_exact_and_better_when_hot(name):
         assert (got.tokens, got.finish) == (want, finish)
         assert got.stats.emitted == [len(w) - 1 for w in want]
         taus.append(got.stats.tokens_per_step)
-    assert sum(got.stats.accepted_at) > 0 and taus[1] > max(1.2, taus[0])
-    cold = TokenRecycling(VOCAB, reset=True)
+    assert sum(got.stats.accepted_at) > 0 and (all_nodes or taus[1] > max(1.2, taus[0]))
+    cold = TokenRecycling(VOCAB, reset=True, all_nodes=all_nodes)
     for _ in range(2):
         got = speculative(target, rows, config, seeds=range(len(rows)), drafter=cold)
         assert got.tokens == want and got.stats.tokens_per_step == taus[0]
@@ -294,10 +341,13 @@ def test_warm_start_pays_at_once():
 
 
 def test_what_the_loop_teaches_is_what_the_model_says():
-    """Every known row is the top k of the logits after that token, where it last stood."""
+    """Every known row is the top k of the logits after that token, where it last stood.
+
+    What rejected nodes teach is the model's word as well, on text that never was: see below.
+    """
     target, row = tiny("llama"), prompts()[2]
     config = settings(eos_token_id=-1)
-    drafter = TokenRecycling(VOCAB, fill_prompt=False)
+    drafter = TokenRecycling(VOCAB, fill_prompt=False, all_nodes=False)
     text = row + speculative(target, [row], config, drafter=drafter).tokens[0]
     recorder = Recorder(drafter)
     speculative(target, [row], config, drafter=recorder)
@@ -310,3 +360,27 @@ def test_what_the_loop_teaches_is_what_the_model_says():
     known_now = matrix(drafter)
     assert {token: known_now[token] for token in expected} == expected
     assert len(expected) > 5
+
+
+def test_the_loop_teaches_every_node_of_its_trees():
+    """Node by node, in the order of the steps, with the target run anew on each node's path."""
+    target, rows = tiny("llama"), prompts()[:2]
+    drafter = TokenRecycling(VOCAB, fill_prompt=False)
+    recorder = Recorder(drafter)
+    made = speculative(target, rows, settings(eos_token_id=-1), drafter=recorder).tokens
+    texts = [row + text for row, text in zip(rows, made, strict=True)]
+    expected, rejected = {}, 0
+    for prompt in rows:
+        out = target.project(target.states(torch.tensor([prompt])))[0, -1]
+        expected[prompt[-1]] = out.topk(8).indices.tolist()
+    for tree, told, lengths, _ in recorder.steps:
+        order = [(int(tree.depth[row, node]), row, node) for row in range(2)
+                 for node in range(tree.n_nodes)
+                 if int(told.count[row]) and bool(tree.valid[row, node])]  # fmt: skip
+        for _, row, node in sorted(order):
+            path = tree.tokens[row, path_to(tree, row, node)].tolist()
+            text = torch.tensor([texts[row][: lengths[row] - 1] + path])
+            out = target.project(target.states(text))[0, -1]
+            expected[path[-1]] = out.topk(8).indices.tolist()
+            rejected += path[1:] != texts[row][lengths[row] : lengths[row] + len(path) - 1]
+    assert matrix(drafter) == expected and rejected > 20
