@@ -232,11 +232,11 @@ def test_pruning_leaves_the_draft_models_cache_alone(kind, mode):
         config = settings(**MODES[mode], **FREE, max_new_tokens=n_tokens)
         got = speculative(target, rows, config, seeds=range(4), drafter=Recorder(drafter))
         for b, row in enumerate(rows):
-            known = int(drafter._known[b])
+            known = int(drafter.frontier._known[b])
             assert known > len(row)
             fresh = keys_of(drafter.draft, (row + got.tokens[b])[:known])
             for layer, want in enumerate(fresh):
-                keys = drafter._cache._views[layer][0][b, :, :known]
+                keys = drafter.frontier._cache._views[layer][0][b, :, :known]
                 torch.testing.assert_close(keys, want, rtol=0, atol=1e-10)
 
 

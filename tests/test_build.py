@@ -11,8 +11,10 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import count_bigrams
+from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.build import DRAFTERS, Kind, Partners, build_drafter, describe_kinds, needs
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
+from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.heads.recurrent import RecurrentHead
 
 #: One name per kind that sets what only this kind has, and what it then must be.
@@ -33,6 +35,14 @@ EXAMPLES = {
     "recycling": {"max_nodes": 25, "k": 8, "warm": None},
     "recycling:children=3/21": {"max_nodes": 7, "max_depth": 2},
     "recycling:children=6": {"max_nodes": 7, "max_depth": 1},
+    "ngrammys:5x3:table=counted:query=2": {"k": 5, "w": 3, "query": 2, "max_nodes": 16},
+    "ngrammys:3x2:allocation=[1,2,0]": {"k": 3, "allocation": (1, 2, 0)},
+    "multi:children=[2,2]:how=seeded": {"max_nodes": 7, "children": (2, 2), "how": "seeded"},
+    "multi:source=both:children=[2]:how=iid": {"needs": {"hidden"}, "max_nodes": 3},
+    "skip:3:fixed=[1]": {"max_depth": 3},
+    "suffix:6x1:reference=true": {"max_depth": 6},
+    "head:3x4:budget=true": {"max_depth": 4, "max_nodes": 13},
+    "model:2x3:budget=true:nodes=5": {"max_depth": 3, "max_nodes": 5},
 }
 
 
@@ -44,7 +54,10 @@ def partners():
     return Partners(
         head=RecurrentHead.for_target(target),
         draft=target,
-        bigrams=count_bigrams(answers, VOCAB, 8),
+        bigrams=count_bigrams(answers, VOCAB, 10),
+        probed=count_bigrams(answers, VOCAB, 10),
+        reference=ReferenceTexts(answers),
+        price=lambda drafter: NodeBudget({1: 1.0, 40: 1.1}, [0.1] * drafter.max_depth),
         texts=[row + answer for row, answer in zip(rows, answers, strict=True)],
         tree=TreeConfig(width=2, depth=2),
     )
@@ -68,8 +81,12 @@ def test_every_kind_has_an_example_and_is_described():
     shown = describe_kinds(DRAFTERS)
     for name in DRAFTERS:
         assert f"\n  {name}" in f"\n{shown}"
-    for said in ("min_match: int = 1   tokens; nothing", "warm: bool = false   begin",
-                 "shape: levels | beams | best | null = null", "acceptance: float = 1.0"):
+    for said in (
+        "min_match: int = 1   tokens; nothing",
+        "warm: bool = false   begin",
+        "shape: levels | beams | best | null = null",
+        "acceptance: float = 1.0",
+    ):
         assert said in shown, "type, default and the docstring's words"  # fmt: skip
     assert max(map(len, shown.splitlines())) <= 100
 
@@ -204,7 +221,7 @@ def test_bad_names_say_what_is_wrong_before_anything_is_built(name, said):
 def test_values_that_do_not_fit_are_named_when_built(partners):
     for name, said in (
         ("head:4x4:levels:3", "nodes 3"), ("head:4x4:best", "nodes"), ("suffix:depth=0", "depth 0"),
-        ("bigram:9x2", "width 9"), ("recycling:children=3/9999", "level 2"),
+        ("bigram:11x2", "width 11"), ("recycling:children=3/9999", "level 2"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
             build_drafter(name, tiny("llama"), partners)

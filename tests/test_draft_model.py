@@ -119,11 +119,11 @@ def test_cached_keys_are_those_of_a_fresh_forward(noise, mode, width):
             target, rows, config, seeds=range(4), drafter=seen, lookahead=RandomLookahead(4, 5)
         )
         for b, row in enumerate(rows):
-            known = int(drafter._known[b])
+            known = int(drafter.frontier._known[b])
             assert known > len(row)
             fresh = keys_of(drafter.draft, (row + got.tokens[b])[:known])
             for layer, want in enumerate(fresh):
-                keys = drafter._cache._views[layer][0][b, :, :known]
+                keys = drafter.frontier._cache._views[layer][0][b, :, :known]
                 torch.testing.assert_close(keys, want, rtol=0, atol=1e-10)
 
 
@@ -200,9 +200,9 @@ def test_an_idle_model_catches_up(width):
     got = speculative(target, rows, config, drafter=Recorder(Idle(model, other)))
     assert got.tokens == alone(target, rows, config)[0]
     for b, row in enumerate(rows):
-        known = int(model._known[b])
+        known = int(model.frontier._known[b])
         fresh = keys_of(model.draft, (row + got.tokens[b])[:known])
-        keys = model._cache._views[1][0][b, :, :known]
+        keys = model.frontier._cache._views[1][0][b, :, :known]
         torch.testing.assert_close(keys, fresh[1], rtol=0, atol=1e-10)
 
 

@@ -1,6 +1,7 @@
 """Multi-candidate trees: what is drawn, how it is laid out, and that the text keeps its law."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from redrafter.decode.ratio import RULES
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
 from redrafter.drafters.multi import HOW, MultiCandidate, n_nodes
+from redrafter.target.model import Target
 
 CHILDREN = (3, 2, 2)
 FREE = dict(eos_token_id=-1)
@@ -21,7 +23,7 @@ FREE = dict(eos_token_id=-1)
 
 def model(target, draft=None, children=CHILDREN) -> ModelFrontier:
     draft = close_draft(target, 0.1) if draft is None else draft
-    return ModelFrontier(draft, target, len(children), n_nodes(children))
+    return ModelFrontier(draft, target, n_nodes(children))
 
 
 def head(target, name="own") -> HeadFrontier:
@@ -99,8 +101,10 @@ def test_cached_keys_are_those_of_a_fresh_forward(noise, how):
 @pytest.mark.parametrize("draft_vocab", [40, 56])
 def test_other_padding_of_the_vocabulary(draft_vocab):
     """A draft model whose lm_head is padded further, or less, than the target's."""
-    target, rows = tiny("llama"), prompts()
-    draft = model(target, tiny("llama", **SMALL, num_key_value_heads=1, vocab_size=draft_vocab))
+    tokenizer = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(40)})
+    other = tiny("llama", **SMALL, num_key_value_heads=1, vocab_size=draft_vocab)
+    target, other = (Target(m.model, tokenizer) for m in (tiny("llama"), other))
+    rows, draft = prompts(), model(target, other)
     for how in HOW:
         got = speculative(target, rows, settings(**MODES["t1.5"]), seeds=range(4),
                           drafter=MultiCandidate([draft], CHILDREN, how))  # fmt: skip

@@ -50,10 +50,10 @@ def test_an_idle_arm_catches_up():
     assert 0 < draft.chosen.count(0) < len(draft.chosen)
     assert any(a == 1 and b == 0 for a, b in itertools.pairwise(draft.chosen))
     for b, row in enumerate(rows):
-        known = int(model._known[b])
+        known = int(model.frontier._known[b])
         fresh = keys_of(model.draft, (row + got.tokens[b])[:known])
         for layer, want in enumerate(fresh):
-            keys = model._cache._views[layer][0][b, :, :known]
+            keys = model.frontier._cache._views[layer][0][b, :, :known]
             assert (keys - want).abs().max() < 1e-10
 
 

@@ -20,6 +20,8 @@ SUBCOMMANDS = {
     "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",
+    "table": "one table and its pictures over prompt sets and temperatures (eval/table.py)",
+    "acceptance": "what is accepted beside what could be, rule by rule (eval/acceptance.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
 }
 

@@ -8,12 +8,16 @@ from typing import Any
 
 from redrafter.contracts import InputError
 
+# Where a drafter's levels and the target's forwards are priced: tokens in the cache, and how often.
+_PRICE_CONTEXT, _PRICE_ROUNDS = 128, 20
+
 
 def load_both(config: Any) -> tuple[Any, Any]:
     """(Target, RecurrentHead or None) of an evaluation's configuration; sets torch's threads."""
     import torch
 
     from redrafter.heads.recurrent import load_head
+    from redrafter.hub.fetch import fetch
     from redrafter.target.model import load_target
 
     if config.threads is not None:
@@ -23,7 +27,8 @@ def load_both(config: Any) -> tuple[Any, Any]:
     target = load_target(config.target)
     if getattr(config, "head", None) is None:
         return target, None
-    return target, load_head(config.head, target, config.allow_other_target)
+    path = fetch(config.head, "head")
+    return target, load_head(path, target, config.allow_other_target)
 
 
 def prompts_to_count(names: Sequence[str], config: Any) -> int:
@@ -47,17 +52,49 @@ def load_partners(
 
     config: SpeedConfig or LosslessConfig; others: `prompts_to_count` prompts, not evaluated ones
     """
+    from redrafter.data.bigrams import open_bigrams
+    from redrafter.data.reference import reference_texts
     from redrafter.evaluation.methods import Partners, needed
+    from redrafter.hub.fetch import fetch
     from redrafter.target.model import load_target
 
     wanted = needed(names)
-    table = counted_on = draft = None
+    found: dict[str, Any] = {"head": head, "tree": config.tree}
+    counted_on = None
     if "bigrams" in wanted:
         width = wanted["bigrams"]
-        table, counted_on = _bigrams(config, target, width, others, generation_config)
+        found["bigrams"], counted_on = _bigrams(config, target, width, others, generation_config)
+    if "probed" in wanted:
+        found["probed"], _ = open_bigrams(fetch(config.probed, "probed"), target, wanted["probed"])
+    if "reference" in wanted:
+        found["reference"] = reference_texts(config.reference, target, progress=True)
     if "draft" in wanted:  # it computes as the target does
-        draft = load_target(replace(config.target, path=config.draft, revision=None))
-    return Partners(head=head, draft=draft, bigrams=table, tree=config.tree), counted_on
+        found["draft"] = load_target(replace(config.target, path=config.draft, revision=None))
+    if "price" in wanted:
+        batch_size = getattr(config, "batch_size", 1)
+        found["price"] = lambda drafter: _price(target, drafter, batch_size)
+    return Partners(**found), counted_on
+
+
+def _price(target: Any, drafter: Any, batch_size: int) -> Any:
+    """The NodeBudget of a drafter, from costs measured now."""
+    from redrafter.decode.tree import BUCKETS
+    from redrafter.drafters.budget import NodeBudget
+    from redrafter.evaluation.costs import CostMeter
+
+    sizes = [n for n in BUCKETS if n < drafter.max_nodes] + [drafter.max_nodes]
+    limit = target.max_positions
+    room = max(sizes) + 1
+    context = _PRICE_CONTEXT if limit is None else max(1, min(_PRICE_CONTEXT, limit - room))
+    meter = CostMeter(
+        target, new_tokens=[1, *sizes], contexts=[context], batches=[batch_size],
+        drafters={"this": drafter},
+    )  # fmt: skip
+    table = meter.run(_PRICE_ROUNDS)
+    cost = table.drafters[0]
+    levels = [level.q1_s for level in cost.levels]
+    forwards = {entry.n: entry.cost.q1_s for entry in table.target}
+    return NodeBudget(forwards, levels, max(0.0, cost.draft.q1_s - sum(levels)))
 
 
 def _bigrams(
@@ -67,9 +104,11 @@ def _bigrams(
     from redrafter.data.bigrams import open_bigrams
     from redrafter.drafters.bigram import count_bigrams
     from redrafter.evaluation.methods import plain_answers
+    from redrafter.hub.fetch import fetch
 
     if config.bigrams is not None:
-        return open_bigrams(config.bigrams, target, width)
+        path = config.bigrams if "://" in config.bigrams else fetch(config.bigrams, "bigrams")
+        return open_bigrams(path, target, width)
     seeds = [config.seed + config.n_prompts + i for i in range(len(others))]
     rows = [list(p.ids) for p in others]
     answers = plain_answers(target, rows, generation_config, seeds, batch_size=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both, load_partners, prompts_to_count
@@ -22,17 +23,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Tokens per step and speed of drafting, beside stock and plain decoding.",
         known.describe_methods(),
     )
-    from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
     from redrafter.evaluation.report import write_result
-    from redrafter.evaluation.speed import decoding, make_batches, measure_speed
 
     check(config)
     names = known.parse_methods(config.methods)
     known.check_partners(names, config)
     target, head = load_both(config)
+    body = measure(config, names, target, head)
+    print(show(body))
+    write_result(config.out, config, target, body)
+    return 0
+
+
+def measure(config: SpeedConfig, names: Sequence[str], target: Any, head: Any) -> dict[str, Any]:
+    """All figures of one prompt set and temperature. target, head: from `load_both`."""
+    from redrafter.evaluation.methods import build_method
+    from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
+    from redrafter.evaluation.speed import decoding, make_batches, measure_speed
+
     prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
     partners, counted_on = load_partners(names, config, target, head, others, decoding(config))
-    methods = [known.build_method(name, target, decoding(config), partners) for name in names]
+    methods = [build_method(name, target, decoding(config), partners) for name in names]
     batches, answers = make_batches(target, [p.ids for p in prompts], config)
     body = measure_speed(target, methods, batches, answers, config)
     if counted_on is not None:
@@ -40,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warning = head and holdout_warning(config.head, config.prompts, prompts[0].row)
     if warning:
         body["warnings"].append(warning)
-    print(show(body))
-    write_result(config.out, config, target, body)
-    return 0
+    return body
 
 
 def check(config: SpeedConfig) -> None:

@@ -27,6 +27,7 @@ from redrafter.config.evaluation import (
     LosslessConfig,
     SpeedConfig,
 )
+from redrafter.config.table import AcceptanceConfig, TableConfig
 from redrafter.config.training import (
     HeadConfig,
     LossConfig,
@@ -36,6 +37,7 @@ from redrafter.config.training import (
 )
 
 __all__ = [
+    "AcceptanceConfig",
     "AnswersConfig",
     "BigramsConfig",
     "CheckConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "SourceConfig",
     "SpeedConfig",
     "StatesConfig",
+    "TableConfig",
     "TargetConfig",
     "TrainConfig",
     "TrainEvalConfig",

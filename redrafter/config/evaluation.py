@@ -8,8 +8,32 @@ from typing import Literal
 from redrafter.config.common import TargetConfig, TreeConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftingConfig:
+    """What drafters are made from; each is asked for where a method needs it."""
+
+    head: str | None = None
+    """Folder or Hub id of a trained draft head."""
+    tree: TreeConfig = TreeConfig()
+    """Of the method `head` without a size."""
+    draft: str | None = None
+    """Folder or Hub id of a smaller model with the target's vocabulary."""
+    bigrams: str | None = None
+    """Counted bigrams: a table made by data/bigrams.py, here or on the Hub, or a folder or URL of
+    answers, texts or states to count on. None counts on plain answers to `bigram_prompts` other
+    rows of `prompts`."""
+    bigram_prompts: int = 64
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
+    probed: str | None = None
+    """Bigrams probed from the target: a table made by data/probe.py, here or on the Hub."""
+    reference: str | None = None
+    """Folder or URL of answers, texts or states that `suffix:reference=true` copies from."""
+    allow_other_target: bool = False
+    """Accept a head that was trained for another target."""
+
+
 @dataclass(frozen=True)
-class LosslessConfig:
+class LosslessConfig(DraftingConfig):
     """`eval/lossless.py`: does drafting change a token?"""
 
     target: TargetConfig
@@ -21,19 +45,8 @@ class LosslessConfig:
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
-    head: str | None = None
-    """Folder of a trained draft head, for the methods named `head`."""
-    draft: str | None = None
-    """Folder or Hub id of a smaller model with the target's vocabulary, for the methods `model`."""
     methods: str = "head"
     """Ways of drafting, comma-separated; all of them, with their options, stand below."""
-    tree: TreeConfig = TreeConfig()
-    """Of the method `head` without a size."""
-    bigrams: str | None = None
-    """For `bigram`: a table made by data/bigrams.py, or a folder or URL of answers, texts or states
-    to count on. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
-    bigram_prompts: int = 64
-    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
     max_new_tokens: int = 128
     """Per prompt."""
     batch_sizes: str = "1,4"
@@ -42,8 +55,6 @@ class LosslessConfig:
     """Temperatures of the seeded modes, comma-separated; greedy is always run."""
     seed: int = 0
     """Prompt i samples with seed + i."""
-    allow_other_target: bool = False
-    """Accept a head that was trained for another target."""
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
     out: str | None = None
@@ -95,7 +106,7 @@ class CostsConfig:
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class SpeedConfig(DraftingConfig):
     """`eval/speed.py`: ways of decoding compared on the same prompts."""
 
     target: TargetConfig
@@ -107,15 +118,8 @@ class SpeedConfig:
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
-    head: str | None = None
-    """Folder of a trained draft head, for the methods named `head`."""
-    draft: str | None = None
-    """Folder or Hub id of a smaller model with the target's vocabulary, for the methods `model` and
-    `hf-assistant`."""
     methods: str = "stock,plain,head"
     """Ways of decoding, comma-separated; all of them, with their options, stand below."""
-    tree: TreeConfig = TreeConfig()
-    """Of the method `head` without a size."""
     max_new_tokens: int = 128
     """Per prompt, the same for every method."""
     temperature: float = 0.0
@@ -126,17 +130,10 @@ class SpeedConfig:
     """Times that every prompt is run by every method; the median counts."""
     ignore_eos: bool = False
     """Always generate max_new_tokens."""
-    bigrams: str | None = None
-    """For `bigram`: a table made by data/bigrams.py, or a folder or URL of answers, texts or states
-    to count on. None counts on plain answers to `bigram_prompts` other rows of `prompts`."""
-    bigram_prompts: int = 64
-    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
     cost_rounds: int = 60
     """Measurements of each forward and drafted level, for the bound."""
     seed: int = 0
     """Prompt i samples with seed + i."""
-    allow_other_target: bool = False
-    """Accept a head that was trained for another target."""
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
     out: str | None = None

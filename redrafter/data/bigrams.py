@@ -63,7 +63,7 @@ def table_identity(store: Store) -> dict[str, Any]:
             "rows": store.n_rows,
             "supervised_tokens": store.counts["supervised"],
         },
-        "tokenizer": _tokenizer(store),
+        "tokenizer": tokenizer_of(store),
     }
 
 
@@ -78,7 +78,7 @@ def open_bigrams(path: str, target: Target, width: int) -> tuple[BigramTable, st
     if "://" in path or Path(path).is_dir():
         store = Store(path)
         about, shown = table_identity(store), ""
-        _check_tokenizer(path, about["tokenizer"], target)
+        check_tokenizer(path, about["tokenizer"], target)
         table = bigrams_of_store(store, target.vocab_size, width, progress=True)
     else:
         table, about = load_bigrams(path, target.vocab_size)
@@ -86,7 +86,7 @@ def open_bigrams(path: str, target: Target, width: int) -> tuple[BigramTable, st
             check_probed(path, about, target)
             return table, f"{path}: probed {'with' if about['bos'] else 'without'} BOS"
         shown = f", as {path} says"
-        _check_tokenizer(path, about.get("tokenizer"), target)
+        check_tokenizer(path, about.get("tokenizer"), target)
     on = about.get("counted_on") or {}
     return table, (
         f"{on.get('store', 'unknown')} ({on.get('kind', '?')}, {on.get('rows', '?')} rows, "
@@ -94,13 +94,13 @@ def open_bigrams(path: str, target: Target, width: int) -> tuple[BigramTable, st
     )
 
 
-def _tokenizer(store: Store) -> str | None:
+def tokenizer_of(store: Store) -> str | None:
     """Digest of the tokenizer that rows of a store were made with, where it is known."""
     made = store.identity.get("text") or store.identity.get("target") or {}
     return made.get("tokenizer")
 
 
-def _check_tokenizer(name: str, made: str | None, target: Target) -> None:
+def check_tokenizer(name: str, made: str | None, target: Target) -> None:
     """Equal sizes do not make equal vocabularies; drafts would be wrong, though never the text."""
     if made is None or target.tokenizer is None:
         return

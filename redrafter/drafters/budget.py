@@ -150,6 +150,8 @@ class NodeBudget:
             best = min(best, (accepted + _PRIOR_STEPS) / (expected + _PRIOR_STEPS))
         return 1.0 if best == math.inf else best
 
+    _tree: TokenTree | None = None
+
     # -- one step, in the order of calls ---------------------------------------------------
 
     def start(self, live: Tensor, max_nodes: int) -> None:
@@ -185,7 +187,8 @@ class NodeBudget:
         p = torch.where(tree.valid, log_q.exp(), 0.0)[:, 1:]
         n = self.choose(p[self._live].tolist())
         self._spent = self._draft_cost() + self._t[n]
-        return best_nodes(replace(tree, log_q=log_q), n)
+        self._tree = best_nodes(replace(tree, log_q=log_q), n)
+        return self._tree
 
     def choose(self, p: list[list[float]]) -> int:
         """N for rows of drafted nodes' (calibrated) scores, the root not among them."""
@@ -207,7 +210,7 @@ class NodeBudget:
     def observe(self, truth: Truth) -> None:
         """What became of the tree. Reads the host, which the loop has just done itself."""
         tree = truth.tree
-        if tree is None:  # the prefill
+        if tree is None or tree is not self._tree:  # the prefill, or another drafter's tree
             return
         live = truth.count > 0
         p = torch.where(tree.valid & live[:, None], tree.log_q.exp(), 0.0)

@@ -10,20 +10,27 @@ they are passed on to). One that is made of other drafters takes `members` third
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.drafters.bigram import BigramTable, CountedBigrams
+from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
 from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
+from redrafter.drafters.multi import MultiCandidate, n_nodes
+from redrafter.drafters.ngrammys import NGrammys
 from redrafter.drafters.options import Name, describe, options_of, parse_name
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter
-from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.drafters.selector import Selector
+from redrafter.drafters.skipping import LayerSkipping
+from redrafter.drafters.suffix import ReferenceTexts, SuffixDrafter
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
@@ -33,7 +40,9 @@ class Partners:
     """What drafters are made from besides the target; None where no name asks for it (see `needs`).
 
     draft: a smaller model of this vocabulary
-    bigrams: at least as wide as `needs` says
+    bigrams: counted, at least as wide as `needs` says; probed: from the target, likewise
+    reference: texts to copy from beside a row's own
+    price: of a drafter, what its levels and the target's forwards cost here
     texts: per row of the batch, prompt and plain answer, for the drafter that knows them
     tree: of a head whose name has no size
     """
@@ -41,6 +50,9 @@ class Partners:
     head: RecurrentHead | None = None
     draft: Target | None = None
     bigrams: BigramTable | None = None
+    probed: BigramTable | None = None
+    reference: ReferenceTexts | None = None
+    price: Callable[[Drafter], NodeBudget] | None = None
     texts: list[list[int]] | None = None
     tree: TreeConfig = field(default_factory=TreeConfig)
 
@@ -50,6 +62,9 @@ MISSING = {
     "head": "--head, the folder of a trained draft head",
     "draft": "--draft, a smaller model of this vocabulary",
     "bigrams": "--bigrams, a table of counted bigrams",
+    "probed": "--probed, a table of bigrams that data/probe.py made from this target",
+    "reference": "--reference, a store of texts to copy from",
+    "price": "costs of this device, measured",
     "texts": "texts that are already known",
 }
 
@@ -66,6 +81,7 @@ def head(
     shape: Literal["levels", "beams", "best"] | None = None,
     nodes: int | None = None,
     seeded: bool | None = None,
+    budget: bool = False,
 ) -> RecurrentDrafter:
     """The trained head.
 
@@ -75,6 +91,7 @@ def head(
     shape: which nodes are verified
     nodes: N for the shape `best`, the root counted
     seeded: when sampling, propose with the verifier's own noise
+    budget: the best nodes and levels, as many per step as pay by what they cost here
     """
     tree = partners.tree
     if (width or depth) and not shape:
@@ -85,7 +102,10 @@ def head(
     tree = replace(tree, **{key: value for key, value in given.items() if value is not None})
     if nodes is not None and tree.shape != "best":
         raise InputError(f"head: nodes {nodes} is for the shape best, not {tree.shape}")
-    return RecurrentDrafter(partners.head, target, tree)
+    drafter = RecurrentDrafter(partners.head, target, tree)
+    if not budget:
+        return drafter
+    return RecurrentDrafter(partners.head, target, tree, partners.price(drafter))
 
 
 def lookup(target: Target, partners: Partners, *, recent: bool = False, **options) -> PromptLookup:
@@ -96,9 +116,14 @@ def lookup(target: Target, partners: Partners, *, recent: bool = False, **option
     return PromptLookup(occurrence="recent" if recent else "leftmost", **options)
 
 
-def suffix(target: Target, partners: Partners, **options) -> SuffixDrafter:
-    """The longest repetition, by a suffix automaton."""
-    return SuffixDrafter(reference=None, **options)
+def suffix(
+    target: Target, partners: Partners, *, reference: bool = False, **options
+) -> SuffixDrafter:
+    """The longest repetition, by a suffix automaton.
+
+    reference: copy from --reference too, where the match there is the longer one
+    """
+    return SuffixDrafter(reference=partners.reference if reference else None, **options)
 
 
 def bigram(target: Target, partners: Partners, **options) -> CountedBigrams:
@@ -119,9 +144,69 @@ def recycling(
     return TokenRecycling(target.vocab_size, warm=table, device=target.device, **options)
 
 
-def model(target: Target, partners: Partners, **options) -> DraftModel:
-    """A smaller model."""
-    return DraftModel(partners.draft, target, **options)
+def model(target: Target, partners: Partners, *, budget: bool = False, **options) -> DraftModel:
+    """A smaller model.
+
+    budget: the best nodes and levels, as many per step as pay by what they cost here
+    """
+    drafter = DraftModel(partners.draft, target, **options)
+    if not budget:
+        return drafter
+    return DraftModel(partners.draft, target, budget=partners.price(drafter), **options)
+
+
+def ngrammys(
+    target: Target,
+    partners: Partners,
+    *,
+    table: Literal["probed", "counted"] = "probed",
+    **options,
+) -> NGrammys:
+    """N-grams of the context, then of a table.
+
+    table: probed from the target (--probed), or counted on answers (--bigrams)
+    """
+    bigrams = partners.probed if table == "probed" else partners.bigrams
+    return NGrammys(bigrams, device=target.device, **options)
+
+
+def skip(target: Target, partners: Partners, **options) -> LayerSkipping:
+    """The target itself, without some attentions."""
+    return LayerSkipping(target, **options)
+
+
+def multi(
+    target: Target,
+    partners: Partners,
+    *,
+    source: Literal["model", "head", "both"] = "model",
+    children: list[int] = [4, 2, 2],  # noqa: B006 - read only
+    **options,
+) -> MultiCandidate:
+    """Children drawn below every node, for the ratio rules.
+
+    source: who is drawn from: the smaller model, the head, or both in turn (SpecInfer)
+    children: of the root, of each of these, and so on
+    how: iid, without (replacement), top or seeded
+    """
+    frontiers: list[Frontier] = []
+    if source != "head":
+        frontiers.append(ModelFrontier(partners.draft, target, n_nodes(children)))
+    if source != "model":
+        frontiers.append(HeadFrontier(partners.head, target))
+    return MultiCandidate(frontiers, children, **options)
+
+
+def mix(target: Target, partners: Partners, members: Mapping[str, Drafter], **options) -> Mixture:
+    """The best nodes of several drafters, in one tree."""
+    return Mixture(members, **options)
+
+
+def select(
+    target: Target, partners: Partners, members: Mapping[str, Drafter], **options
+) -> Selector:
+    """One of several drafters per step: the one that pays."""
+    return Selector(members, **options)
 
 
 def replay(
@@ -157,13 +242,37 @@ class Kind:
     members: bool = False
 
 
+def _needs_of_head(options: dict[str, Any]) -> dict[str, int]:
+    return {"head": 1, **({"price": 1} if options["budget"] else {})}
+
+
+def _needs_of_model(options: dict[str, Any]) -> dict[str, int]:
+    return {"draft": 1, **({"price": 1} if options["budget"] else {})}
+
+
+def _needs_of_ngrammys(options: dict[str, Any]) -> dict[str, int]:
+    return {"probed" if options["table"] == "probed" else "bigrams": 2 * options["k"]}
+
+
+def _needs_of_multi(options: dict[str, Any]) -> dict[str, int]:
+    both = {"model": 1, "head": 1} if options["source"] == "both" else {options["source"]: 1}
+    return {"draft" if name == "model" else name: width for name, width in both.items()}
+
+
 DRAFTERS: dict[str, Kind] = {
-    "head": Kind(head, ("width", "depth"), ("shape", "nodes"), lambda o: {"head": 1}),
+    "head": Kind(head, ("width", "depth"), ("shape", "nodes"), _needs_of_head),
     "lookup": Kind(lookup, ("depth", "max_ngram")),
-    "suffix": Kind(suffix, ("depth", "min_match")),
+    "suffix": Kind(
+        suffix, ("depth", "min_match"), needs=lambda o: {"reference": 1} if o["reference"] else {}
+    ),
     "bigram": Kind(bigram, ("width", "depth"), needs=lambda o: {"bigrams": o["width"]}),
+    "ngrammys": Kind(ngrammys, ("k", "w"), needs=_needs_of_ngrammys),
     "recycling": Kind(recycling, needs=lambda o: {"bigrams": o["k"]} if o["warm"] else {}),
-    "model": Kind(model, ("width", "depth"), needs=lambda o: {"draft": 1}),
+    "model": Kind(model, ("width", "depth"), needs=_needs_of_model),
+    "multi": Kind(multi, needs=_needs_of_multi),
+    "skip": Kind(skip, ("depth",)),
+    "mix": Kind(mix, members=True),
+    "select": Kind(select, members=True),
     "replay": Kind(replay, ("width", "depth"), needs=lambda o: {"texts": 1}),
 }
 

@@ -5,6 +5,7 @@ A drafter decides which children to take; a frontier reads them. Levels may have
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -16,24 +17,26 @@ from redrafter.decode.warp import score_dtype
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
+_SHOWN = 5  # tokens that an error message names
+
 
 class Frontier(ABC):
     """Per step `start`, then `advance` once per further level; `observe` with the truth.
 
     needs: what `observe` must carry; see `Drafter.needs`
-    name: for messages and reports
     """
 
     needs: frozenset[str] = frozenset()
-    name = ""
+    #: most levels that any live row can draft in this step, known after `start`
+    levels: float = math.inf
 
     def begin(self, seqs: Sequences) -> None:
         """A new generation starts."""
         self.seqs = seqs
 
     @abstractmethod
-    def start(self) -> Tensor:
-        """(B, 1, V) logits of what follows the root."""
+    def start(self) -> Tensor | None:
+        """(B, 1, V) logits of what follows the root; None where `levels` is 0."""
 
     @abstractmethod
     def advance(self, tokens: Tensor, place: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class Frontier(ABC):
         level before. Returns (B, w, V) logits of what follows them."""
 
     def room(self) -> Tensor | None:
-        """(B,) int64: levels that can be drafted in this step, known after `start`; None: any."""
+        """(B,) int64: levels that each row can draft, likewise; None: any."""
         return None
 
     def observe(self, truth: Truth) -> None:  # noqa: B027 - a model reads the text itself
@@ -52,7 +55,6 @@ class HeadFrontier(Frontier):
     """A recurrent head: context is the target's hidden state, tokens enter the recurrence."""
 
     needs = frozenset({"hidden"})
-    name = "head"
 
     def __init__(self, head: RecurrentHead, target: Target):
         self.head, self.target = head, target
@@ -83,24 +85,24 @@ class HeadFrontier(Frontier):
 class ModelFrontier(Frontier):
     """A smaller causal LM, with a cache of its own.
 
-    draft: loaded like a target, on its device, with its vocabulary (`model.check_vocabulary`)
-    depth: K, levels per step; max_nodes: most nodes of all levels that `advance` is given
+    draft: loaded like a target
+    max_nodes: most nodes of all levels that `advance` is given in a step
 
     `start` reads the tokens that the cache lacks: the root, and where all levels were accepted the
     last drafted token, which was never read. What of the last tree became text is found by
     comparing tokens, so it is right too where steps were skipped or others drafted. The batch
     shares a forward, so a row may read its last token but one again beside a row that lacks it.
+    Raises InputError where the vocabularies or devices of the two models differ.
     """
 
-    name = "model"
-
-    def __init__(self, draft: Target, target: Target, depth: int, max_nodes: int):
+    def __init__(self, draft: Target, target: Target, max_nodes: int):
         if draft.device != target.device:
             raise InputError(
                 f"draft model {draft.name} is on {draft.device}, the target on {target.device}: "
                 "load both on one device"
             )
-        self.draft, self.depth, self.max_nodes = draft, depth, max_nodes
+        check_vocabulary(target, draft)
+        self.draft, self.max_nodes = draft, max_nodes
         self.vocab_size = target.vocab_size
         self._sees_all = list(draft.windows.values()) == [None]
 
@@ -123,7 +125,7 @@ class ModelFrontier(Frontier):
         stops = stop.tolist()
         self._read(stop, stops, max(stops))
 
-    def start(self) -> Tensor:
+    def start(self) -> Tensor | None:
         """Bring the cache up to the text, the root included. The step's one read of the host."""
         seqs, root = self.seqs, self.seqs.root[:, None]
         path, agreed = self._agreed()
@@ -131,14 +133,18 @@ class ModelFrontier(Frontier):
         kept = torch.minimum(agreed, stop - 1)  # the root's logits are always needed
         # Depth d is said by the token at position L + d - 2, which must be in the context.
         self._room = self._context + 1 - seqs.length  # (B,) levels
-        keeps, stops = torch.stack([kept, stop]).tolist()
+        room = torch.where(seqs.live, self._room, 0)
+        keeps, stops, rooms = torch.stack([kept, stop, room]).tolist()
+        self.levels = max(rooms)
         if any(level.shape[1] > 1 for level in self._tokens):
             self._cache.commit([n - 1 for n in self._stops])  # the root is node 0 of the path
             self._cache.commit(keeps, path)
-        missing = max(s - k for s, k in zip(stops, keeps, strict=True))
-        logits = self._read(stop, stops, missing)
         self._tokens, self._place = [], []
         self._seen = torch.ones_like(root, dtype=torch.bool)[:, :, None]
+        if self.levels <= 0:
+            return None
+        missing = max(s - k for s, k in zip(stops, keeps, strict=True))
+        logits = self._read(stop, stops, missing)
         return self._to_vocabulary(logits)
 
     def room(self) -> Tensor:
@@ -234,3 +240,35 @@ class ModelFrontier(Frontier):
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """(..., V) log q at a temperature above 0, in float32 or float64."""
     return (logits.to(score_dtype(logits.dtype)) / temperature).log_softmax(-1)
+
+
+def check_vocabulary(target: Target, draft: Target) -> None:
+    """Raises InputError, showing the difference, where the two models' ids do not mean the same.
+
+    Tokenizers decide where both models have one: an lm_head may then be padded further than the
+    other. Else the sizes of the lm_heads must be equal.
+    """
+    start = f"draft model {draft.name} has not the vocabulary of the target {target.name}: "
+    if target.tokenizer is None or draft.tokenizer is None:
+        if target.vocab_size != draft.vocab_size:
+            raise InputError(
+                f"{start}their lm_heads have {draft.vocab_size} and {target.vocab_size} ids, and "
+                "without both tokenizers padding cannot be told from tokens"
+            )
+        return
+    vocabs = [model.tokenizer.get_vocab() for model in (draft, target)]
+    if vocabs[0] == vocabs[1]:
+        return
+    mine, theirs = ({i: token for token, i in vocab.items()} for vocab in vocabs)
+    differ = [i for i in sorted(mine.keys() | theirs.keys()) if mine.get(i) != theirs.get(i)]
+    shown = ", ".join(
+        f"{i}: {_quoted(mine.get(i))} / {_quoted(theirs.get(i))}" for i in differ[:_SHOWN]
+    )
+    raise InputError(
+        f"{start}{len(mine)} and {len(theirs)} tokens, of which {len(differ)} ids differ, first "
+        f"(draft / target) {shown}; use a draft model with the target's tokenizer"
+    )
+
+
+def _quoted(token: str | None) -> str:
+    return "none" if token is None else repr(token)

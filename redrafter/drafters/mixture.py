@@ -25,31 +25,33 @@ _EDGES = (-9.0, -6.5, -5.0, -4.0, -3.0, -2.4, -1.8, -1.3, -0.9, -0.6, -0.4, -0.2
 
 
 class Calibration:
-    """Per depth and bin of confidence: how many nodes were judged, and how many were right.
+    """Per depth and bin of confidence: how many nodes were right, of how many by their scores.
 
-    prior_nodes: the score itself, as a log-probability, counts as so many judged nodes
+    A score is a log-probability that is corrected by the ratio of the two, so nodes of one bin keep
+    their order.
+    prior_nodes: so many right ones, as many as expected, are taken as seen beforehand
     """
 
     def __init__(self, max_depth: int, prior_nodes: float, device: torch.device):
         self.edges = torch.tensor(_EDGES, device=device)
         self.n_bins, self.prior_nodes = len(_EDGES) + 1, prior_nodes
-        self.counts = torch.zeros(2, (max_depth + 1) * self.n_bins, device=device)
+        self.right = torch.full(((max_depth + 1) * self.n_bins,), prior_nodes, device=device)
+        self.expected = self.right.clone()
 
     def _cell(self, log_q: Tensor, depth: Tensor) -> Tensor:
         return depth * self.n_bins + torch.bucketize(log_q.float().contiguous(), self.edges)
 
     def log_p(self, log_q: Tensor, depth: Tensor) -> Tensor:
-        """(B, N) log-probability that the node is right; -inf stays -inf."""
-        right, judged = self.counts[:, self._cell(log_q, depth)]
-        guess = self.prior_nodes * log_q.float().exp()
-        log_p = ((right + guess) / (judged + self.prior_nodes)).log()
-        return log_p.masked_fill(log_q == float("-inf"), float("-inf"))
+        """(B, N) log-probability that the node is right, at most 0; -inf stays -inf."""
+        cell = self._cell(log_q, depth)
+        return (log_q.float() + (self.right[cell] / self.expected[cell]).log()).clamp(max=0.0)
 
     def learn(self, log_q: Tensor, depth: Tensor, right: Tensor, known: Tensor) -> None:
         known = known & (log_q > float("-inf"))
         cell = self._cell(log_q, depth).flatten()
-        self.counts[0].index_add_(0, cell, (right & known).flatten().float())
-        self.counts[1].index_add_(0, cell, known.flatten().float())
+        self.right.index_add_(0, cell, (right & known).flatten().float())
+        expected = torch.where(known, log_q.float().exp(), 0.0)
+        self.expected.index_add_(0, cell, expected.flatten())
 
 
 def merge(trees: list[TokenTree]) -> tuple[TokenTree, Tensor]:
@@ -99,24 +101,23 @@ class Mixture(Drafter):
     members: name -> drafter; they share nothing
     nodes: N, the root counted
     prior_nodes: how soon what was counted outweighs a member's own scores
-    agreement: what two members make of a node that both propose: "max" takes the more confident
-        one's word, "or" treats them as independent
+    A node that several propose is as likely as the surest of them says; treating them as
+    independent made no difference (gsm-stories-6m, head and suffix automaton, 4 x 20 prompts).
     """
 
     def __init__(
         self,
         members: Mapping[str, Drafter],
         nodes: int = 17,
-        prior_nodes: float = 8.0,
-        agreement: str = "max",
+        prior_nodes: float = 2.0,
     ):
         if len(members) < 2:
             raise InputError("mixture: give at least two drafters")
         if nodes < 2:
             raise InputError(f"mixture: nodes {nodes} must be at least 2, the root counted")
-        if agreement not in ("max", "or"):
-            raise InputError(f"mixture: agreement {agreement!r} is neither max nor or")
-        self.members, self.agreement, self.prior_nodes = dict(members), agreement, prior_nodes
+        if not prior_nodes > 0:
+            raise InputError(f"mixture: prior_nodes {prior_nodes} must be positive")
+        self.members, self.prior_nodes = dict(members), prior_nodes
         self.needs = frozenset().union(*(m.needs for m in self.members.values()))
         self.max_depth = max(m.max_depth for m in self.members.values())
         self.max_nodes = nodes
@@ -155,11 +156,7 @@ class Mixture(Drafter):
         self._past.append((Past(tree, self.seqs.length, self.seqs.live), scores))
         log_p = torch.stack(
             [c.log_p(scores[:, i], tree.depth) for i, c in enumerate(self._calibrations)], 1
-        )
-        if self.agreement == "max":
-            log_p = log_p.amax(1)
-        else:
-            log_p = (-(1 - log_p.exp()).prod(1)).log1p()
+        ).amax(1)
         log_p[:, 0] = 0.0
         for d in range(2, int(tree.depth.max()) + 1):  # no node is likelier than its parent
             bound = torch.minimum(log_p, log_p.gather(1, tree.parent))

@@ -103,10 +103,13 @@ class MultiCandidate(Drafter):
             [log_probabilities(x, temperature) for x in logits], 2
         )
         self._total = [torch.zeros(root.shape, dtype=torch.float64, device=root.device)]
-        self._next = self._log_q(logits)
+        self._levels = min(f.levels for f in self.frontiers)
+        self._next = self._log_q(logits) if self._levels > 0 else None
 
     def extend(self, level: int) -> Tensor:
         """Features (B, 1): cumulative log-probability of the level's likeliest node."""
+        if level > self._levels:  # no row has room in the draft model's context
+            return self._total[0].new_full(self._total[0].shape, float("-inf"))
         if level > 1:
             logits = [f.advance(self._tokens[-1], self._place) for f in self.frontiers]
             self._next = self._log_q(logits)

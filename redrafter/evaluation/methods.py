@@ -13,7 +13,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters import build
 from redrafter.drafters.build import DRAFTERS, MISSING, Partners, describe_kinds, parse_kind
 from redrafter.drafters.options import parse_name, split_list
-from redrafter.evaluation.plans import Plan, describe_plans, parse_plan, planner
+from redrafter.evaluation.plans import Plan, build_plan, describe_plans, parse_plan, planner
 from redrafter.evaluation.references import ONE_ROW, REFERENCES, Assisted, Stock
 from redrafter.evaluation.runs import Batch, Method, Run, TimedTarget
 from redrafter.target.model import Target
@@ -36,9 +36,10 @@ class Loop(Method):
         target: Target,
         config: GenerationConfig,
         make_plan: Callable[[list[list[int]]], Plan] | None = None,
+        twin: Drafter | None = None,
     ):
         super().__init__(name, target, config)
-        self.make_plan = make_plan
+        self.make_plan, self.twin = make_plan, twin
         if make_plan is not None:
             plan = parse_plan(name)
             self.stops_early = plan.lookahead is not None
@@ -118,8 +119,8 @@ def check_partners(names: Sequence[str], config: Any) -> None:
     """
     for name in names:
         for partner in needs_of(name):
-            # What is known and what is counted is made here where it is not given.
-            if partner not in ("bigrams", "texts") and getattr(config, partner) is None:
+            # What is known, counted or measured is made here where it is not given.
+            if partner not in ("bigrams", "texts", "price") and getattr(config, partner) is None:
                 raise InputError(f"methods: {name!r} needs {MISSING[partner]}")
         if name.startswith("hf-") and getattr(config, "batch_size", 1) > 1:
             raise InputError("methods: " + ONE_ROW.format(name))
@@ -133,7 +134,10 @@ def build_method(name: str, target: Target, config: GenerationConfig, partners: 
     if kind in REFERENCES:
         _, reference, options = parse_kind(name, REFERENCES)
         return reference.build(name, target, config, partners, **options)
-    return Loop(name, target, config, planner(name, target, partners))
+    twin = None
+    if "texts" not in needs_of(name):  # what knows the texts of a batch learns nothing
+        twin = build_plan(name, target, partners).drafter
+    return Loop(name, target, config, planner(name, target, partners), twin)
 
 
 def describe_methods() -> str:

@@ -15,6 +15,7 @@ from redrafter.decode.ratio import Rule
 from redrafter.drafters import build
 from redrafter.drafters.build import Partners
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
+from redrafter.lookahead.draft_exit import DraftExit
 from redrafter.lookahead.static import StaticLookahead
 from redrafter.target.model import Target
 
@@ -31,9 +32,24 @@ def static(drafter: Drafter, *, depth: int) -> StaticLookahead:
     return StaticLookahead(depth)
 
 
+def exit_(
+    drafter: Drafter,
+    *,
+    threshold: float | None = None,
+    alpha: float = 0.9,
+) -> DraftExit:
+    """Draft & Verify's: until the drafter is unsure of a token, by a threshold that adapts.
+
+    threshold: to begin with; 0.8 greedy, 0.5 sampled where it is missing
+    alpha: the share of drafted tokens that should be accepted
+    """
+    return DraftExit.of(drafter, threshold=threshold, alpha=alpha)
+
+
 #: To add one: a function of the drafter that it is for, and its options.
 LOOKAHEADS: dict[str, Callable[..., Lookahead]] = {
     "static": static,
+    "exit": exit_,
 }
 
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from redrafter.contracts import InputError, StepStats
 from redrafter.decode.request import Request
 from redrafter.drafters.build import Kind, Partners
-from redrafter.drafters.model import check_vocabulary
+from redrafter.drafters.frontier import check_vocabulary
 from redrafter.evaluation.runs import Batch, Method, Run
 from redrafter.target.model import Target
 

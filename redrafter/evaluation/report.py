@@ -11,6 +11,8 @@ import torch
 from redrafter.files import plain_values, provenance, write_json
 from redrafter.target.model import Target, device_name
 
+_DEPTHS = 4  # of acceptance in a table
+
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned plain text: the first column to the left, the others to the right."""
@@ -37,11 +39,58 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
-def with_interval(value: float | None, low: float | None, high: float | None) -> str:
+def with_interval(
+    value: float | None, low: float | None, high: float | None, digits: int = 2
+) -> str:
     """ "1.42 [1.35, 1.50]"."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    if low is None or high is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(title: str, body: dict[str, Any]) -> str:
+    """The figures of `measure_speed` as a table in Markdown."""
+    depth = min(_DEPTHS, max((len(a["unconditional"]) for m in body["methods"].values()
+                              if (a := m.get("acceptance"))), default=0))  # fmt: skip
+    columns = ["method", "tokens/step", *(f"depth {k}" for k in range(1, depth + 1)), "nodes",
+               "draft ms", "verify ms", "bound", "x stock", "x best plain", "efficiency",
+               "= plain"]  # fmt: skip
+    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, m in body["methods"].items():
+        rates = m.get("acceptance", {}).get("unconditional", [])[:depth]
+        parts = m.get("bound_parts") or {}
+        equal = f"{m['equal_rows']}/{body['n_prompts']}"
+        cells = [
+            f"`{name}`",
+            with_interval(m["tokens_per_step"], m["low"].get("tokens_per_step"),
+                          m["high"].get("tokens_per_step")),
+            *(_cell(rate) for rate in rates + [None] * (depth - len(rates))),
+            _cell(parts.get("nodes")),
+            milliseconds(parts.get("draft_s")),
+            milliseconds(parts.get("t_n_s")),
+            _cell(m["bound"]),
+            with_interval(m["speedup_stock"], m["low"].get("speedup_stock"),
+                          m["high"].get("speedup_stock")),
+            with_interval(m["speedup_plain"], m["low"].get("speedup_plain"),
+                          m["high"].get("speedup_plain")),
+            _cell(m["efficiency"]),
+            f"({equal})" if m["law_only"] else equal,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    share, facts = body["loop_share"], body["provenance"]
+    lines += [
+        "",
+        f"{body['n_prompts']} prompts, temperature {body['temperature']:g}; loop share of plain "
+        f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
+        "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
+        "prompts; in brackets: plain's law by a rule of its own, another text. "
+        f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
+        f"{str(facts.get('git_commit'))[:10]}.",
+        *(f"Warning: {warning}" for warning in body["warnings"]),
+    ]
+    return "\n".join(lines)
 
 
 def write_result(path: str | None, config: Any, target: Target, body: dict[str, Any]) -> None:

@@ -62,6 +62,8 @@ class Method(ABC):
 
     #: the drafter whose costs bound the method's speed; None drafts nothing, or is not ours
     drafter: Drafter | None = None
+    #: another one like it, whose costs are measured: what it learns meanwhile disturbs nothing
+    twin: Drafter | None = None
     #: other people's loop: what its prefill takes is not known, nor what bounds it
     outside = False
     #: a lookahead may end its drafts before their full depth

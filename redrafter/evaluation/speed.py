@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from redrafter.config import SpeedConfig
 from redrafter.contracts import StepStats
 from redrafter.data.answers import generation_config
+from redrafter.drafters.selector import Selector
 from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.figures import (
     Interval,
@@ -82,7 +83,7 @@ def cost_meter(
 
     sizes: of trees, seen in the warm-up; others are interpolated
     """
-    drafters = {m.name: m.drafter for m in methods if m.drafter is not None}
+    drafters = {m.name: m.twin or m.drafter for m in methods if m.drafter is not None}
     largest = max([1, *(d.max_nodes for d in drafters.values())])
     limit = target.max_positions
     return CostMeter(
@@ -267,10 +268,21 @@ class Summary:
         }
         return out
 
+    def per_prompt(self, name: str) -> dict[str, Any]:
+        """Of every batch: tokens, steps (None where they are not known), seconds."""
+        timing, first = self.timing[name], [r[0].stats for r in self.runs[name]]
+        return {
+            "tokens": timing.tokens.astype(int).tolist(),
+            "steps": None if None in first else [sum(stats.steps) for stats in first],
+            "seconds": [round(s, 5) for s in timing.total_s.tolist()],
+        }
+
     def _bound(self, method: Method, tau: float, stats: StepStats | None) -> dict[str, Any]:
         """t(N) is the mean over the sizes of the trees that were verified."""
         if method.drafter is None:
             return {"bound": None if method.outside else 1.0}
+        if isinstance(method.drafter, Selector):  # no two of its drafts cost the same
+            return {"bound": None}
         at = self.costs.target[0]
         sizes = Counter(n for r in self.runs[method.name] for run in r for n in run.nodes)
         steps = max(1, sizes.total())
@@ -309,6 +321,7 @@ class Summary:
             "exact": all(figures[n]["equal_share"] == 1.0 for n in drafting) if drafting else None,
             "loop_share": self.loop_share,
             "n_prompts": len(self.answers),
+            "per_prompt": {m.name: self.per_prompt(m.name) for m in self.methods},
             "temperature": self.config.temperature,
             "batch_size": self.config.batch_size,
             "costs": asdict(self.costs),

@@ -1,0 +1,71 @@
+"""`eval/table.py`, `eval/acceptance.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from redrafter.config.common import TargetConfig, at_least, check_temperatures
+from redrafter.config.evaluation import DraftingConfig
+
+
+@dataclass(frozen=True)
+class TableConfig(DraftingConfig):
+    """`eval/table.py`: one table and its pictures over prompt sets, temperatures and methods."""
+
+    target: TargetConfig
+    sets: dict[str, str]
+    """Name of a set of prompts -> JSON-lines file; rows are taken from its end."""
+    out: str
+    """Folder. A part that is there already, of the same configuration, is not measured again."""
+    methods: list[str] = field(default_factory=lambda: ["stock", "plain", "head"])
+    """Ways of decoding, as eval/speed.py names them."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """0 is greedy."""
+    n_prompts: int = 100
+    """Rows of each set."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    max_new_tokens: int = 128
+    """Per prompt, the same for every method."""
+    repeats: int = 1
+    """Times that every prompt is run by every method; the median counts."""
+    cost_rounds: int = 60
+    """Measurements of each forward and drafted level, for the bound."""
+    seed: int = 0
+    """Prompt i samples with seed + i."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "n_prompts", "max_new_tokens", "repeats", "cost_rounds")
+        check_temperatures(self.temperatures)
+        if not self.sets or not self.methods:
+            raise ValueError("sets and methods: give at least one of each")
+
+
+@dataclass(frozen=True)
+class AcceptanceConfig(DraftingConfig):
+    """`eval/acceptance.py`: what is accepted, rule by rule."""
+
+    target: TargetConfig
+    prompts: str
+    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
+    methods: str
+    """Ways of drafting, comma-separated; all of them, with their options, stand below."""
+    n_prompts: int = 30
+    """Rows to use, from the end of the file."""
+    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    """What a row holds; `auto` looks at the keys of the first one."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    max_new_tokens: int = 128
+    """Per prompt."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    seed: int = 0
+    """Prompt i samples with seed + i."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+    out: str | None = None
+    """JSON file to write."""
