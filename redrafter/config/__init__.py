@@ -27,7 +27,7 @@ from redrafter.config.evaluation import (
     LosslessConfig,
     SpeedConfig,
 )
-from redrafter.config.table import AcceptanceConfig, TableConfig
+from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
     HeadConfig,
     LossConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "OptimConfig",
     "PrepareConfig",
     "ProbeConfig",
+    "RegretConfig",
     "SourceConfig",
     "SpeedConfig",
     "StatesConfig",

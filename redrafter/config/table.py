@@ -1,4 +1,4 @@
-"""`eval/table.py`, `eval/acceptance.py`."""
+"""`eval/table.py`, `eval/acceptance.py`, `eval/regret.py`."""
 
 from __future__ import annotations
 
@@ -69,3 +69,35 @@ class AcceptanceConfig(DraftingConfig):
     """CPU threads of torch; None leaves its own choice."""
     out: str | None = None
     """JSON file to write."""
+
+
+@dataclass(frozen=True)
+class RegretConfig(DraftingConfig):
+    """`eval/regret.py`: selectors beside their arms on a stream that changes its domain."""
+
+    target: TargetConfig
+    stream: list[str]
+    """JSON-lines files, one after the other; rows are taken from their ends."""
+    arms: list[str]
+    """Ways of drafting, as eval/speed.py names them."""
+    policies: list[str] = field(default_factory=lambda: ["ucb", "hedge"])
+    """Selectors over all arms: a policy, or with options, `ucb:exploration=0.2`."""
+    n_prompts: int = 50
+    """Rows of each file."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    max_new_tokens: int = 128
+    """Per prompt."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Prompt i samples with seed + i."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+    out: str | None = None
+    """JSON file to write; pictures go beside it."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "n_prompts", "max_new_tokens")
+        if not self.stream or len(self.arms) < 2 or not self.policies:
+            raise ValueError("stream and policies: give at least one; arms: at least two")

@@ -30,7 +30,7 @@ class Acceptance:
 
     tokens_per_step: as everywhere
     accepted: share of tested nodes below which a child was accepted (a node is tested if it was
-        accepted itself, or is the root, and has children)
+        accepted itself, or is the root, and has children); the step that ends a text is left out
     overlap: mean over the tested nodes of sum_v min(p, q) = 1 - TV; None where nothing was drawn
     optimum: mean of the most that any rule accepts of as many independent draws; None likewise
     nodes: verified per step, the root counted
