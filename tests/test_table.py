@@ -1,17 +1,23 @@
 """eval/table.py, eval/acceptance.py and eval/regret.py, end to end on a tiny target."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from models import prompts, settings, tiny
 from test_multi import RATIO, model
 
-from redrafter.cli import acceptance, regret, table
+from redrafter.cli import acceptance, prepare, probe_bigrams, regret, speed, table
+from redrafter.cli.args import parse
+from redrafter.config import TableConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.evaluation.acceptance import Watcher
+from redrafter.evaluation.methods import check_partners, parse_methods
 from redrafter.evaluation.regret import regret as regret_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +143,41 @@ def test_regret_end_to_end(tiny_target, rows, tmp_path, capsys):
     assert {len(m["regret_s"]) for m in body["methods"].values()} == {4}
     assert [part["prompts"] for part in body["parts"]] == [2, 2]
     assert (tmp_path / "r.png").stat().st_size > 0 and (tmp_path / "r.svg").exists()
+
+
+def test_what_drafters_are_made_from_is_loaded(tiny_target, rows, tmp_path, monkeypatch, capsys):
+    """A reference store, a probed table and a draft model, one of them by way of the Hub; prices
+    measured on the spot."""
+    import huggingface_hub
+
+    store, hub = tmp_path / "texts", tmp_path / "hub"
+    assert prepare.main([
+        f"--target.path={tiny_target}", f"--source.path={rows / 'a.jsonl'}", "--keep=texts",
+        f"--output_dir={store}",
+    ]) == 0  # fmt: skip
+    probe = [f"--target.path={tiny_target}", f"--out={hub / 'probed.safetensors'}"]
+    assert probe_bigrams.main(probe) == 0
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(hub))
+    names = ["plain", "suffix:4x1:reference=true", "ngrammys:3x2", "model:2x3:budget=true"]
+    args = [
+        f"--target.path={tiny_target}", f"--prompts={rows / 'a.jsonl'}", "--n_prompts=2",
+        "--max_new_tokens=8", "--text_prompt_tokens=4", "--cost_rounds=2",
+        f"--methods={','.join(names)}", f"--draft={tiny_target}", f"--out={tmp_path / 's.json'}",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        speed.main(args)
+    assert "'suffix:4x1:reference=true' needs --reference" in capsys.readouterr().err
+    args += [f"--reference={store}", "--probed=me/tables/probed.safetensors"]
+    assert speed.main(args) == 0
+    figures = json.loads((tmp_path / "s.json").read_text())["methods"]
+    assert list(figures) == names
+    assert all(m["equal_rows"] == 2 for m in figures.values())
+    assert figures["model:2x3:budget=true"]["tokens_per_step"] > 1.5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=str)
+def test_configurations_are_read_as_they_are(path):
+    config = parse(TableConfig, [f"--config={path}"], "eval/table.py")
+    names = parse_methods(",".join(config.methods))
+    for part in table.settings(config).values():
+        check_partners(names, part)
