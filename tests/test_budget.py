@@ -253,6 +253,17 @@ def test_an_ended_draft_costs_nothing_more(monkeypatch):
     assert got.stats.drafted_at[1:] == [0, 0, 0]
 
 
+def test_rows_that_outgrow_the_draft_model():
+    target, rows, config = tiny("llama"), prompts(), settings(**FREE)
+    draft = tiny("llama", **SMALL, num_key_value_heads=1, max_position_embeddings=17)
+    drafter = DraftModel(draft, target, 4, 3, budget=NodeBudget(FLAT, [1e-3]))
+    seen = Recorder(drafter)
+    got = speculative(target, rows, config, drafter=seen)
+    assert got.tokens == alone(target, rows, config)[0]
+    # Where one level alone has room, and where none has, nothing deeper is verified.
+    assert {1, 4} < {tree.n_nodes for tree, *_ in seen.steps}
+
+
 def test_best_nodes_of_a_draft_model():
     """`nodes` keeps the best of the tree that is drafted without it."""
     target = tiny("llama")
@@ -337,3 +348,9 @@ def test_impossible_costs_are_refused(arguments, named):
         NodeBudget(*arguments)
     with pytest.raises(InputError, match="nodes 0"):
         DraftModel(tiny("gpt2"), tiny("llama"), nodes=0)
+
+
+def test_a_draft_is_priced_by_the_levels_that_were_drafted():
+    budget = NodeBudget({1: 1.0}, [0.1, 0.2], 0.05)
+    assert budget.draft_s([1.0, 0.5]) == pytest.approx(0.25)
+    assert budget.draft_s([1.0, 1.0, 1.0]) == pytest.approx(0.55)  # deeper ones cost the last

@@ -47,6 +47,20 @@ def test_clean_run_is_lossless(sampled):
     assert 0 < result.largest_difference < result.rounding < 1e-10
 
 
+def test_drafters_that_watch_forwards_are_let():
+    target, rows, watched = tiny("llama"), prompts((5,)), []
+
+    class Watching(CountedBigrams):
+        def watch(self, prefill):
+            watched.append(prefill)
+            return super().watch(prefill)
+
+    drafter = Watching(count_bigrams(rows, target.vocab_size, 1), 1, 1)
+    plain_of = lossless.references(target, rows, settings())
+    lossless.check_mode(target, lambda texts: Plan(drafter), rows, settings(), plain_of, (1,))
+    assert watched[0] and len(watched) > 1 and not any(watched[1:])
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_planted_logits_are_found(sampled):
     def fault(logits):

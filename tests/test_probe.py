@@ -194,6 +194,19 @@ def test_a_table_of_another_target_is_refused(tmp_path):
         open_bigrams(path, other, 2)
 
 
+def test_a_counted_table_is_no_probed_one(tmp_path):
+    path, target = str(tmp_path / "t"), tiny("llama")
+    probe_bigrams(target, path, **SMALL)
+    assert torch.equal(open_probed(path, target).tokens, load_bigrams(path, VOCAB)[0].tokens)
+    with pytest.raises(InputError, match=r"probed from another target"):
+        open_probed(path, tiny("llama", hidden_size=40))
+    save_bigrams(tmp_path / "c", count_bigrams([[1, 2, 3]], VOCAB, 2), {"counted_on": {}})
+    with pytest.raises(InputError, match=r"holds counted bigrams.*--bigrams.*probe\.py"):
+        open_probed(str(tmp_path / "c"), target)
+    with pytest.raises(InputError, match=r"does not exist.*probe\.py"):
+        open_probed(str(tmp_path / "none"), target)
+
+
 def test_what_cannot_be_probed(tmp_path):
     for width in (0, VOCAB + 1):
         with pytest.raises(InputError, match=f"width: {width} must be"):

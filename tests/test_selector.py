@@ -10,9 +10,11 @@ from test_mixture import members
 
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import POLICIES, Arms, Selector
+from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
 
 
@@ -55,6 +57,28 @@ def test_an_idle_arm_catches_up():
         for layer, want in enumerate(fresh):
             keys = model.frontier._cache._views[layer][0][b, :, :known]
             assert (keys - want).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_arm_that_watches_forwards_may_be_idle(policy):
+    """Before it has drafted anything, too: the first arm is the first that is tried."""
+    target, rows = tiny("llama"), prompts()
+    skip = LayerSkipping(target, 3, threshold=None, max_skipped=1, refresh="step")
+    draft = Selector({"suffix": SuffixDrafter(4), "skip": skip}, policy, clock=ticking())
+    got = speculative(target, rows, settings(), drafter=draft)
+    assert got.tokens == alone(target, rows, settings())[0]
+    assert draft.chosen[0] == 0 or policy == "hedge"
+
+
+def test_the_tokens_of_rows_that_end_count():
+    target, rows = tiny("llama"), prompts()
+    draft = Selector(
+        {"suffix": SuffixDrafter(4), "lookup": PromptLookup(3, 2)}, memory_steps=1e12,
+        clock=ticking(),
+    )  # fmt: skip
+    got = speculative(target, rows, settings(), drafter=draft)
+    assert sum(draft.arms.tokens) == pytest.approx(sum(got.stats.emitted))
+    assert sum(draft.arms.steps) == pytest.approx(got.stats.forwards)
 
 
 def test_worth_is_a_ratio_of_sums():

@@ -66,13 +66,15 @@ def test_acceptance_of_all_rules(tiny_target, rows, tmp_path, capsys):
         f"--target.path={tiny_target}", f"--draft={tiny_target}", "--n_prompts=2",
         f"--prompts={rows / 'a.jsonl'}", f"--out={tmp_path / 'x.json'}", "--max_new_tokens=8",
         "--text_prompt_tokens=4",
-        "--methods=multi:children=[1,1]:how=iid:rule=ratio,multi:children=[2]:how=seeded,lookup",
+        "--methods=multi:children=[1,1]:how=iid:rule=ratio,multi:children=[2]:how=seeded,lookup,"
+        "multi:children=[1,1]:how=iid:rule=ratio:lookahead=static(depth=1)",
     ]  # fmt: skip
     assert acceptance.main(args) == 0
     shown = capsys.readouterr().out
     assert "1 - TV" in shown and "lookup" in shown
     body = json.loads((tmp_path / "x.json").read_text())["methods"]
-    first, seeded, lookup = body.values()
+    first, seeded, lookup, shallow = body.values()
+    assert shallow["nodes"] == 2 < first["nodes"] == 3
     # The target drafts for itself: every draw is accepted.
     assert first["accepted"][0] == 1.0
     assert first["overlap"][0] == pytest.approx(1.0, abs=1e-4)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -151,6 +152,11 @@ class NodeBudget:
         return 1.0 if best == math.inf else best
 
     _tree: TokenTree | None = None
+
+    def draft_s(self, drafted: Sequence[float]) -> float:
+        """Seconds of a draft by the prices. drafted: per level, the share of the steps that got
+        there."""
+        return self.start_s + sum(n * self._level_cost(level) for level, n in enumerate(drafted))
 
     # -- one step, in the order of calls ---------------------------------------------------
 

@@ -288,7 +288,11 @@ class Summary:
         steps = max(1, sizes.total())
         t_n = sum(k * self.costs.t(n, at.context, at.batch) for n, k in sizes.items()) / steps
         drafted = [n / max(1, sum(stats.steps)) for n in stats.drafted_at]
-        draft = self.costs.draft(method.name, drafted if method.stops_early else None)
+        budget = getattr(method.drafter, "budget", None)
+        if budget is not None:  # it ends a draft by what it reads, and nothing is read in a bench
+            draft = budget.draft_s(drafted)
+        else:
+            draft = self.costs.draft(method.name, drafted if method.stops_early else None)
         t_1 = self.costs.t(1, at.context, at.batch)
         return {
             "bound": speed_bound(tau, t_1, draft, t_n) if sizes else None,
