@@ -40,6 +40,10 @@ EXAMPLES = {
     "multi:children=[2,2]:how=seeded": {"max_nodes": 7, "children": (2, 2), "how": "seeded"},
     "multi:source=both:children=[2]:how=iid": {"needs": {"hidden"}, "max_nodes": 3},
     "skip:3:fixed=[1]": {"max_depth": 3},
+    "none": {"max_depth": 0, "max_nodes": 1},
+    "select(none,lookup:4x2)": {"max_depth": 4},
+    "select(none,lookup:4x2):policy=hedge": {"policy": "hedge"},
+    "mix(none,lookup:4x2,suffix:3x1):nodes=4": {"max_nodes": 4},
     "suffix:6x1:reference=true": {"max_depth": 6},
     "head:3x4:budget=true": {"max_depth": 4, "max_nodes": 13},
     "model:2x3:budget=true:nodes=5": {"max_depth": 3, "max_nodes": 5},
@@ -75,9 +79,8 @@ def test_a_name_sets_its_options_and_drafts_exactly(name, partners):
 
 
 def test_every_kind_has_an_example_and_is_described():
-    kinds = {name.split(":")[0] for name in EXAMPLES}
-    plain = {name for name, kind in DRAFTERS.items() if not kind.members}
-    assert kinds == plain, "every kind without members has an example above"
+    kinds = {parse_name(name).kind for name in EXAMPLES}
+    assert kinds == set(DRAFTERS), "every kind has an example above"
     shown = describe_kinds(DRAFTERS)
     for name in DRAFTERS:
         assert f"\n  {name}" in f"\n{shown}"

@@ -24,6 +24,7 @@ from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate, n_nodes
 from redrafter.drafters.ngrammys import NGrammys
+from redrafter.drafters.none import NoDraft
 from redrafter.drafters.options import Name, describe, options_of, parse_name
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
@@ -197,6 +198,11 @@ def multi(
     return MultiCandidate(frontiers, children, **options)
 
 
+def none(target: Target, partners: Partners) -> NoDraft:
+    """No draft: for `select`, where not drafting may pay best."""
+    return NoDraft()
+
+
 def mix(target: Target, partners: Partners, members: Mapping[str, Drafter], **options) -> Mixture:
     """The best nodes of several drafters, in one tree."""
     return Mixture(members, **options)
@@ -271,6 +277,7 @@ DRAFTERS: dict[str, Kind] = {
     "model": Kind(model, ("width", "depth"), needs=_needs_of_model),
     "multi": Kind(multi, needs=_needs_of_multi),
     "skip": Kind(skip, ("depth",)),
+    "none": Kind(none),
     "mix": Kind(mix, members=True),
     "select": Kind(select, members=True),
     "replay": Kind(replay, ("width", "depth"), needs=lambda o: {"texts": 1}),
