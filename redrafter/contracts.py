@@ -81,7 +81,7 @@ class Sequences:
               drafter may propose with it, and must not write to it.
     temperature: what the target's logits are divided by (1.0 when greedy)
     seeds:    (B,) int64, every row's seed; None when greedy. For a drafter that draws by itself:
-              see `noise.private_gumbel`
+              see `noise.private_uniform`
     cache:    the target's keys and values (a `RowCache`), for a drafter that borrows it: it may
               write behind the committed part, and puts `lengths` back before its tree is verified
     """

@@ -12,13 +12,13 @@ import redrafter.data.probed as probed
 from redrafter.cli import probe_bigrams as command
 from redrafter.cli import speed as speed_cli
 from redrafter.contracts import InputError
-from redrafter.data.bigrams import open_bigrams
+from redrafter.data.bigrams import open_bigrams, open_probed
 from redrafter.data.probed import (
     probe_bigrams,
     unembedding_distance,
     unigram_of_weights,
 )
-from redrafter.drafters.bigram import BigramTable, load_bigrams, save_bigrams
+from redrafter.drafters.bigram import BigramTable, count_bigrams, load_bigrams, save_bigrams
 from redrafter.target.model import load_target
 
 BOS = 1  # of every tiny target's configuration

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         plan = build_plan(name, target, partners)
         rows = [p.ids for p in prompts]
-        found = measure_acceptance(target, plan.drafter, rows, wanted, seeds, plan.rule, name)
+        found = measure_acceptance(target, plan, rows, wanted, seeds, name)
         body[name] = asdict(found)
     print(show(body, config))
     write_result(config.out, config, target, {"methods": body})

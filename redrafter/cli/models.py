@@ -52,7 +52,7 @@ def load_partners(
 
     config: SpeedConfig or LosslessConfig; others: `prompts_to_count` prompts, not evaluated ones
     """
-    from redrafter.data.bigrams import open_bigrams
+    from redrafter.data.bigrams import open_probed
     from redrafter.data.reference import reference_texts
     from redrafter.evaluation.methods import Partners, needed
     from redrafter.hub.fetch import fetch
@@ -65,7 +65,7 @@ def load_partners(
         width = wanted["bigrams"]
         found["bigrams"], counted_on = _bigrams(config, target, width, others, generation_config)
     if "probed" in wanted:
-        found["probed"], _ = open_bigrams(fetch(config.probed, "probed"), target, wanted["probed"])
+        found["probed"] = open_probed(fetch(config.probed, "probed"), target)
     if "reference" in wanted:
         found["reference"] = reference_texts(config.reference, target, progress=True)
     if "draft" in wanted:  # it computes as the target does

@@ -94,6 +94,21 @@ def open_bigrams(path: str, target: Target, width: int) -> tuple[BigramTable, st
     )
 
 
+def open_probed(path: str, target: Target) -> BigramTable:
+    """A table of data/probe.py. Raises InputError naming what is missing, damaged, or was made
+    otherwise or from another target."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist: make it with data/probe.py")
+    table, about = load_bigrams(path, target.vocab_size)
+    if about.get("kind") != PROBED:
+        raise InputError(
+            f"{path} holds counted bigrams, no probed ones: give it as --bigrams, or make a table "
+            "of this target with data/probe.py"
+        )
+    check_probed(path, about, target)
+    return table
+
+
 def tokenizer_of(store: Store) -> str | None:
     """Digest of the tokenizer that rows of a store were made with, where it is known."""
     made = store.identity.get("text") or store.identity.get("target") or {}

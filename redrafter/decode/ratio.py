@@ -67,6 +67,8 @@ def verify_ratio(
     Raises InputError where the rule does not fit how the tree was drawn.
     """
     draws = tree.draws or guesses(tree)
+    if tree.n_nodes == 1:
+        rule = "ratio"  # nothing was drafted: what follows the root is drawn from p by either
     if rule == "kseq" and (draws.mode != "iid" or draws.source is not None):
         raise InputError(
             f"rule: kseq is for independent draws from one distribution, this tree's are "

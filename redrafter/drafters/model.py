@@ -7,7 +7,7 @@ the proposal is what the target would say were p equal to q. One candidate is th
 probability at least (1 - TV) / (1 + TV), TV being the distance between p and q, and the text is
 plain decoding's whatever is drafted. The ratio rule of the papers (draw x from q on its own, accept
 with min(1, p(x) / q(x)), else draw from the rest) is accepted with probability 1 - TV, which is
-more, gives a text of the same law but one that changes with the drafter, and is not built here.
+more, and gives a text of the same law but one that changes with the drafter: see `multi.py`.
 Sources: two-model drafting, arXiv 2302.01318 and 2211.17192; proposing with the shared noise,
 Gumbel coupling (Daliri, Musco, Suresh 2024); all-levels trees, EAGLE-2; the bookkeeping, ours.
 """
@@ -91,10 +91,9 @@ class DraftModel(Drafter):
     def extend(self, level: int) -> Tensor:
         """Features (B, 1): cumulative log-score of the level's best node; -inf in rows whose
         text has left the draft model's context, and once the budget has ended the draft."""
+        self._ended |= level > self.frontier.levels  # no row has room in the draft model's context
         if self._ended:
             return torch.full_like(self.log_q[0], float("-inf"))
-        if level > self.frontier.levels:
-            return self._append_nothing()
         if level > 1:
             self._logits = self.frontier.advance(self.tokens[-1], self._place)
         scores = self._logits.to(self.log_q[0].dtype)  # (B, w, V)
@@ -126,12 +125,3 @@ class DraftModel(Drafter):
     def observe(self, truth: Truth) -> None:
         if self.budget:
             self.budget.observe(truth)
-
-    def _append_nothing(self) -> Tensor:
-        """A level of invalid nodes, without a forward."""
-        tokens = self.tokens[0].expand(-1, self.width)
-        self.tokens.append(tokens)
-        self.parents.append(torch.zeros_like(tokens))
-        nothing = torch.full_like(self.log_q[0], float("-inf"))
-        self.log_q.append(nothing.expand(-1, self.width))
-        return nothing

@@ -130,7 +130,7 @@ class Selector(Drafter):
         return stack
 
     def start(self) -> None:
-        self._started = self.clock()
+        self._started, self._known = self.clock(), self.seqs.length
         if self.policy == "hedge":
             self._learn()
             arm = self._weighted()
@@ -184,7 +184,8 @@ class Selector(Drafter):
         if self._started is None:
             return  # the prefill
         now = self.clock()
-        tokens = float(truth.count.sum())
+        # Not by `truth.count`: that is 0 for a row that has just ended.
+        tokens = float((self.seqs.length - self._known).sum())
         if tokens:
             self.arms.add(self.chosen[-1], tokens, now - self._started)
         if self.policy == "hedge":

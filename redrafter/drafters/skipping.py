@@ -102,6 +102,7 @@ class LayerSkipping(Drafter):
 
     def begin(self, seqs: Sequences) -> None:
         super().begin(seqs)
+        self._tree: TokenTree | None = None  # the last one drafted; others' may be verified
         self._n_forwards, self._sets = 0, Counter()
         self.cosine: list[float] | None = None  # per layer, those that the set was chosen by
         device, capacity = seqs.ids.device, seqs.cache.capacity

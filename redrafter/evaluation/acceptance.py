@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter, TokenTree, Truth
 from redrafter.contracts import Sequences as Rows
-from redrafter.decode.ratio import Rule
 from redrafter.decode.speculative import speculative
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
 from redrafter.evaluation.optimum import best_acceptance
+from redrafter.evaluation.plans import Plan
 from redrafter.target.model import Target
 
 
@@ -110,18 +110,20 @@ class Watcher(Drafter):
 
 def measure_acceptance(
     target: Target,
-    drafter: Drafter,
+    plan: Plan,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     seeds: Sequence[int],
-    rule: Rule,
     name: str = "acceptance",
 ) -> Acceptance:
     """Decode every prompt by itself and look at what was tested."""
     temperature = float(config.temperature or 1.0) if config.do_sample else 1.0
-    watcher, rows = Watcher(drafter, temperature), []
+    watcher, rows = Watcher(plan.drafter, temperature), []
     for prompt, seed in zip(tqdm(prompts, desc=name, disable=None), seeds, strict=True):
-        made = speculative(target, [prompt], config, seeds=[seed], drafter=watcher, rule=rule)
+        made = speculative(
+            target, [prompt], config, seeds=[seed], drafter=watcher, lookahead=plan.lookahead,
+            rule=plan.rule,
+        )  # fmt: skip
         stats = made.stats
         rows.append((sum(stats.emitted), sum(stats.steps), watcher.accepted, watcher.tested,
                      watcher.overlap, watcher.optimum, stats.nodes_verified))  # fmt: skip

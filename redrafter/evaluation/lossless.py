@@ -57,6 +57,9 @@ class RecordingDrafter(Drafter):
         self.max_depth, self.max_nodes = drafter.max_depth, drafter.max_nodes
         self.feature_names = drafter.feature_names
 
+    def watch(self, prefill: bool):
+        return self.drafter.watch(prefill)
+
     def begin(self, seqs: Rows) -> None:
         super().begin(seqs)
         self.drafter.begin(seqs)
