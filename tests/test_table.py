@@ -67,13 +67,15 @@ def test_acceptance_of_all_rules(tiny_target, rows, tmp_path, capsys):
         f"--prompts={rows / 'a.jsonl'}", f"--out={tmp_path / 'x.json'}", "--max_new_tokens=8",
         "--text_prompt_tokens=4",
         "--methods=multi:children=[1,1]:how=iid:rule=ratio,multi:children=[2]:how=seeded,lookup,"
-        "multi:children=[1,1]:how=iid:rule=ratio:lookahead=static(depth=1)",
+        "multi:children=[1,1]:how=iid:rule=ratio:lookahead=static(depth=1),"
+        "mix(suffix:4x1,lookup:4x2):nodes=5",
     ]  # fmt: skip
     assert acceptance.main(args) == 0
     shown = capsys.readouterr().out
     assert "1 - TV" in shown and "lookup" in shown
     body = json.loads((tmp_path / "x.json").read_text())["methods"]
-    first, seeded, lookup, shallow = body.values()
+    first, seeded, lookup, shallow, mixed = body.values()
+    assert 1 <= mixed["nodes"] <= 5
     assert shallow["nodes"] == 2 < first["nodes"] == 3
     # The target drafts for itself: every draw is accepted.
     assert first["accepted"][0] == 1.0

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known.describe_drafting(),
     )
     from redrafter.data.answers import generation_config
+    from redrafter.drafters.options import parse_name
     from redrafter.evaluation.acceptance import measure_acceptance
     from redrafter.evaluation.plans import build_plan
     from redrafter.evaluation.prompts import evaluation_prompts
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names = known.parse_methods(config.methods)
     for name in names:
-        if name.split(":")[0] not in known.DRAFTERS:
-            raise InputError(f"methods: {name!r} drafts nothing of ours")
+        if parse_name(name).kind not in known.DRAFTERS:
+            raise InputError(
+                f"methods: {name!r} drafts nothing of ours; choose from {', '.join(known.DRAFTERS)}"
+            )
     known.check_partners(names, config)
     target, head = load_both(config)
     prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
