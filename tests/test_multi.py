@@ -15,6 +15,7 @@ from redrafter.decode.ratio import RULES
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
 from redrafter.drafters.multi import HOW, MultiCandidate, n_nodes
+from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.target.model import Target
 
 CHILDREN = (3, 2, 2)
@@ -240,6 +241,16 @@ def test_a_row_depends_on_nothing_but_itself(case):
         one = speculative(target, [row], config, seeds=[b], drafter=draft, rule=rule)
         assert (one.tokens[0], one.finish[0]) == (whole.tokens[b], whole.finish[b])
     assert sum(whole.stats.accepted_at) > 0
+
+
+def test_a_row_depends_on_no_other_rows_tree():
+    """Guesses, where the size of the batch's trees is that of the largest one."""
+    target, rows, config = tiny("llama"), prompts(), settings(**MODES["t1.5"], **FREE)
+    draft = SuffixDrafter(6)
+    whole = speculative(target, rows, config, seeds=range(4), drafter=draft, rule="ratio")
+    for b, row in enumerate(rows):
+        one = speculative(target, [row], config, seeds=[b], drafter=draft, rule="ratio")
+        assert one.tokens[0] == whole.tokens[b]
 
 
 @pytest.mark.slow

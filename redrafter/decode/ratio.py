@@ -53,7 +53,9 @@ def accepting_noise(seqs: Sequences, tree: TokenTree, max_depth: int) -> Tensor:
     """
     rounds = tree.draws.order.shape[2] if tree.draws is not None else tree.n_nodes - 1
     depth = torch.arange(max_depth + 1, device=seqs.length.device)
-    return private_uniform(seqs.seeds, ACCEPTING, seqs.length[:, None] + depth, rounds + 1)
+    u = private_uniform(seqs.seeds, ACCEPTING, seqs.length[:, None] + depth, rounds + 1)
+    # How many rounds there are is up to the batch's largest tree; no row's numbers are.
+    return torch.cat([u[..., 1:], u[..., :1]], -1)
 
 
 def verify_ratio(
