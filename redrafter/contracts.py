@@ -145,6 +145,9 @@ class Drafter(ABC):
     max_depth: int = 0
     #: the most nodes `tree` returns (N), the root counted
     max_nodes: int = 1
+    #: whether it writes to the target's cache (`Sequences.cache`) while drafting: two such drafters
+    #: cannot draft at the same time
+    borrows_cache: bool = False
     #: names of the columns of the features that `extend` returns
     feature_names: tuple[str, ...] = ()
 

@@ -125,6 +125,9 @@ class Recorder(Drafter):
         super().begin(seqs)
         self.inner.begin(seqs)
 
+    def watch(self, prefill: bool):
+        return self.inner.watch(prefill)
+
     def start(self) -> None:
         self.before = self.seqs.length.tolist(), self.seqs.live.tolist()
         self.inner.start()

@@ -1,8 +1,11 @@
 """Mixtures: the merge against path sets, the budget, what is learned, and the text."""
 
+import itertools
+
 import pytest
 import torch
 from models import (
+    VOCAB,
     RandomLookahead,
     Recorder,
     alone,
@@ -17,12 +20,19 @@ from test_draft_model import MODES, close_draft
 
 from redrafter.contracts import InputError, Sequences, TokenTree
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.bigram import count_bigrams
+from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.frontier import ModelFrontier
 from redrafter.drafters.hindsight import Past
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.mixture import Calibration, Mixture, merge
 from redrafter.drafters.model import DraftModel
+from redrafter.drafters.multi import MultiCandidate
+from redrafter.drafters.ngrammys import NGrammys
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.drafters.selector import Selector
+from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
 
 
@@ -48,6 +58,34 @@ def test_text_is_plain_decoding(family, mode):
     report = got.extra["drafter"]
     assert set(report) == set(draft.members)
     assert 0 < report["replay"]["right_nodes"] < report["replay"]["judged_nodes"]
+
+
+@pytest.mark.parametrize("mode", ["greedy", "t1.5"])
+def test_members_of_every_other_kind(mode):
+    """One that draws, one that borrows the cache, tables, one that is made of others itself."""
+    target, rows, config = tiny("llama"), prompts(), settings(**MODES[mode])
+    want = alone(target, rows, config)
+    table = count_bigrams([r + t for r, t in zip(rows, want[0], strict=True)], VOCAB, 8)
+    inner = {"lookup": PromptLookup(3, 2), "recycling": TokenRecycling(target.vocab_size)}
+    whole = LayerSkipping(target, 3, fixed=())
+    draft = Mixture({
+        "multi": MultiCandidate([ModelFrontier(close_draft(target), target, 7)], (2, 2), "iid"),
+        "skip": whole,
+        "ngrammys": NGrammys(table, 4, 3),
+        "select": Selector(inner, clock=itertools.count().__next__),
+    }, 13)  # fmt: skip
+    for _ in range(2):
+        got = speculative(target, rows, config, seeds=range(4), drafter=draft)
+        assert (got.tokens, got.finish) == want
+    told = got.extra["drafter"]["skip"]
+    assert told["right_nodes"] == told["judged_nodes"] > 0  # nobody wrote over what it had read
+    with pytest.raises(InputError, match="a and b draft in the target's cache"):
+        Mixture({"a": whole, "b": LayerSkipping(target, 2, fixed=(1,))})
+    with pytest.raises(InputError, match="a and b draft in the target's cache"):
+        Selector({"a": whole, "b": LayerSkipping(target, 2, fixed=(1,))}, "hedge")
+    budget = NodeBudget({1: 1.0, 9: 1.1}, [0.1])
+    with pytest.raises(InputError, match="a has a node budget"):
+        Mixture({"a": DraftModel(target, target, budget=budget), "b": PromptLookup()})
 
 
 def paths(tree: TokenTree, row: int) -> dict[tuple[int, ...], float]:

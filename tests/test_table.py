@@ -13,7 +13,7 @@ from redrafter.cli.args import parse
 from redrafter.config import TableConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.multi import MultiCandidate
-from redrafter.evaluation.acceptance import Watcher
+from redrafter.evaluation.acceptance import Counter, Watcher
 from redrafter.evaluation.methods import check_partners, parse_methods
 from redrafter.evaluation.regret import regret as regret_of
 
@@ -104,11 +104,15 @@ def test_what_was_tested_is_counted(case):
 
     draft = MultiCandidate([model(target, children=children)], children, how)
     watcher = Seen(draft, 1.5)
-    got = speculative(target, rows[:1], config, drafter=watcher, rule=rule)
+    counter = Counter()
+    got = speculative(target, rows[:1], config, drafter=watcher, rule=rule, lookahead=counter)
     stats = got.stats
-    # All steps but the one that ended the text.
-    assert sum(stats.accepted_at) - len(children) <= watcher.accepted <= sum(stats.accepted_at)
-    assert watcher.tested >= watcher.accepted and len(overlaps) == watcher.tested
+    assert counter.accepted == sum(stats.accepted_at)  # no EOS cut anything here
+    rejected = counter.tested - counter.accepted
+    assert 0 < rejected <= sum(stats.steps)
+    # The oracles: all steps but the one that ended the text.
+    left_out = counter.tested - watcher.tested
+    assert 0 <= left_out <= len(children) and len(overlaps) == watcher.tested
     assert watcher.drawn == (how == "iid")
     if how == "iid":
         ids = torch.tensor([rows[0] + got.tokens[0]])

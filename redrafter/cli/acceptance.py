@@ -66,8 +66,8 @@ def show(body: dict[str, Any], config: AcceptanceConfig) -> str:
         rows.append([name, m["nodes"], *figures])
     return "\n".join([
         table(columns, rows), "",
-        "accepted: of the nodes that were tested, those below which a child was accepted",
-        "1 - TV, optimum: means over the same nodes of what one draw is accepted with, and the "
+        "accepted: of the levels that were tested (all above them were accepted)",
+        "1 - TV, optimum: means over the tested nodes of what one draw is accepted with, and the "
         "most that any rule accepts of as many independent draws",
         f"temperature {config.temperature:g}, {config.n_prompts} prompts; intervals: 95 % "
         "bootstrap over prompts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from redrafter.contracts import InputError
@@ -90,11 +90,7 @@ def _price(target: Any, drafter: Any, batch_size: int) -> Any:
         target, new_tokens=[1, *sizes], contexts=[context], batches=[batch_size],
         drafters={"this": drafter},
     )  # fmt: skip
-    table = meter.run(_PRICE_ROUNDS)
-    cost = table.drafters[0]
-    levels = [level.q1_s for level in cost.levels]
-    forwards = {entry.n: entry.cost.q1_s for entry in table.target}
-    return NodeBudget(forwards, levels, max(0.0, cost.draft.q1_s - sum(levels)))
+    return NodeBudget.from_costs(asdict(meter.run(_PRICE_ROUNDS)), batch_size)
 
 
 def _bigrams(

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, bodies = Path(config.out), {}
     for name, part in parts.items():
         file = Path(part.out)
-        body = finished(file, part)
+        body = finished(file, part, target.fingerprint())
         if body is None:
             print(f"{name}: {len(names)} methods, {part.n_prompts} prompts", flush=True)
             write_result(part.out, part, target, measure(part, names, target, head))
@@ -81,7 +81,7 @@ def settings(config: TableConfig) -> dict[str, SpeedConfig]:
     return found
 
 
-def finished(file: Path, part: SpeedConfig) -> dict[str, Any] | None:
+def finished(file: Path, part: SpeedConfig, fingerprint: str) -> dict[str, Any] | None:
     """What an earlier run measured, None where it did not. Raises InputError where it was asked
     for something else."""
     from redrafter.files import plain_values
@@ -90,7 +90,7 @@ def finished(file: Path, part: SpeedConfig) -> dict[str, Any] | None:
         return None
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
-        made = body["provenance"]["config"]
+        made, target = body["provenance"]["config"], body["provenance"]["target"]["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is no result of eval/table.py: remove it") from None
     # A threads or out that differs changes no figure's meaning.
@@ -99,6 +99,7 @@ def finished(file: Path, part: SpeedConfig) -> dict[str, Any] | None:
         for key, value in plain_values(part).items()
         if key not in ("out", "threads") and made.get(key) != value
     ]
+    differ += [] if target == fingerprint else ["target (its weights)"]
     if differ:
         raise InputError(
             f"{file} was measured with another {', '.join(differ)}: remove it, or give another out"

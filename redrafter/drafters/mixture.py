@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,8 +96,19 @@ def merge(trees: list[TokenTree]) -> tuple[TokenTree, Tensor]:
     return merged, scores
 
 
+def refuse_two_borrowers(kind: str, members: Mapping[str, Drafter]) -> None:
+    """Raises InputError where two members would write to the target's cache in the same draft."""
+    borrowers = [name for name, member in members.items() if member.borrows_cache]
+    if len(borrowers) > 1:
+        raise InputError(
+            f"{kind}: {' and '.join(borrowers)} draft in the target's cache, and both at the same "
+            "time would overwrite each other: keep one"
+        )
+
+
 class Mixture(Drafter):
-    """The best nodes of several drafters.
+    """The best nodes of several drafters. What a member learns from the tree that was verified
+    (`skip:refresh=step`, `select`) it learns from the mixture's, not from its own.
 
     members: name -> drafter; they share nothing
     nodes: N, the root counted
@@ -115,10 +127,18 @@ class Mixture(Drafter):
             raise InputError("mixture: give at least two drafters")
         if nodes < 2:
             raise InputError(f"mixture: nodes {nodes} must be at least 2, the root counted")
+        refuse_two_borrowers("mixture", members)
+        for name, member in members.items():
+            if getattr(member, "budget", None) is not None:
+                raise InputError(
+                    f"mixture: {name} has a node budget of its own, which learns from its own "
+                    "trees alone: leave it out, `nodes` is the budget here"
+                )
         if not prior_nodes > 0:
             raise InputError(f"mixture: prior_nodes {prior_nodes} must be positive")
         self.members, self.prior_nodes = dict(members), prior_nodes
         self.needs = frozenset().union(*(m.needs for m in self.members.values()))
+        self.borrows_cache = any(m.borrows_cache for m in self.members.values())
         self.max_depth = max(m.max_depth for m in self.members.values())
         self.max_nodes = nodes
         self._calibrations: list[Calibration] = []  # kept from generation to generation
@@ -153,7 +173,9 @@ class Mixture(Drafter):
 
     def tree(self) -> TokenTree:
         tree, scores = merge([m.tree() for m in self.members.values()])
-        self._past.append((Past(tree, self.seqs.length, self.seqs.live), scores))
+        # A copy: the loop narrows `valid` of the tree that it is given.
+        kept = replace(tree, valid=tree.valid.clone())
+        self._past.append((Past(kept, self.seqs.length, self.seqs.live), scores))
         log_p = torch.stack(
             [c.log_p(scores[:, i], tree.depth) for i, c in enumerate(self._calibrations)], 1
         ).amax(1)

@@ -22,14 +22,15 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import bucket
 from redrafter.drafters.hindsight import Past
+from redrafter.drafters.mixture import refuse_two_borrowers
 
 POLICIES = ("ucb", "hedge")
 
@@ -104,9 +105,12 @@ class Selector(Drafter):
                 f"selector: exploration {exploration} must not be negative, eta {eta} and "
                 f"memory_steps {memory_steps} must be positive"
             )
+        if policy == "hedge":  # all arms draft in every step
+            refuse_two_borrowers("selector", members)
         self.members, self.policy, self.clock = dict(members), policy, clock
         self.exploration, self.eta = exploration, eta
         self.needs = frozenset().union(*(m.needs for m in self.members.values()))
+        self.borrows_cache = any(m.borrows_cache for m in self.members.values())
         self.max_depth = max(m.max_depth for m in self.members.values())
         self.max_nodes = max(m.max_nodes for m in self.members.values())
         self.arms = Arms(len(members), memory_steps)
@@ -139,51 +143,41 @@ class Selector(Drafter):
         self.chosen.append(arm)
         self._members = list(self.members.values())
         self._drafting = self._members if self.policy == "hedge" else [self._members[arm]]
-        self._draft_s = []
-        for member in self._drafting:
-            self._timed(member.start)
-        self._level_s = [list(self._draft_s)]
+        self._own_s = [0.0] * len(self._drafting)
+        for i, member in enumerate(self._drafting):
+            self._timed(i, member.start)
 
-    def _timed(self, call: Callable, *args: Any) -> Any:
+    def _timed(self, i: int, call: Callable, *args: Any) -> Any:
         clock = self.clock()
         out = call(*args)
-        self._draft_s.append(self.clock() - clock)
+        self._own_s[i] += self.clock() - clock
         return out
 
-    def extend(self, level: int) -> Tensor | None:
-        """The features are those of the arm that drafts; None under `hedge`."""
-        self._draft_s, features = [], None
-        for member in self._drafting:
+    def extend(self, level: int) -> None:
+        """No features: those of the arms differ."""
+        for i, member in enumerate(self._drafting):
             if level <= member.max_depth:
-                features = self._timed(member.extend, level)
-            else:
-                self._draft_s.append(0.0)
-        self._level_s.append(list(self._draft_s))
-        return features if self.policy == "ucb" else None
+                self._timed(i, member.extend, level)
 
     def tree(self) -> TokenTree:
-        arm = self.chosen[-1]
+        trees = [self._timed(i, member.tree) for i, member in enumerate(self._drafting)]
         if self.policy == "ucb":
-            return self._members[arm].tree()
-        trees = [member.tree() for member in self._drafting]
-        own_s = [sum(column) for column in zip(*self._level_s, strict=True)]
+            return trees[0]
+        tree = trees[self.chosen[-1]]
         # The loop narrows `valid` of the tree that it is given: what is judged is a copy.
         past = [
-            Past(TokenTree(t.tokens, t.parent, t.depth, t.valid.clone()), self.seqs.length,
-                 self.seqs.live)
-            for t in trees
-        ]  # fmt: skip
-        self._past.append((past, own_s))
-        self._verified = bucket(trees[arm].n_nodes)
-        self._drafted_at = self.clock()
-        return trees[arm]
+            Past(replace(t, valid=t.valid.clone()), self.seqs.length, self.seqs.live) for t in trees
+        ]
+        self._past.append((past, self._own_s))
+        self._verified, self._drafted_at = bucket(tree.n_nodes), self.clock()
+        return tree
 
     def observe(self, truth: Truth) -> None:
+        now = self.clock()  # before the arms learn: all do in every step, whoever drafted
         for member in self.members.values():
             member.observe(truth)
         if self._started is None:
             return  # the prefill
-        now = self.clock()
         # Not by `truth.count`: that is 0 for a row that has just ended.
         tokens = float((self.seqs.length - self._known).sum())
         if tokens:

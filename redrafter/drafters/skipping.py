@@ -65,6 +65,7 @@ class LayerSkipping(Drafter):
     Raises InputError for a target whose attentions cannot be skipped, and for impossible options.
     """
 
+    borrows_cache = True
     feature_names = ("p_token", "best_log_q")
 
     def __init__(

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, TokenTree, Truth
+from redrafter.contracts import Drafter, Lookahead, TokenTree, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.decode.speculative import speculative
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
@@ -29,8 +30,8 @@ class Acceptance:
     """Figures of one method; each is (value, low, high), the interval over prompts.
 
     tokens_per_step: as everywhere
-    accepted: share of tested nodes below which a child was accepted (a node is tested if it was
-        accepted itself, or is the root, and has children); the step that ends a text is left out
+    accepted: share of tested levels that were accepted (a level is tested if all above it were
+        accepted)
     overlap: mean over the tested nodes of sum_v min(p, q) = 1 - TV; None where nothing was drawn
     optimum: mean of the most that any rule accepts of as many independent draws; None likewise
     nodes: verified per step, the root counted
@@ -43,10 +44,36 @@ class Acceptance:
     nodes: float
 
 
-class Watcher(Drafter):
-    """Drafts as another drafter does, and sums up what was tested.
+class Counter(Lookahead):
+    """Counts what was tested, before any stop: the steps that end texts are long ones, and leaving
+    them or what they accepted out would flatter no one.
 
-    tested, accepted: nodes; overlap, optimum: sums over the nodes tested
+    inner: the lookahead that decides; None lets all levels stand
+    """
+
+    def __init__(self, inner: Lookahead | None = None):
+        self.inner = inner
+
+    def begin(self, seqs: Rows) -> None:
+        self.tested = self.accepted = 0
+        if self.inner:
+            self.inner.begin(seqs)
+
+    def __call__(self, features: Tensor | None, level: int) -> Tensor | bool:
+        return self.inner(features, level) if self.inner else True
+
+    def observe(self, drafted: Tensor, accepted: Tensor) -> None:
+        self.accepted += int(accepted.sum())
+        self.tested += int(torch.minimum(accepted + 1, drafted).sum())
+        if self.inner:
+            self.inner.observe(drafted, accepted)
+
+
+class Watcher(Drafter):
+    """Drafts as another drafter does, and sums up the oracles over the nodes that were tested, in
+    all steps but the one that ends a text (of which a drafter is not told).
+
+    tested: nodes; overlap, optimum: sums over them
     """
 
     def __init__(self, inner: Drafter, temperature: float):
@@ -58,7 +85,7 @@ class Watcher(Drafter):
     def begin(self, seqs: Rows) -> None:
         super().begin(seqs)
         self.inner.begin(seqs)
-        self.tested = self.accepted = 0
+        self.tested = 0
         self.overlap = self.optimum = 0.0
         self.drawn = False
 
@@ -90,7 +117,6 @@ class Watcher(Drafter):
                 self._oracle(truth, row, node)
                 if d == count - 1:
                     break
-                self.accepted += 1
                 token = truth.tokens[row, d]
                 fits = (tree.parent[row] == node) & (tree.tokens[row] == token) & tree.valid[row]
                 fits[0] = False
@@ -118,19 +144,20 @@ def measure_acceptance(
 ) -> Acceptance:
     """Decode every prompt by itself and look at what was tested."""
     temperature = float(config.temperature or 1.0) if config.do_sample else 1.0
-    watcher, rows = Watcher(plan.drafter, temperature), []
+    watcher, counter, rows = Watcher(plan.drafter, temperature), Counter(plan.lookahead), []
     for prompt, seed in zip(tqdm(prompts, desc=name, disable=None), seeds, strict=True):
         made = speculative(
-            target, [prompt], config, seeds=[seed], drafter=watcher, lookahead=plan.lookahead,
+            target, [prompt], config, seeds=[seed], drafter=watcher, lookahead=counter,
             rule=plan.rule,
         )  # fmt: skip
         stats = made.stats
-        rows.append((sum(stats.emitted), sum(stats.steps), watcher.accepted, watcher.tested,
-                     watcher.overlap, watcher.optimum, stats.nodes_verified))  # fmt: skip
-    emitted, steps, accepted, tested, overlap, optimum, nodes = np.array(rows, dtype=float).T
+        rows.append((sum(stats.emitted), sum(stats.steps), stats.nodes_verified, counter.accepted,
+                     counter.tested, watcher.overlap, watcher.optimum, watcher.tested))  # fmt: skip
+    emitted, steps, nodes, accepted, tested, *oracles, seen = np.array(rows, dtype=float).T
+    overlap, optimum = oracles
 
     def oracle(total: np.ndarray) -> Interval | None:
-        return bootstrap(pooled, total, tested) if watcher.drawn else None
+        return bootstrap(pooled, total, seen) if watcher.drawn else None
 
     return Acceptance(
         bootstrap(pooled, emitted, steps),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from redrafter.contracts import Drafter, InputError, Truth, root_tree
+from redrafter.contracts import Drafter, InputError, TokenTree, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
@@ -147,16 +147,21 @@ class _Bench:
             self.rows.temperature, self.rows.seeds = self.temperature, seeds
             self.rows.noise = gumbel(seeds, self.context + depth, self.target.vocab_size)
         one = torch.ones_like(self.rows.length)
-        tree = root_tree(self.rows.root)
-        prefill = Truth(tree.tokens, one, self.hidden, self.logits)
-        truth = replace(prefill, tree=tree, tree_logits=self.logits)
+        prefill = Truth(self.rows.root[:, None], one, self.hidden, self.logits)
+        # As many logits as there are nodes: some drafters learn from all of them.
+        logits = self._forward(drafter.max_nodes).logits.clone()
+        drafted: list[TokenTree] = []
+
+        def observe() -> None:
+            tree = drafted.pop()
+            drafter.observe(replace(prefill, tree=tree, tree_logits=logits[:, : tree.n_nodes]))
 
         def run() -> list[float]:
             drafter.begin(self.rows)
             drafter.observe(prefill)
             calls = [drafter.start]
             calls += [lambda k=k: drafter.extend(k) for k in range(1, drafter.max_depth + 1)]
-            calls += [drafter.tree, lambda: drafter.observe(truth)]
+            calls += [lambda: drafted.append(drafter.tree()), observe]
             seconds = []
             for call in calls:
                 synchronize(self.target.device)

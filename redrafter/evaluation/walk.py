@@ -29,10 +29,10 @@ def walk(
         each answer's own length
     Returns the stats of `speculative`, `steps` and `emitted` per prompt; of `seconds` only "draft",
     the drafter's calls, means something, and `forwards` is the sum of steps.
-    Raises InputError for a drafter that must see hidden states or logits.
+    Raises InputError for a drafter that must see hidden states, logits or the target's cache.
     """
-    if drafter.needs:
-        needs = ", ".join(sorted(drafter.needs))
+    if drafter.needs or drafter.borrows_cache:
+        needs = ", ".join(sorted(drafter.needs | ({"cache"} if drafter.borrows_cache else set())))
         raise InputError(f"walk: the drafter needs the target's {needs}, texts alone do not do")
     depth = drafter.max_depth
     stats = StepStats([0] * len(prompts), [0] * len(prompts), [0] * depth, [0] * depth)

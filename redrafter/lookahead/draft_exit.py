@@ -48,7 +48,9 @@ class DraftExit(Lookahead):
     ):
         if name not in feature_names:
             said = ", ".join(feature_names) or "nothing"
-            raise InputError(f"draft exit: the drafter publishes {said}, not {name}")
+            raise InputError(
+                f"draft exit: the drafter publishes {said}, not {name}: use one that does (skip)"
+            )
         given = {"alpha": alpha, "beta1": beta1, "beta2": beta2, "eps": eps}
         for option, value in (*given.items(), ("threshold", threshold)):
             if value is not None and not 0 <= value <= 1:
