@@ -79,7 +79,9 @@ class Selector(Drafter):
 
     members: name -> drafter
     policy: "ucb" or "hedge"
-    exploration: c of `ucb`, as a share of the speed achieved
+    exploration: c of `ucb`, as a share of the speed achieved; 0.1 loses more by finding the best
+        arm late than 0.3 by trying others (5.8 and 2.5 % of the time of the best of four arms,
+        gsm-stories-6m, 120 prompts)
     eta: rate of `hedge`, per token
     memory_steps: see `Arms`
     clock: seconds, for tests
@@ -90,7 +92,7 @@ class Selector(Drafter):
         self,
         members: Mapping[str, Drafter],
         policy: str = "ucb",
-        exploration: float = 0.1,
+        exploration: float = 0.3,
         eta: float = 0.1,
         memory_steps: float = 400.0,
         seed: int = 0,
