@@ -7,9 +7,10 @@ import torch
 from models import VOCAB, alone, prompts, settings, tiny
 
 from redrafter.contracts import InputError, Sequences
+from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
-from redrafter.drafters.lookup import PromptLookup, find_match
+from redrafter.drafters.lookup import PromptLookup, chain_scores, find_match
 
 
 def known_rows(rows: list[list[int]], room: int = 6) -> Sequences:
@@ -146,3 +147,31 @@ def test_baselines_change_nothing_and_accept_something(which, sampled):
         for i, row in enumerate(rows)
     ]
     assert made.stats.accepted_at == [sum(level) for level in zip(*single, strict=True)]
+
+
+def test_scores_of_a_chain_are_chances():
+    """Without noise r per token; with noise, on average over it, the same, and more where the
+    noise is in its favour: against Gumbel and argmax themselves."""
+    matched, tokens = torch.tensor([0, 3]), torch.tensor([[2, 0, 1], [1, 1, 0]])
+    log_r = -1 / (1 + matched.double())
+    plain = chain_scores(tokens, matched, None)
+    want = log_r[:, None] * torch.arange(4)
+    torch.testing.assert_close(plain.double(), want, rtol=1e-6, atol=1e-6)
+    seeds = torch.arange(20000)
+    noise = gumbel(seeds, torch.arange(3).expand(len(seeds), 3), 4)
+    for row in range(2):
+        r = float(log_r[row].exp())
+        p = torch.full((4,), (1 - r) / 3).double()
+        p[int(tokens[row, 0])] = r
+        wins = (p.log() + noise[:, 0]).argmax(-1) == tokens[row, 0]
+        scores = chain_scores(
+            tokens[row : row + 1].expand(len(seeds), -1), matched[row].expand(len(seeds)), noise
+        )
+        chance = scores[:, 1].double().exp()
+        assert float(chance.mean()) == pytest.approx(r, abs=0.02)
+        for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.0)):
+            some = (chance >= low) & (chance < high)
+            if some.sum() > 500:
+                rate = float(wins[some].double().mean())
+                assert rate == pytest.approx(float(chance[some].mean()), abs=0.04)
+        assert (scores.diff(dim=1) <= 0).all()

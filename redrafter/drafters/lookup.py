@@ -51,14 +51,20 @@ def find_match(
 
 
 def chain_tree(
-    root: Tensor, tokens: Tensor, valid: Tensor, longest: int, matched: Tensor | None = None
+    root: Tensor,
+    tokens: Tensor,
+    valid: Tensor,
+    longest: int,
+    matched: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> TokenTree:
     """One chain per row below the root, cut to the longest one of the batch.
 
     root: (B,) int64; tokens: (B, >= k) int64; valid: (B, k) bool, without holes
     longest: tokens of the longest chain
     matched: (B,) tokens of the match that the chain follows: the longer, the surer. It gives the
-        nodes a score, -depth / (1 + matched), for whoever ranks them among others (ours)
+        nodes scores for whoever ranks them among others, see `chain_scores`
+    noise: (B, >= k, V), the verifier's
     """
     root = root[:, None]
     k = min(bucket(1 + longest), 1 + valid.shape[1]) - 1
@@ -68,8 +74,23 @@ def chain_tree(
         parent=(depth - 1).clamp(min=0),
         depth=depth,
         valid=torch.cat([torch.ones_like(root, dtype=torch.bool), valid[:, :k]], 1),
-        log_q=None if matched is None else -depth / (1 + matched[:, None]),
+        log_q=None if matched is None else chain_scores(tokens[:, :k], matched, noise),
     )
+
+
+def chain_scores(tokens: Tensor, matched: Tensor, noise: Tensor | None) -> Tensor:
+    """(B, 1 + k) cumulative log-scores of a chain tokens (B, k) that follows a match.
+
+    A guess: each token is right with probability r = exp(-1 / (1 + matched)), given that those
+    before it are. When sampling, the noise g of the token is known beforehand, and with it the
+    chance that it wins: all others together beat it unless a Gumbel variable of mass 1 - r stays
+    below log r + g, so it is exp(-(1 - r) / r * exp(-g)), whose mean over g is r. Ours.
+    """
+    log_r = (-1 / (1 + matched.double()))[:, None].expand(tokens.shape)
+    if noise is not None:
+        g = noise[:, : tokens.shape[1]].gather(2, tokens[:, :, None])[:, :, 0].double()
+        log_r = -((-log_r).exp() - 1) * (-g).exp()  # (1 - r) / r = 1 / r - 1
+    return torch.nn.functional.pad(log_r.cumsum(1), (1, 0)).float()
 
 
 class PromptLookup(Drafter):
@@ -110,4 +131,4 @@ class PromptLookup(Drafter):
         worth more than the forward over nodes that are known to be invalid."""
         valid = self.valid[:, : self.level]
         longest = int(valid.sum(1).max()) if self.level else 0
-        return chain_tree(self.seqs.root, self.tokens, valid, longest, self.ngram)
+        return chain_tree(self.seqs.root, self.tokens, valid, longest, self.ngram, self.seqs.noise)

@@ -281,4 +281,4 @@ class SuffixDrafter(Drafter):
     def tree(self) -> TokenTree:
         longest = min(max(self.lengths), self.level)
         valid, matched = self.valid[:, : self.level], self.features[:, 0]
-        return chain_tree(self.seqs.root, self.tokens, valid, longest, matched)
+        return chain_tree(self.seqs.root, self.tokens, valid, longest, matched, self.seqs.noise)
