@@ -31,9 +31,9 @@ def _bars(bodies: Bodies, key: str, label: str, mark: Callable[[dict], Any] | No
             if mark is not None and (place := mark(m)) is not None:
                 axes.plot([place], [y], marker="|", color="tab:red", markersize=9)
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_xlabel(label)
         axes.set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.supxlabel(label, fontsize="medium")
     return figure
 
 
