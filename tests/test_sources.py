@@ -187,7 +187,11 @@ def test_the_digest_is_the_content(tmp_path):
         ("a.json", b'[{"a": 1}, 2]', r"a\.json row 2: not a JSON object"),
         ("a.json", b'{\n"a": [1]}', r"a\.json:1: not valid JSON.*one array"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-12], r"a\.jsonl\.gz: cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-12],
+            r"a\.jsonl\.gz: cannot be read",
+        ),
         ("a.json.gz", gzip.compress(b'[{"a": 1}]', mtime=0)[:-9], r"a\.json\.gz: cannot be read"),
         ("a.parquet", b"PAR1", r"a\.parquet: not a whole Parquet file"),
         ("a.txt", b"text", r"a\.txt: no format that is known"),
