@@ -119,13 +119,13 @@ class Fixed(Frontier):
     """The same logits whatever was read; keeps what it was given."""
 
     def __init__(self, logits: torch.Tensor):
-        self.logits, self.levels = logits, []
+        self.logits, self.read = logits, []
 
     def start(self):
         return self.logits.expand(len(self.seqs.ids), 1, -1)
 
     def advance(self, tokens, place):
-        self.levels.append((tokens, place))
+        self.read.append((tokens, place))
         return self.logits.expand(*tokens.shape, -1)
 
 
@@ -201,7 +201,7 @@ def test_layout_of_draws():
         assert all(path_to(tree, row, i)[0] == 0 for i in reached)
     assert shared > n / 4
     # Fewer nodes than (3, 2) has when none are shared: the forward was shared too.
-    read = fixed.levels[0][0]
+    read = fixed.read[0][0]
     assert read.shape[1] == 3 and int(tree.valid.sum(1).float().mean()) < n_nodes((3, 2))
 
 
