@@ -148,6 +148,8 @@ class Drafter(ABC):
     #: whether it writes to the target's cache (`Sequences.cache`) while drafting: two such drafters
     #: cannot draft at the same time
     borrows_cache: bool = False
+    #: whether all of its drafts cost alike; not where it chooses among drafters step by step
+    drafts_alike: bool = True
     #: names of the columns of the features that `extend` returns
     feature_names: tuple[str, ...] = ()
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from redrafter.contracts import Drafter, Lookahead, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, Lookahead, TokenTree, Truth
 from redrafter.decode.plain import plain
+from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.target.model import Target
 
@@ -111,36 +112,24 @@ class RandomLookahead(Lookahead):
         return torch.rand(self.n_rows, generator=self.random) < 0.6
 
 
-class Recorder(Drafter):
+class Recorder(Wrapped):
     """Passes everything on to another drafter and keeps the trees and truths that it saw."""
 
     def __init__(self, inner: Drafter, needs: Sequence[str] = ()):
-        self.inner = inner
-        self.needs = frozenset(needs) | inner.needs
-        self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
+        super().__init__(inner, frozenset(needs))
         self.prefill: Truth | None = None
         self.steps: list[tuple[TokenTree, Truth, list[int], list[bool]]] = []
 
-    def begin(self, seqs: Sequences) -> None:
-        super().begin(seqs)
-        self.inner.begin(seqs)
-
-    def watch(self, prefill: bool):
-        return self.inner.watch(prefill)
-
     def start(self) -> None:
         self.before = self.seqs.length.tolist(), self.seqs.live.tolist()
-        self.inner.start()
-
-    def extend(self, level: int):
-        return self.inner.extend(level)
+        super().start()
 
     def tree(self) -> TokenTree:
-        self.last = self.inner.tree()
+        self.last = super().tree()
         return self.last  # the loop narrows `valid` on this very object
 
     def observe(self, truth: Truth) -> None:
-        self.inner.observe(truth)
+        super().observe(truth)
         if self.prefill is None:
             self.prefill = truth
         else:

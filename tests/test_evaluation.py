@@ -385,7 +385,7 @@ def test_lossless_command_with_several_methods(files, tmp_path, capsys, monkeypa
 
     def faulty(*args, drafter, **options):
         made = real(*args, drafter=drafter, **options)
-        if isinstance(drafter.drafter, SuffixDrafter):
+        if isinstance(drafter.inner, SuffixDrafter):
             made.tokens[0][5] = (made.tokens[0][5] + 1) % 500
         return made
 

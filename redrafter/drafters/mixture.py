@@ -10,15 +10,15 @@ are from; to a ratio rule all of them are guesses with q = 1, drawn or not. Ours
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
 from redrafter.decode.tree import best_nodes, bucket
+from redrafter.drafters.compose import Composite
 from redrafter.drafters.hindsight import Past
 
 # Confidences are binned between these cumulative log-scores.
@@ -96,17 +96,7 @@ def merge(trees: list[TokenTree]) -> tuple[TokenTree, Tensor]:
     return merged, scores
 
 
-def refuse_two_borrowers(kind: str, members: Mapping[str, Drafter]) -> None:
-    """Raises InputError where two members would write to the target's cache in the same draft."""
-    borrowers = [name for name, member in members.items() if member.borrows_cache]
-    if len(borrowers) > 1:
-        raise InputError(
-            f"{kind}: {' and '.join(borrowers)} draft in the target's cache, and both at the same "
-            "time would overwrite each other: keep one"
-        )
-
-
-class Mixture(Drafter):
+class Mixture(Composite):
     """The best nodes of several drafters. What a member learns from the tree that was verified
     (`skip:refresh=step`, `select`) it learns from the mixture's, not from its own.
 
@@ -123,11 +113,9 @@ class Mixture(Drafter):
         nodes: int = 17,
         prior_nodes: float = 2.0,
     ):
-        if len(members) < 2:
-            raise InputError("mixture: give at least two drafters")
+        super().__init__("mixture", members, together=True)
         if nodes < 2:
             raise InputError(f"mixture: nodes {nodes} must be at least 2, the root counted")
-        refuse_two_borrowers("mixture", members)
         for name, member in members.items():
             if getattr(member, "budget", None) is not None:
                 raise InputError(
@@ -136,17 +124,11 @@ class Mixture(Drafter):
                 )
         if not prior_nodes > 0:
             raise InputError(f"mixture: prior_nodes {prior_nodes} must be positive")
-        self.members, self.prior_nodes = dict(members), prior_nodes
-        self.needs = frozenset().union(*(m.needs for m in self.members.values()))
-        self.borrows_cache = any(m.borrows_cache for m in self.members.values())
-        self.max_depth = max(m.max_depth for m in self.members.values())
-        self.max_nodes = nodes
+        self.prior_nodes, self.max_nodes = prior_nodes, nodes
         self._calibrations: list[Calibration] = []  # kept from generation to generation
 
     def begin(self, seqs: Sequences) -> None:
         super().begin(seqs)
-        for member in self.members.values():
-            member.begin(seqs)
         if not self._calibrations:
             self._calibrations = [
                 Calibration(self.max_depth, self.prior_nodes, seqs.ids.device) for _ in self.members
@@ -154,12 +136,6 @@ class Mixture(Drafter):
         self._past: list[tuple[Past, Tensor]] = []
         self._verified = torch.zeros(len(self.members), device=seqs.ids.device)
         self._accepted = torch.zeros_like(self._verified)
-
-    def watch(self, prefill: bool) -> AbstractContextManager:
-        stack = ExitStack()
-        for member in self.members.values():
-            stack.enter_context(member.watch(prefill))
-        return stack
 
     def start(self) -> None:
         self._learn()
@@ -185,10 +161,6 @@ class Mixture(Drafter):
             log_p = torch.where(tree.depth == d, bound, log_p)
         tree.log_q = log_p.masked_fill(~tree.valid, float("-inf"))
         return best_nodes(tree, min(self.max_nodes, bucket(int(tree.valid.sum(1).max()))))
-
-    def observe(self, truth: Truth) -> None:
-        for member in self.members.values():
-            member.observe(truth)
 
     def _learn(self) -> None:
         """Judge the past trees that the text has outgrown."""

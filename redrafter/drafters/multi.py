@@ -98,13 +98,14 @@ class MultiCandidate(Drafter):
         self._order: list[Tensor] = []  # per level (B, w, k)
         self._tokens, self._parent = [root], [torch.zeros_like(root)]
         self._valid, self._first = [torch.ones_like(root, dtype=torch.bool)], [0]
-        temperature = self.temperature or self.seqs.temperature
-        self._log_q = lambda logits: torch.stack(
-            [log_probabilities(x, temperature) for x in logits], 2
-        )
         self._total = [torch.zeros(root.shape, dtype=torch.float64, device=root.device)]
         self._levels = min(f.levels for f in self.frontiers)
         self._next = self._log_q(logits) if self._levels > 0 else None
+
+    def _log_q(self, logits: list[Tensor]) -> Tensor:
+        """(B, w, Q, V) log-probabilities of all frontiers."""
+        temperature = self.temperature or self.seqs.temperature
+        return torch.stack([log_probabilities(x, temperature) for x in logits], 2)
 
     def extend(self, level: int) -> Tensor:
         """Features (B, 1): cumulative log-probability of the level's likeliest node."""
@@ -117,7 +118,8 @@ class MultiCandidate(Drafter):
         tokens, exists = self._choose(log_q, k, level)  # (B, w, k)
         w = tokens.shape[1]
         source = torch.arange(k, device=tokens.device) % len(self.frontiers)
-        own = log_q[:, :, source].gather(3, tokens[..., None])[..., 0]
+        row, above = (torch.arange(n, device=tokens.device) for n in tokens.shape[:2])
+        own = log_q[row[:, None, None], above[:, None], source, tokens]
         total = self._total[-1][:, :, None] + own
         valid = exists & self._valid[-1][:, :, None]
         if self._room is not None:

@@ -21,7 +21,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +28,8 @@ import torch
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import bucket
+from redrafter.drafters.compose import Composite
 from redrafter.drafters.hindsight import Past
-from redrafter.drafters.mixture import refuse_two_borrowers
 
 POLICIES = ("ucb", "hedge")
 
@@ -74,7 +73,7 @@ class Arms:
         return max(range(len(self.steps)), key=bound)
 
 
-class Selector(Drafter):
+class Selector(Composite):
     """Drafts with one of its members per step, for the whole batch.
 
     members: name -> drafter
@@ -98,8 +97,7 @@ class Selector(Drafter):
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if len(members) < 2:
-            raise InputError("selector: give at least two drafters")
+        super().__init__("selector", members, together=policy == "hedge")
         if policy not in POLICIES:
             raise InputError(f"selector: policy {policy!r} is not one of {', '.join(POLICIES)}")
         if exploration < 0 or not eta > 0 or not memory_steps > 0:
@@ -107,14 +105,9 @@ class Selector(Drafter):
                 f"selector: exploration {exploration} must not be negative, eta {eta} and "
                 f"memory_steps {memory_steps} must be positive"
             )
-        if policy == "hedge":  # all arms draft in every step
-            refuse_two_borrowers("selector", members)
-        self.members, self.policy, self.clock = dict(members), policy, clock
+        self.policy, self.clock = policy, clock
         self.exploration, self.eta = exploration, eta
-        self.needs = frozenset().union(*(m.needs for m in self.members.values()))
-        self.borrows_cache = any(m.borrows_cache for m in self.members.values())
-        self.max_depth = max(m.max_depth for m in self.members.values())
-        self.max_nodes = max(m.max_nodes for m in self.members.values())
+        self.drafts_alike = False
         self.arms = Arms(len(members), memory_steps)
         self._gain = [0.0] * len(members)
         #: of `hedge`: mean seconds of verifying a tree, by its bucket, and of an arm's draft
@@ -123,17 +116,9 @@ class Selector(Drafter):
 
     def begin(self, seqs: Sequences) -> None:
         super().begin(seqs)
-        for member in self.members.values():
-            member.begin(seqs)
         self.chosen: list[int] = []
         self._past: list[tuple[list[Past], list[float]]] = []
         self._started: float | None = None
-
-    def watch(self, prefill: bool) -> AbstractContextManager:
-        stack = ExitStack()
-        for member in self.members.values():
-            stack.enter_context(member.watch(prefill))
-        return stack
 
     def start(self) -> None:
         self._started, self._known = self.clock(), self.seqs.length
@@ -176,8 +161,7 @@ class Selector(Drafter):
 
     def observe(self, truth: Truth) -> None:
         now = self.clock()  # before the arms learn: all do in every step, whoever drafted
-        for member in self.members.values():
-            member.observe(truth)
+        super().observe(truth)
         if self._started is None:
             return  # the prefill
         # Not by `truth.count`: that is 0 for a row that has just ended.

@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, Lookahead, TokenTree, Truth
+from redrafter.contracts import Drafter, Lookahead, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.compose import Wrapped
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
 from redrafter.evaluation.optimum import best_acceptance
 from redrafter.evaluation.plans import Plan
@@ -69,7 +70,7 @@ class Counter(Lookahead):
             self.inner.observe(drafted, accepted)
 
 
-class Watcher(Drafter):
+class Watcher(Wrapped):
     """Drafts as another drafter does, and sums up the oracles over the nodes that were tested, in
     all steps but the one that ends a text (of which a drafter is not told).
 
@@ -77,32 +78,17 @@ class Watcher(Drafter):
     """
 
     def __init__(self, inner: Drafter, temperature: float):
-        self.inner, self.temperature = inner, temperature
-        self.needs = inner.needs | {"tree_logits"}
-        self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
-        self.feature_names = inner.feature_names
+        super().__init__(inner, frozenset({"tree_logits"}))
+        self.temperature = temperature
 
     def begin(self, seqs: Rows) -> None:
         super().begin(seqs)
-        self.inner.begin(seqs)
         self.tested = 0
         self.overlap = self.optimum = 0.0
         self.drawn = False
 
-    def start(self) -> None:
-        self.inner.start()
-
-    def extend(self, level: int):
-        return self.inner.extend(level)
-
-    def tree(self) -> TokenTree:
-        return self.inner.tree()
-
-    def watch(self, prefill: bool):
-        return self.inner.watch(prefill)
-
     def observe(self, truth: Truth) -> None:
-        self.inner.observe(truth)
+        super().observe(truth)
         if truth.tree is None:
             return
         tree = truth.tree

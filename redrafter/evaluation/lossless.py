@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.decode.verify import choose
+from redrafter.drafters.compose import Wrapped
 from redrafter.evaluation.plans import Plan
 from redrafter.target.model import Target, TargetOutput
 
@@ -45,38 +45,19 @@ _ROUNDING_ULPS = 8.0
 MAX_CASES = 100
 
 
-class RecordingDrafter(Drafter):
+class RecordingDrafter(Wrapped):
     """Drafts as another drafter does, and keeps the raw logits behind every emitted token.
 
     logits: per row, a list of (n, V) tensors, one per step
     """
 
     def __init__(self, drafter: Drafter):
-        self.drafter = drafter
-        self.needs = drafter.needs | {"logits"}
-        self.max_depth, self.max_nodes = drafter.max_depth, drafter.max_nodes
-        self.feature_names = drafter.feature_names
-
-    def watch(self, prefill: bool):
-        return self.drafter.watch(prefill)
+        super().__init__(drafter, frozenset({"logits"}))
 
     def begin(self, seqs: Rows) -> None:
         super().begin(seqs)
-        self.drafter.begin(seqs)
         self.logits: list[list[Tensor]] = [[] for _ in seqs.length]
         self.known = seqs.prompt_length.tolist()
-
-    def start(self) -> None:
-        self.drafter.start()
-
-    def extend(self, level: int) -> Tensor | None:
-        return self.drafter.extend(level)
-
-    def tree(self):
-        return self.drafter.tree()
-
-    def report(self) -> dict[str, Any]:
-        return self.drafter.report()
 
     def observe(self, truth: Truth) -> None:
         # By the rows' lengths, not by `truth.count`: that is 0 for a row that has just ended.
@@ -84,7 +65,7 @@ class RecordingDrafter(Drafter):
             if length > self.known[row]:
                 self.logits[row].append(truth.logits[row, : length - self.known[row]].clone())
             self.known[row] = length
-        self.drafter.observe(truth)
+        super().observe(truth)
 
 
 class RecordingTarget:

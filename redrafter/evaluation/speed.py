@@ -19,9 +19,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from redrafter.config import SpeedConfig
-from redrafter.contracts import Drafter, StepStats
+from redrafter.contracts import StepStats
 from redrafter.data.answers import generation_config
-from redrafter.drafters.selector import Selector
 from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.figures import (
     Interval,
@@ -179,11 +178,6 @@ def distinct(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _has_selector(drafter: Drafter) -> bool:
-    members = getattr(drafter, "members", {}).values()
-    return isinstance(drafter, Selector) or any(map(_has_selector, members))
-
-
 class Summary:
     """Figures of all methods from their runs."""
 
@@ -286,7 +280,7 @@ class Summary:
         """t(N) is the mean over the sizes of the trees that were verified."""
         if method.drafter is None:
             return {"bound": None if method.outside else 1.0}
-        if _has_selector(method.drafter):  # no two of its drafts cost the same
+        if not method.drafter.drafts_alike:
             return {"bound": None}
         at = self.costs.target[0]
         sizes = Counter(n for r in self.runs[method.name] for run in r for n in run.nodes)
