@@ -103,13 +103,13 @@ class Sequences:
 
 @dataclass
 class Truth:
-    """What one target forward established, handed to `Drafter.observe`.
+    """What one target forward established, handed to the drafter and the lookahead.
 
     tokens: (B, K+1) int64, the tokens emitted by this step, in order; the last of the first
             `count` ones is the new root
     count:  (B,) int64, how many of them are real (1..K+1); 0 for a row that is not live
     hidden: (B, K+1, H) or None, hidden state (the tensor that feeds lm_head) whose logits
-            produced each of `tokens`; None if the drafter's `needs` lacks "hidden"
+            produced each of `tokens`; None if neither's `needs` has "hidden"
     logits: (B, K+1, V) or None, the raw target logits that produced them
     tree:   the tree that was verified, and
     tree_logits: (B, N, V), the raw target logits at all of its nodes, accepted or not; None if
@@ -135,8 +135,9 @@ class Drafter(ABC):
     """Who proposes. One object serves one generation at a time; `begin` resets it.
 
     The loop calls, per generation `begin`, `observe` (prefill), and then per step
-    `start`, `extend` once per level, `tree`, `observe`. See `drafters/dummy.py` for the
-    shortest complete one.
+    `start`, `extend` once per level, `tree`, `observe`. A step for which the lookahead plans no
+    level goes by without the first three; `observe` then sees the bare root as the tree. See
+    `drafters/dummy.py` for the shortest complete one.
     """
 
     #: what `observe` must carry: any of "hidden", "logits", "tree_logits"
@@ -150,8 +151,11 @@ class Drafter(ABC):
     borrows_cache: bool = False
     #: whether all of its drafts cost alike; not where it chooses among drafters step by step
     drafts_alike: bool = True
-    #: names of the columns of the features that `extend` returns
+    #: names of the columns of `features`
     feature_names: tuple[str, ...] = ()
+    #: whether `features` say something of the first level before it is drafted, for nothing: the
+    #: lookahead's `go_on` is then asked at level 0 too
+    foresees: bool = False
 
     def watch(self, prefill: bool) -> AbstractContextManager:
         """Entered around each of the target's own forwards, the prefill (before `begin`) and the
@@ -167,9 +171,14 @@ class Drafter(ABC):
         """Begin the tree of this step at the root `seqs.root`."""
 
     @abstractmethod
-    def extend(self, level: int) -> Tensor | None:
-        """Draft level `level` (1, 2, ...). Returns its features (B, F) for the lookahead, or
-        None if this drafter publishes none."""
+    def extend(self, level: int) -> None:
+        """Draft level `level` (1, 2, ...)."""
+
+    def features(self) -> Tensor | None:
+        """(B, F) float, finite: what there is to say of the level just drafted, and of a drafter
+        that `foresees` the level to come; None if nothing. Called for a lookahead that decides
+        level by level, so they may cost something."""
+        return None
 
     @abstractmethod
     def tree(self) -> TokenTree:
@@ -184,22 +193,33 @@ class Drafter(ABC):
         return {}
 
 
-class Lookahead(ABC):
-    """Decides after each drafted level whether to go on. One object serves one generation at a
-    time."""
+class Lookahead:
+    """Decides how many levels a row drafts: before the step by `plan`, or after each level by
+    `go_on`, or both. One object serves one generation at a time, for one drafter."""
 
-    def begin(self, seqs: Sequences) -> None:  # noqa: B027 - most remember nothing
+    #: what `observe` must carry of the truth: "logits", "hidden"
+    needs: frozenset[str] = frozenset()
+    #: whether it decides level by level; False: `go_on` is never asked
+    level_by_level: bool = True
+
+    def begin(self, seqs: Sequences) -> None:
         """A new generation starts. What was learned in earlier ones may be kept."""
 
-    @abstractmethod
-    def __call__(self, features: Tensor | None, level: int) -> Tensor | bool:
-        """features: (B, F) of the level just drafted. Returns go_on: (B,) bool, or one Python
-        bool where the answer is the same for all rows and known without reading the features."""
+    def plan(self) -> Tensor | int | None:
+        """Levels to draft at most in the step that begins: (B,) int64, or one number for all rows;
+        None is no limit. Asked once per step; where no live row has any, nothing is drafted."""
+        return None
 
-    def observe(self, drafted: Tensor, accepted: Tensor) -> None:  # noqa: B027
-        """What became of a step. drafted, accepted: (B,) int64, levels that were verified and
-        those of them accepted (before any stop); 0 and 0 for a row that drafted nothing or was
-        not live."""
+    def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
+        """Whether to draft another level. features: (B, F), the drafter's, after the level just
+        drafted (0: none yet, asked of drafters that foresee). Returns (B,) bool, or one Python
+        bool where the answer is the same for all rows and known without reading the features."""
+        return True
+
+    def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
+        """What became of a step, and what the target said. drafted, accepted: (B,) int64, levels
+        that were verified and those of them accepted (before any stop); 0 and 0 for a row that
+        drafted nothing or was not live, and after the prefill."""
 
 
 @dataclass
@@ -211,7 +231,7 @@ class StepStats:
               tokens past a stop not counted)
     drafted_at[k], accepted_at[k]: row-steps that drafted at least depth k+1; whose first k+1
               levels were all accepted (and emitted)
-    seconds:  host wall-clock by part: "prefill", "draft", "verify", "total"
+    seconds:  host wall-clock by part: "prefill", "draft", "lookahead", "verify", "total"
     """
 
     steps: list[int]

@@ -108,7 +108,7 @@ class RandomLookahead(Lookahead):
         self.n_rows, self.dynamic = n_rows, dynamic
         self.random = torch.Generator().manual_seed(seed)
 
-    def __call__(self, features: Tensor | None, level: int) -> Tensor:
+    def go_on(self, features: Tensor | None, level: int) -> Tensor:
         return torch.rand(self.n_rows, generator=self.random) < 0.6
 
 

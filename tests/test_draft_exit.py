@@ -25,7 +25,7 @@ def started(n: int, **options) -> DraftExit:
 
 
 def told(exit_: DraftExit, drafted: list[int], accepted: list[int]) -> list[float]:
-    exit_.observe(torch.tensor(drafted), torch.tensor(accepted))
+    exit_.observe(torch.tensor(drafted), torch.tensor(accepted), None)
     return exit_.threshold.tolist()
 
 
@@ -68,7 +68,7 @@ def test_it_goes_on_iff_the_token_reaches_the_bar():
     exit_ = DraftExit(("other", "q"), K, name="q", threshold=0.5)
     exit_.begin(rows(3))
     features = torch.tensor([[0.0, 0.5], [1.0, 0.49], [0.0, 0.9]])
-    assert exit_(features, 1).tolist() == [True, False, True]
+    assert exit_.go_on(features, 1).tolist() == [True, False, True]
 
 
 class Watched(DraftExit):
@@ -78,14 +78,16 @@ class Watched(DraftExit):
         super().begin(seqs)
         self.answers, self.steps = [], []
 
-    def __call__(self, features, level):
-        self.answers.append(super().__call__(features, level))
+    def go_on(self, features, level):
+        self.answers.append(super().go_on(features, level))
         assert torch.equal(self.answers[-1], features[:, 0] >= self.threshold)
         return self.answers[-1]
 
-    def observe(self, drafted, accepted):
+    def observe(self, drafted, accepted, truth):
+        if truth.tree is None:  # the prefill
+            return
         self.steps.append((self.answers, drafted.tolist(), accepted.tolist()))
-        super().observe(drafted, accepted)
+        super().observe(drafted, accepted, truth)
         self.answers = []
 
 
@@ -111,7 +113,7 @@ def test_the_token_below_the_bar_is_verified(mode):
 
 
 def test_what_it_cannot_read_is_refused():
-    with pytest.raises(InputError, match="matched_tokens, not p_token"):
+    with pytest.raises(InputError, match="chain_score, not p_token"):
         DraftExit.of(PromptLookup())
     with pytest.raises(InputError, match="nothing, not p_token"):
         DraftExit((), K)

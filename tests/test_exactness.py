@@ -280,7 +280,7 @@ def test_lookahead_limits_what_is_drafted():
     texts = endless(target, rows, config)
 
     class Stop(Lookahead):
-        def __call__(self, features, level):
+        def go_on(self, features, level):
             return torch.tensor([level < 2, False, True, True])
 
     drafter = Recorder(ReplayDrafter(texts, VOCAB, 4, 2, 1.0))

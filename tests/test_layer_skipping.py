@@ -301,7 +301,7 @@ def test_features_are_probabilities_of_the_draft():
     config = settings(do_sample=True, temperature=0.7, max_new_tokens=3, **FREE)
     drafter = LayerSkipping(target, DEPTH, fixed=(0, 3))
     told, extend = [], drafter.extend
-    drafter.extend = lambda level: told.append(extend(level)) or told[-1]
+    drafter.extend = lambda level: (extend(level), told.append(drafter.features()))
     seen = Recorder(drafter)
     speculative(target, row, config, seeds=[3], drafter=seen)
     tree, _, (length,), _ = seen.steps[0]
@@ -318,7 +318,7 @@ def test_features_are_probabilities_of_the_draft():
     q = (target.project(out.last_hidden_state)[0] / 0.7).softmax(-1)
     want = [float(q[i, drafted[i + 1]]) for i in range(DEPTH)]
     assert [float(f[0, 0]) for f in told[:DEPTH]] == pytest.approx(want, abs=1e-9)
-    assert torch.equal(tree.log_q[0, 1:], torch.stack([f[0, 1] for f in told[:DEPTH]]))
+    assert torch.equal(tree.log_q[0, 1:], torch.stack([f[0, -1] for f in told[:DEPTH]]))
 
 
 def test_its_costs_can_be_measured():

@@ -78,7 +78,10 @@ def test_lookup_tree_is_the_copied_chain(levels, occurrence):
     drafter = PromptLookup(depth=5, max_ngram=3, occurrence=occurrence)
     drafter.begin(known_rows(rows))
     drafter.start()
-    features = [drafter.extend(level) for level in range(1, levels + 1)]
+    features = []
+    for level in range(1, levels + 1):
+        features.append(drafter.features())  # of the level to come
+        drafter.extend(level)
     tree = drafter.tree()
     assert tree.n_nodes <= 1 + levels
     for b, row in enumerate(rows):
@@ -87,6 +90,9 @@ def test_lookup_tree_is_the_copied_chain(levels, occurrence):
         assert tree.tokens[b, tree.valid[b]].tolist() == [row[-1], *tokens]
         assert valid == sorted(valid, reverse=True), "a chain has no holes"
         shown = [int(f[b, 0]) for f in features]
+        left = [int(f[b, 1]) for f in features]
+        whole = brute_force_lookup(row, 3, 5, occurrence)[0]
+        assert left == [max(len(whole) - k, 0) for k in range(levels)]
         assert shown == [n if k < len(tokens) else 0 for k in range(levels)]
 
 

@@ -137,12 +137,14 @@ def test_features_and_levels():
     drafter = NGrammys(table_of(HAND, unigram=[9]), k=4, w=2)
     drafter.begin(known([[1, 3, 1, 3, 1], [5], [1]]))
     drafter.start()
-    one, two = drafter.extend(1), drafter.extend(2)
+    one = drafter.features()  # of the level to come
+    drafter.extend(1)
+    two = drafter.features()
+    drafter.extend(2)
     # 3 1 twice, 2 5, 4 4, 9 9; 9 9; 2 5, 3 1, 4 4, 9 9.
     assert one.tolist() == [[CONTEXT, 2, 4], [UNIGRAM, 0, 1], [BIGRAM, 0, 4]]
     assert two.tolist() == one.tolist()
-    assert drafter.extend(3).tolist() == [[0, 0, 0]] * 3, "nothing reaches a third level"
-    drafter.extend(2)
+    assert drafter.features().tolist() == [[0, 0, 0]] * 3, "nothing reaches a third level"
     assert len(drafter.feature_names) == one.shape[1]
     full = drafter.tree()
     drafter.level = 1
@@ -150,7 +152,7 @@ def test_features_and_levels():
     assert int(drafter.rows()[1].sum(-1).max()) == 1
     drafter.seqs.live[0] = False
     drafter.start()
-    assert drafter.extend(1)[0].tolist() == [0, 0, 0], "a finished row drafts nothing"
+    assert drafter.features()[0].tolist() == [0, 0, 0], "a finished row drafts nothing"
 
 
 def brute_candidates(text, q, w):

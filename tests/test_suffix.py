@@ -181,7 +181,10 @@ def drafted(drafter: SuffixDrafter, rows: list[list[int]], levels: int | None = 
     drafter.begin(seqs)
     drafter.start()
     levels = drafter.max_depth if levels is None else levels
-    features = [drafter.extend(level).tolist() for level in range(1, levels + 1)]
+    features = []
+    for level in range(1, levels + 1):
+        features.append(drafter.features()[:, :2].tolist())  # of the level to come
+        drafter.extend(level)
     tree = drafter.tree()
     assert tree.n_nodes <= 1 + levels
     assert tree.tokens[:, 0].tolist() == [row[-1] for row in rows]
@@ -195,7 +198,7 @@ def test_draft_length_follows_the_match():
     chains, features = drafted(SuffixDrafter(8, factor=1.5), rows)
     assert chains == [[2], [4, 5, 6, 9], []]
     assert [level[0] for level in features] == [[1, 1]] + [[0, 0]] * 7
-    assert [level[1] for level in features] == [[3, 1]] * 4 + [[0, 0]] * 4
+    assert [level[1] for level in features] == [[1, 3]] * 4 + [[0, 0]] * 4
     assert drafted(SuffixDrafter(3, factor=1.5), rows)[0] == [[2], [4, 5, 6], []], "max depth"
     assert drafted(SuffixDrafter(8, factor=0.1), rows)[0] == [[2], [4], []], "at least one"
     assert drafted(SuffixDrafter(8, 2, factor=1.5), rows)[0] == [[], [4, 5, 6, 9], []], "min match"
@@ -214,7 +217,7 @@ def test_the_longer_match_wins_own_text_on_ties():
     chains, features = drafted(drafter, rows)
     # Three tokens against the own two; three and three; only the reference; none.
     assert chains == [[7, 7], [8, 1, 2], [7], []]
-    assert features[0] == [[3, 2], [3, 1], [1, 2], [0, 0]]
+    assert features[0] == [[2, 3], [1, 3], [2, 1], [0, 0]]
 
 
 def test_own_text_steps_in_where_the_longer_match_ends_its_text():

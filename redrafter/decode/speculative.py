@@ -74,17 +74,22 @@ def speculative(
             emitter.emit(row, [token])
         _append(seqs, first[:, None], emitter)
         seqs.cache = cache
-        if lookahead:
-            lookahead.begin(seqs)
+        count = seqs.live.long()  # a row may have ended with its first token
+        truth = Truth(first[:, None], count, hidden[:, None], logits[:, None])
         if drafter:
             drafter.begin(seqs)
-            count = seqs.live.long()  # a row may have ended with its first token
-            drafter.observe(Truth(first[:, None], count, hidden[:, None], logits[:, None]))
+            drafter.observe(truth)
+        if lookahead:
+            lookahead.begin(seqs)
+            lookahead.observe(count * 0, count * 0, truth)
+    needs = (drafter.needs if drafter else frozenset()) | (
+        lookahead.needs if lookahead else frozenset()
+    )
 
     while any(emitter.live):
         seqs.noise = request.noise(emitter.lengths, depth + 1)
         with timer("draft"):
-            tree = _draft(drafter, lookahead, seqs, limit)
+            tree = _draft(drafter, lookahead, seqs, limit, timer)
             seen = ancestors(tree, depth)
         with timer("verify"), watch(False):
             out = _forward(target, tree, seen, seqs, cache, limit)
@@ -94,33 +99,50 @@ def speculative(
         else:
             uniform = accepting_noise(seqs, tree, depth)
             verdict = verify_ratio(scores, tree, uniform, depth, rule)
-        if lookahead:
-            drafted = torch.where(tree.valid, tree.depth, 0).amax(1)
-            lookahead.observe(drafted * seqs.live, verdict.count * seqs.live)
+        was_live = seqs.live
         _accept(verdict, tree, seqs, cache, emitter, timer.stats)
+        truth = _truth(verdict, out, tree, seqs, needs)
         if drafter:
             with timer("draft"):
-                drafter.observe(_truth(verdict, out, tree, seqs, drafter.needs))
+                drafter.observe(truth)
+        if lookahead:
+            with timer("lookahead"):
+                drafted = torch.where(tree.valid, tree.depth, 0).amax(1)
+                lookahead.observe(drafted * was_live, verdict.count * was_live, truth)
     made = emitter.result(timer.stats)
     made.extra["drafter"] = drafter.report() if drafter else {}
     return made
 
 
 def _draft(
-    drafter: Drafter | None, lookahead: Lookahead | None, seqs: Sequences, limit: Tensor
+    drafter: Drafter | None,
+    lookahead: Lookahead | None,
+    seqs: Sequences,
+    limit: Tensor,
+    timer: StepTimer,
 ) -> TokenTree:
     """Level by level until the depth or the lookahead ends it."""
     if drafter is None:
         return root_tree(seqs.root)
+    depth, plan = drafter.max_depth, None
+    if lookahead:
+        with timer("lookahead"):
+            depth, plan = _plan(lookahead, seqs, depth)
+    if depth == 0 and drafter.max_depth > 0:
+        return root_tree(seqs.root)
     drafter.start()
     levels = torch.zeros_like(seqs.length)  # per row, levels that the lookahead let stand
-    go_on = seqs.live
-    for level in range(1, drafter.max_depth + 1):
-        features = drafter.extend(level)
-        levels += go_on
-        if lookahead is None or level == drafter.max_depth:
+    go_on, asks = seqs.live, lookahead is not None and lookahead.level_by_level
+    for level in range(0 if asks and drafter.foresees else 1, depth + 1):
+        if plan is not None:
+            go_on = go_on & (level <= plan)
+        if level > 0:
+            drafter.extend(level)
+            levels += go_on
+        if not asks or level == depth:
             continue
-        answer = lookahead(features, level)
+        with timer("lookahead"):
+            answer = lookahead.go_on(drafter.features(), level)
         if isinstance(answer, bool):
             if not answer:
                 break
@@ -134,6 +156,15 @@ def _draft(
     levels = torch.minimum(levels, limit - seqs.length)
     tree.valid = tree.valid & (tree.depth <= levels[:, None])
     return tree
+
+
+def _plan(lookahead: Lookahead, seqs: Sequences, depth: int) -> tuple[int, Tensor | None]:
+    """Levels that the longest-drafting row may draft, and how many each row may where they differ.
+    Reads the host once where they may."""
+    plan = lookahead.plan()
+    if isinstance(plan, Tensor):
+        return min(depth, int((plan * seqs.live).max())), plan
+    return depth if plan is None else min(depth, plan), None
 
 
 def _forward(

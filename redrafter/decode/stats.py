@@ -15,14 +15,19 @@ class StepTimer:
     def __init__(self, n_rows: int, depth: int):
         self.stats = StepStats(
             [0] * n_rows, [0] * n_rows, [0] * depth, [0] * depth,
-            seconds={"prefill": 0.0, "draft": 0.0, "verify": 0.0},
+            seconds={"prefill": 0.0, "draft": 0.0, "lookahead": 0.0, "verify": 0.0},
         )  # fmt: skip
+        self._inner_s = 0.0
 
     @contextmanager
     def __call__(self, part: str):
+        """Time spent in a part inside of another one counts for the inner one alone."""
+        outer, self._inner_s = self._inner_s, 0.0
         clock = time.perf_counter()
         yield
-        self.stats.seconds[part] += time.perf_counter() - clock
+        spent = time.perf_counter() - clock
+        self.stats.seconds[part] += spent - self._inner_s
+        self._inner_s = outer + spent
 
 
 def count_step(stats: StepStats, row: int, drafted: int, accepted: int, emitted: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
 from redrafter.decode.tree import level_depths, level_start
+from redrafter.drafters.features import TABLE_FEATURES, best_score
 from redrafter.files import plain_values, write_tensors
 
 FORMAT = 1
@@ -197,7 +198,7 @@ class CountedBigrams(Drafter):
     Raises InputError where the table has fewer successors per token.
     """
 
-    feature_names = ("best_log_q",)
+    feature_names = TABLE_FEATURES
 
     def __init__(
         self,
@@ -225,15 +226,16 @@ class CountedBigrams(Drafter):
         self.tokens, self.parents = [self.seqs.root[:, None]], [self._zeros]
         self.log_q = [self._zeros.to(self.next_log_p.dtype)]
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 1): cumulative log-probability of the level's best node."""
+    def extend(self, level: int) -> None:
         frontier = self.tokens[-1]  # (B, w)
         total = self.log_q[-1][:, :, None] + self.next_log_p[frontier]  # (B, w, W)
         best, index = total.flatten(1).topk(self.width, dim=-1)
         self.tokens.append(self.next_tokens[frontier].flatten(1).gather(1, index))
         self.parents.append(level_start(level - 1, self.width) + index // self.width)
         self.log_q.append(best)
-        return best[:, :1]
+
+    def features(self) -> Tensor:
+        return best_score(self.log_q)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)

@@ -22,7 +22,7 @@ class Wrapped(Drafter):
         self.needs = inner.needs | needs
         self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
         self.borrows_cache, self.drafts_alike = inner.borrows_cache, inner.drafts_alike
-        self.feature_names = inner.feature_names
+        self.feature_names, self.foresees = inner.feature_names, inner.foresees
 
     def watch(self, prefill: bool) -> AbstractContextManager:
         return self.inner.watch(prefill)
@@ -34,8 +34,11 @@ class Wrapped(Drafter):
     def start(self) -> None:
         self.inner.start()
 
-    def extend(self, level: int) -> Tensor | None:
-        return self.inner.extend(level)
+    def extend(self, level: int) -> None:
+        self.inner.extend(level)
+
+    def features(self) -> Tensor | None:
+        return self.inner.features()
 
     def tree(self) -> TokenTree:
         return self.inner.tree()

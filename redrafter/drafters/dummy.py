@@ -33,13 +33,16 @@ class DummyDrafter(Drafter):
         self.match = torch.where(earlier, place, 0).amax(1)  # (B,) its most recent position
         self.levels: list[Tensor] = []
 
-    def extend(self, level: int) -> Tensor:
-        """Add level `level` = 1, 2, ...; return its features (B, F)."""
+    def extend(self, level: int) -> None:
+        """Add level `level` = 1, 2, ..."""
         place = (self.match + level)[:, None]
         # What lies past the end is not known: any token may stand there, it is marked invalid.
         inside = place[:, 0] < self.seqs.length
         token = self.seqs.ids.gather(1, place.clamp(max=self.seqs.ids.shape[1] - 1))[:, 0]
         self.levels.append(torch.stack([token, (self.found & inside).long()]))
+
+    def features(self) -> Tensor:
+        """(B, F) for a lookahead to read; here the same at every level."""
         return self.found.float()[:, None]
 
     def tree(self) -> TokenTree:

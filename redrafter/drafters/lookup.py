@@ -93,6 +93,26 @@ def chain_scores(tokens: Tensor, matched: Tensor, noise: Tensor | None) -> Tenso
     return torch.nn.functional.pad(log_r.cumsum(1), (1, 0)).float()
 
 
+#: of the next token of a copied chain. `matched_tokens`: of the match; `left`: tokens of the chain
+#: from this one on; `token_noise`: the verifier's noise for it, 0 when greedy; `chain_score`: see
+#: `chain_scores`
+CHAIN_FEATURES = ("matched_tokens", "left", "token_noise", "chain_score")
+
+
+def chain_features(tokens: Tensor, valid: Tensor, matched: Tensor, noise: Tensor | None) -> Tensor:
+    """(B, k + 1, F) `CHAIN_FEATURES` of the token of level 1, 2, ... k, and zeros.
+
+    tokens: (B, k) int64; valid: (B, k) bool, without holes; matched, noise: as for `chain_tree`
+    """
+    left = valid.flip(1).cumsum(1).flip(1).float()
+    own = torch.zeros_like(left)
+    if noise is not None:
+        own = noise[:, : tokens.shape[1]].gather(2, tokens[:, :, None])[:, :, 0].float()
+    score = chain_scores(tokens, matched, noise)[:, 1:].clamp(min=-30.0)
+    told = torch.stack([matched[:, None].float().expand_as(left), left, own, score], 2)
+    return torch.nn.functional.pad(told * valid[:, :, None], (0, 0, 0, 1))
+
+
 class PromptLookup(Drafter):
     """One chain of up to `depth` tokens, copied from the row's own text.
 
@@ -102,7 +122,8 @@ class PromptLookup(Drafter):
         original's) or the most "recent" one
     """
 
-    feature_names = ("matched_tokens",)
+    feature_names = CHAIN_FEATURES
+    foresees = True
 
     def __init__(self, depth: int = 10, max_ngram: int = 3, occurrence: Occurrence = "leftmost"):
         if depth < 1 or max_ngram < 1:
@@ -119,12 +140,16 @@ class PromptLookup(Drafter):
         where = place[:, None] + level
         self.valid = (self.ngram > 0)[:, None] & (where < length[:, None])  # (B, K)
         self.tokens = ids.gather(1, where.clamp(max=ids.shape[1] - 1))
-        self.level = 0
+        self.level, self._features = 0, None
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 1): tokens of the match where it still has a token at this level, else 0."""
+    def extend(self, level: int) -> None:
         self.level = level
-        return torch.where(self.valid[:, level - 1], self.ngram, 0).float()[:, None]
+
+    def features(self) -> Tensor:
+        """`CHAIN_FEATURES`; all 0 where nothing can be drafted at the level to come."""
+        if self._features is None:
+            self._features = chain_features(self.tokens, self.valid, self.ngram, self.seqs.noise)
+        return self._features[:, self.level]
 
     def tree(self) -> TokenTree:
         """A chain, cut to the longest one of the batch: one read of the host per step, which is

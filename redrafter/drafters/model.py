@@ -21,6 +21,7 @@ from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, level_depths, level_start
 from redrafter.decode.warp import score_dtype
 from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import ModelFrontier
 from redrafter.target.model import Target
 
@@ -40,7 +41,7 @@ class DraftModel(Drafter):
     Raises InputError where the vocabularies or devices differ or a number is not positive.
     """
 
-    feature_names = ("best_log_q",)
+    feature_names = MODEL_FEATURES
 
     def __init__(
         self,
@@ -88,12 +89,10 @@ class DraftModel(Drafter):
         if self.budget:
             self.budget.start(seqs.live, self.max_nodes)
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 1): cumulative log-score of the level's best node; -inf in rows whose
-        text has left the draft model's context, and once the budget has ended the draft."""
+    def extend(self, level: int) -> None:
         self._ended |= level > self.frontier.levels  # no row has room in the draft model's context
         if self._ended:
-            return torch.full_like(self.log_q[0], float("-inf"))
+            return
         if level > 1:
             self._logits = self.frontier.advance(self.tokens[-1], self._place)
         scores = self._logits.to(self.log_q[0].dtype)  # (B, w, V)
@@ -111,7 +110,12 @@ class DraftModel(Drafter):
         self.log_q.append(best.masked_fill((level > self._room)[:, None], float("-inf")))
         if self.budget:
             self._ended = not self.budget.go_on(self.log_q[-1])
-        return self.log_q[-1][:, :1]
+        self._scores = scores
+
+    def features(self) -> Tensor | None:
+        if len(self.log_q) == 1:
+            return None
+        return model_features(self._scores, self.log_q)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, Draws, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.noise import DRAWING, draw, private_uniform
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import Frontier, log_probabilities
 
 How = Literal["iid", "without", "top", "seeded"]
@@ -51,7 +52,7 @@ class MultiCandidate(Drafter):
     Raises InputError where options contradict each other.
     """
 
-    feature_names = ("best_log_q",)
+    feature_names = MODEL_FEATURES
 
     def __init__(
         self,
@@ -107,10 +108,9 @@ class MultiCandidate(Drafter):
         temperature = self.temperature or self.seqs.temperature
         return torch.stack([log_probabilities(x, temperature) for x in logits], 2)
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 1): cumulative log-probability of the level's likeliest node."""
+    def extend(self, level: int) -> None:
         if level > self._levels:  # no row has room in the draft model's context
-            return self._total[0].new_full(self._total[0].shape, float("-inf"))
+            return
         if level > 1:
             logits = [f.advance(self._tokens[-1], self._place) for f in self.frontiers]
             self._next = self._log_q(logits)
@@ -133,7 +133,14 @@ class MultiCandidate(Drafter):
         self._q.append(log_q)
         self._append(tokens.flatten(1), place.expand(len(tokens), -1), fresh.flatten(1),
                      total.flatten(1), child, valid)  # fmt: skip
-        return self._total[-1].masked_fill(~self._valid[-1], float("-inf")).amax(1, keepdim=True)
+
+    def features(self) -> Tensor | None:
+        """Of the first drafter's q, without noise whatever the draws were made with."""
+        if not self._q:
+            return None
+        pairs = zip(self._total, self._valid, strict=True)
+        scores = [total.masked_fill(~valid, float("-inf")) for total, valid in pairs]
+        return model_features(self._q[-1][:, :, 0], scores).float()
 
     def _choose(self, log_q: Tensor, k: int, level: int) -> tuple[Tensor, Tensor]:
         """Children (B, w, k) of every node of the level above, and which of them exist."""

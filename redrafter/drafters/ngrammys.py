@@ -147,6 +147,7 @@ class NGrammys(Drafter):
     """
 
     feature_names = ("source", "occurrences", "rows")
+    foresees = True
 
     def __init__(
         self,
@@ -258,10 +259,14 @@ class NGrammys(Drafter):
         score, order = score.sort(dim=-1, descending=True, stable=True)
         return following.gather(-1, order), score
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 3): source of the best row that reaches this level (1 context, 2 bigram, 3
-        unigram, 0 none), its occurrences in the text (context, else 0), rows that reach it."""
+    def extend(self, level: int) -> None:
         self.level = level
+
+    def features(self) -> Tensor:
+        """Of the level to come (all are known from the start): source of the best row that reaches
+        it (1 context, 2 bigram, 3 unigram, 0 none), its occurrences in the text (context, else 0),
+        rows that reach it."""
+        level = self.level + 1
         told = []
         for draft in self.drafts:
             reach = [(source, n) for row, source, n in draft if len(row) >= level]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from redrafter.contracts import Drafter, TokenTree, root_tree
 
 
@@ -13,7 +11,7 @@ class NoDraft(Drafter):
     def start(self) -> None:
         pass
 
-    def extend(self, level: int) -> Tensor | None:
+    def extend(self, level: int) -> None:
         raise AssertionError("there are no levels")
 
     def tree(self) -> TokenTree:

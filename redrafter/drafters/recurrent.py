@@ -18,6 +18,7 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
@@ -30,7 +31,7 @@ class RecurrentDrafter(Drafter):
     """
 
     needs = frozenset({"hidden"})
-    feature_names = ("best_log_q",)
+    feature_names = MODEL_FEATURES
 
     def __init__(
         self,
@@ -79,14 +80,10 @@ class RecurrentDrafter(Drafter):
         if self.budget:
             self.budget.start(self.seqs.live, self.max_nodes)
 
-    def extend(self, level: int) -> Tensor:
-        """One step of the recurrence over the frontier (B, w), then its best W children.
-
-        Features (B, 1): log-score of the level's best node; -inf once the budget has ended the
-        draft.
-        """
+    def extend(self, level: int) -> None:
+        """One step of the recurrence over the frontier (B, w), then its best W children."""
         if self._ended:
-            return torch.full_like(self.log_q[0], float("-inf"))
+            return
         frontier = self.tokens[-1]
         states = self.head.step(self.target.embed(frontier), self.states)
         scores = self.head.logits(self.context, states)  # (B, w, Vd)
@@ -112,7 +109,12 @@ class RecurrentDrafter(Drafter):
         self.log_q.append(best)
         if self.budget:
             self._ended = not self.budget.go_on(best)
-        return best[:, :1]
+        self._scores = scores
+
+    def features(self) -> Tensor | None:
+        if len(self.log_q) == 1:
+            return None
+        return model_features(self._scores, self.log_q)
 
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)

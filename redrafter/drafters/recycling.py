@@ -20,6 +20,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.drafters.bigram import BigramTable, PairCounts
+from redrafter.drafters.features import TABLE_FEATURES, best_score
 
 #: The paper's 80 guesses, depth 6, k = 8 (its repository's template 2.2.2).
 PAPER_TREE = "8/84321111/8321111121001001011/52111000100100000010011/3110010000101/2001"
@@ -73,7 +74,7 @@ class TokenRecycling(Drafter):
     Raises InputError for a tree or table that does not fit.
     """
 
-    feature_names = ("best_log_q",)
+    feature_names = TABLE_FEATURES
 
     def __init__(
         self,
@@ -194,8 +195,7 @@ class TokenRecycling(Drafter):
         self.tokens = [root]
         self.log_q = [torch.zeros(root.shape, device=root.device)]
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 1): log-score of the level's best node, -inf where it has none."""
+    def extend(self, level: int) -> None:
         parent, rank = self._levels[level - 1]
         frontier = self.tokens[-1]  # (B, n of the level above)
         tokens, log_p = self.next_tokens[frontier], self.next_log_p[frontier]  # (B, n, k)
@@ -204,7 +204,9 @@ class TokenRecycling(Drafter):
         log_q = self.log_q[-1][:, parent] + log_p[:, parent, rank]
         self.tokens.append(tokens[:, parent, rank])
         self.log_q.append(log_q)
-        return log_q.amax(1, keepdim=True)
+
+    def features(self) -> Tensor:
+        return best_score(self.log_q)
 
     def _with_noise(self, tokens: Tensor, log_p: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Successors (B, n, k) in the order in which the target would choose them."""

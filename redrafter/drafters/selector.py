@@ -141,7 +141,6 @@ class Selector(Composite):
         return out
 
     def extend(self, level: int) -> None:
-        """No features: those of the arms differ."""
         for i, member in enumerate(self._drafting):
             if level <= member.max_depth:
                 self._timed(i, member.extend, level)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.warp import score_dtype
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.lookup import chain_tree
 from redrafter.target.model import Target
 from redrafter.target.skipping import AttentionSkipping, Cosines
@@ -66,7 +67,7 @@ class LayerSkipping(Drafter):
     """
 
     borrows_cache = True
-    feature_names = ("p_token", "best_log_q")
+    feature_names = ("p_token", *MODEL_FEATURES)
 
     def __init__(
         self,
@@ -162,11 +163,9 @@ class LayerSkipping(Drafter):
         dtype = score_dtype(self.target.dtype)
         self._log_q = [torch.zeros(self._tokens[0].shape, dtype=dtype, device=seqs.ids.device)]
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 2): q of the drafted token, without noise, and the chain's cumulative
-        log-score; zeros where nothing is drafted."""
+    def extend(self, level: int) -> None:
         if not self._drafts:
-            return torch.zeros(len(self._tokens[0]), 2, device=self._tokens[0].device)
+            return
         logits = self._forward(level)[:, 0]  # (B, V)
         scores = logits.to(self._log_q[0].dtype)
         if self.seqs.noise is not None:
@@ -179,7 +178,14 @@ class LayerSkipping(Drafter):
             step = noisy.gather(1, token) - noisy.logsumexp(-1, keepdim=True)
         self._tokens.append(token)
         self._log_q.append(self._log_q[-1] + step)
-        return torch.cat([log_p.exp(), self._log_q[-1]], 1)
+        self._p_token, self._scores = log_p.exp(), noisy
+
+    def features(self) -> Tensor:
+        """q of the drafted token, without noise, and `MODEL_FEATURES`; zeros where nothing is
+        drafted."""
+        if len(self._log_q) == 1:
+            return self._log_q[0].new_zeros(len(self._log_q[0]), len(self.feature_names))
+        return torch.cat([self._p_token, model_features(self._scores[:, None], self._log_q)], 1)
 
     def _forward(self, level: int) -> Tensor:
         """Read the last drafted token behind the text. Returns (B, 1, V) logits."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
-from redrafter.drafters.lookup import chain_tree
+from redrafter.drafters.lookup import CHAIN_FEATURES, chain_features, chain_tree
 
 ROOT = 0  # the state of the empty string
 _END = -1  # stands behind every reference text; no token has this id, so no match crosses it
@@ -227,7 +227,8 @@ class SuffixDrafter(Drafter):
     and 2.37/3.0, 2.52/3.7, 2.60/4.6. The leftmost occurrence: 1.84 and 2.43.
     """
 
-    feature_names = ("matched_tokens", "source")
+    feature_names = ("source", *CHAIN_FEATURES)
+    foresees = True
 
     def __init__(
         self,
@@ -269,16 +270,24 @@ class SuffixDrafter(Drafter):
         lengths = torch.tensor(self.lengths, device=device)[:, None]
         self.valid = torch.arange(self.max_depth, device=device) < lengths
         told = [[float(matched), source] for _, matched, source in drafts]
-        self.features = torch.tensor(told, device=device)  # (B, F)
-        self.level = 0
+        self.matched, self.source = torch.tensor(told, device=device).unbind(1)  # (B,) each
+        self.level, self._features = 0, None
 
-    def extend(self, level: int) -> Tensor:
-        """Features (B, 2): tokens of the match, and where it is (1 own text, 2 reference texts);
-        both 0 where nothing is drafted at this level."""
+    def extend(self, level: int) -> None:
         self.level = level
-        return torch.where(self.valid[:, level - 1, None], self.features, 0.0)
+
+    def features(self) -> Tensor:
+        """Where the match is (1 own text, 2 reference texts), and `CHAIN_FEATURES`; all 0 where
+        nothing can be drafted at the level to come."""
+        if self._features is None:
+            chain = chain_features(self.tokens, self.valid, self.matched, self.seqs.noise)
+            source = torch.where(self.valid, self.source[:, None], 0.0)[:, :, None]
+            self._features = torch.cat([torch.nn.functional.pad(source, (0, 0, 0, 1)), chain], 2)
+        return self._features[:, self.level]
 
     def tree(self) -> TokenTree:
         longest = min(max(self.lengths), self.level)
-        valid, matched = self.valid[:, : self.level], self.features[:, 0]
-        return chain_tree(self.seqs.root, self.tokens, valid, longest, matched, self.seqs.noise)
+        valid = self.valid[:, : self.level]
+        return chain_tree(
+            self.seqs.root, self.tokens, valid, longest, self.matched, self.seqs.noise
+        )

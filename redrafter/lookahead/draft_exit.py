@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Lookahead, Sequences
+from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
 
 GREEDY_START, SAMPLED_START = 0.8, 0.5
 
@@ -71,10 +71,10 @@ class DraftExit(Lookahead):
         self.accepted = torch.zeros(len(seqs.length), device=seqs.length.device)  # A (B,)
         self.threshold = torch.full_like(self.accepted, start)  # th (B,)
 
-    def __call__(self, features: Tensor, level: int) -> Tensor:
+    def go_on(self, features: Tensor, level: int) -> Tensor:
         return features[:, self.column] >= self.threshold
 
-    def observe(self, drafted: Tensor, accepted: Tensor) -> None:
+    def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
         told = drafted > 0
         rate = accepted / drafted.clamp(min=1)
         mean = self.beta1 * self.accepted + (1 - self.beta1) * rate

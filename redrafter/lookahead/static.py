@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from redrafter.contracts import Lookahead
 
 
@@ -13,5 +11,7 @@ class StaticLookahead(Lookahead):
     def __init__(self, depth: int):
         self.depth = depth
 
-    def __call__(self, features: Tensor | None, level: int) -> bool:
-        return level < self.depth
+    level_by_level = False
+
+    def plan(self) -> int:
+        return self.depth

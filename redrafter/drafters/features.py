@@ -1,0 +1,58 @@
+"""What a drafter can say of a level that it has just drafted, for a lookahead to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TOP = 10
+#: `p_1` .. `p_10`: the likeliest guesses of the level, in order; `margin`: p_1 - p_2;
+#: `entropy_nats`: of the level's distribution; `p_level`: that the level's nodes hold the right
+#: token, given that the level above does (of a chain: q of the drafted token); `log_p_path`: that
+#: the drafted nodes hold the right path down to this level, in nats
+MODEL_FEATURES = (
+    *(f"p_{i}" for i in range(1, TOP + 1)), "margin", "entropy_nats", "p_level", "log_p_path",
+)  # fmt: skip
+_LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
+
+
+def model_features(scores: Tensor, log_q: Sequence[Tensor]) -> Tensor:
+    """(B, F) `MODEL_FEATURES` of the last level.
+
+    scores: (B, w, V) log-probabilities up to a constant per node of what follows each of the w
+        nodes above, as the drafter read them: with the verifier's noise where it used that
+    log_q: per level (B, w_level) cumulative log-scores of the nodes, the last level's own last;
+        the root's 0
+    The level's distribution is the one over all (node above, token) pairs, each node weighted by
+    its own probability; for a chain it is q. Features: DISCO (arXiv 2405.04304); for trees, ours.
+    """
+    above, level = log_q[-2].to(scores.dtype), log_q[-1].to(scores.dtype)
+    log_p = scores.log_softmax(-1)
+    own = log_p.exp().mul_(log_p.clamp(min=_LEAST)).sum(-1).neg()  # (B, w) entropies
+    if scores.shape[1] == 1:
+        entropy = own
+        top = log_p[:, 0].topk(TOP, dim=-1)[0].exp()
+    else:
+        above = above.clamp(min=_LEAST)  # a row may have nothing but pruned nodes
+        weight = above.log_softmax(-1)
+        entropy = (weight.exp() * (own - weight)).sum(-1, keepdim=True)
+        top = (log_p.topk(TOP, dim=-1)[0] + weight[:, :, None]).flatten(1).topk(TOP, dim=-1)[0]
+        top = top.exp()
+    path = level.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
+    before = above.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
+    given = (path - before).exp().clamp(max=1.0)
+    margin = top[:, :1] - top[:, 1:2]
+    return torch.cat([top, margin, entropy, given, path], 1)
+
+
+#: `best_log_q`: cumulative log-score of the level's best node, in nats
+TABLE_FEATURES = ("best_log_q",)
+
+
+def best_score(log_q: Sequence[Tensor]) -> Tensor | None:
+    """(B, 1) `TABLE_FEATURES` of the last level; None where there is only the root's."""
+    if len(log_q) == 1:
+        return None
+    return log_q[-1].amax(1, keepdim=True).clamp(min=_LEAST)
