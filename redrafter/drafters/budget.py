@@ -20,7 +20,6 @@ What is verified never changes the text.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +33,8 @@ from torch import Tensor
 
 from redrafter.contracts import InputError, TokenTree, Truth
 from redrafter.decode.tree import BUCKETS, best_nodes
-from redrafter.target.model import Target, device_name
+from redrafter.drafters.profile import find_drafter, forward_seconds, read_costs
+from redrafter.target.model import Target
 
 _PRIOR_STEPS = 16  # steps of plain decoding, and of perfect calibration, that are counted first
 
@@ -106,36 +106,11 @@ class NodeBudget:
         options: those of the constructor
         Raises InputError saying what was measured where that is something else.
         """
-        name, table = "budget", costs
-        if not isinstance(costs, dict):
-            name, table = f"budget: {costs}", _read(costs)
-        if target is not None and not allow_other:
-            _check_origin(name, table.get("provenance", {}), target)
-        entries = [e for e in _entries(name, table, "target") if e["batch"] == batch]
-        contexts = sorted({e["context"] for e in entries})
-        context = contexts[-1] if context is None and contexts else context
-        forward_s = {e["n"]: e["cost"]["q1_s"] for e in entries if e["context"] == context}
-        # What disturbs a measurement only adds to it: no N costs more than a larger one.
-        forward_s = {n: min(s for m, s in forward_s.items() if m >= n) for n in forward_s}
-        if not forward_s:
-            found = sorted({(e["batch"], e["context"]) for e in table["target"]})
-            raise InputError(
-                f"{name}: nothing was measured for batch {batch} and context {context}; there are "
-                f"(batch, context) {found}. Measure with --batch_sizes {batch} --contexts ..."
-            )
-        drafts = [
-            e
-            for e in _entries(name, table, "drafters")
-            if (e["batch"], e["context"]) == (batch, context) and drafter in (None, e["name"])
-        ]
-        if len(drafts) != 1:
-            names = sorted({e["name"] for e in table["drafters"]})
-            raise InputError(
-                f"{name}: {len(drafts)} measured drafters fit {drafter!r}, one is needed; there "
-                f"are {names}. Measure with --head, and name one of several"
-            )
-        level_s = [level["q1_s"] for level in drafts[0]["levels"]]
-        start_s = max(0.0, drafts[0]["draft"]["q1_s"] - sum(level_s))
+        name, table = read_costs(costs, None if allow_other else target)
+        forward_s = forward_seconds(name, table, batch, context)
+        draft, _ = find_drafter(name, table, drafter, batch, context)
+        level_s = [level["q1_s"] for level in draft["levels"]]
+        start_s = max(0.0, draft["draft"]["q1_s"] - sum(level_s))
         return cls(forward_s, level_s, start_s, **options)
 
     @property
@@ -241,34 +216,3 @@ class NodeBudget:
     def _level_cost(self, level: int) -> float:
         """Seconds of the level with this index (0 is the first)."""
         return self.level_s[min(level, len(self.level_s) - 1)]
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"budget: {path} cannot be read ({error})") from None
-
-
-def _entries(name: str, table: Any, key: str) -> list[dict[str, Any]]:
-    if not isinstance(table, dict) or not isinstance(table.get(key), list):
-        raise InputError(f"{name} holds no cost table: write one with eval/costs.py --out FILE")
-    return table[key]
-
-
-def _check_origin(name: str, facts: dict[str, Any], target: Target) -> None:
-    """Costs of another target, device or number of threads say nothing here."""
-    here = {"target": target.fingerprint(), "device": device_name(target.device)}
-    there = {
-        "target": facts.get("target", {}).get("fingerprint"),
-        "device": facts.get("device"),
-    }
-    if target.device.type == "cpu":
-        here["threads"], there["threads"] = torch.get_num_threads(), facts.get("threads")
-    for key, value in here.items():
-        if there[key] != value:
-            raise InputError(
-                f"{name} was measured with {key} {there[key]} (target "
-                f"{facts.get('target', {}).get('name')}), here it is {value} ({target.name}): "
-                "measure here with eval/costs.py, or set allow_other"
-            )
