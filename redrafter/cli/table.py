@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from redrafter.evaluation import charts
     from redrafter.evaluation.pictures import new_figure, save_figure
-    from redrafter.evaluation.report import markdown, write_result
+    from redrafter.evaluation.report import markdown, read_result, write_result
     from redrafter.files import write_config, write_text
 
     new_figure(1, 1)  # without matplotlib: say so now
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, bodies = Path(config.out), {}
     for name, part in parts.items():
         file = Path(part.out)
-        body = finished(file, part, target.fingerprint())
+        body = read_result(file, part, target.fingerprint(), "eval/table.py")
         if body is None:
             print(f"{name}: {len(names)} methods, {part.n_prompts} prompts", flush=True)
             write_result(part.out, part, target, measure(part, names, target, head))
@@ -79,29 +78,3 @@ def settings(config: TableConfig) -> dict[str, SpeedConfig]:
                 out=str(Path(config.out) / f"{name}-t{temperature:g}.json"),
             )
     return found
-
-
-def finished(file: Path, part: SpeedConfig, fingerprint: str) -> dict[str, Any] | None:
-    """What an earlier run measured, None where it did not. Raises InputError where it was asked
-    for something else."""
-    from redrafter.files import plain_values
-
-    if not file.exists():
-        return None
-    try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-        made, target = body["provenance"]["config"], body["provenance"]["target"]["fingerprint"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file} is no result of eval/table.py: remove it") from None
-    # A threads or out that differs changes no figure's meaning.
-    differ = [
-        key
-        for key, value in plain_values(part).items()
-        if key not in ("out", "threads") and made.get(key) != value
-    ]
-    differ += [] if target == fingerprint else ["target (its weights)"]
-    if differ:
-        raise InputError(
-            f"{file} was measured with another {', '.join(differ)}: remove it, or give another out"
-        )
-    return body

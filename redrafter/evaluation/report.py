@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from redrafter.contracts import InputError
 from redrafter.files import plain_values, provenance, write_json
 from redrafter.target.model import Target, device_name
 
@@ -109,6 +112,33 @@ def write_result(path: str | None, config: Any, target: Target, body: dict[str, 
         threads=torch.get_num_threads(),
     )
     write_json(path, _finite(plain_values({**body, "provenance": facts})))
+
+
+def read_result(file: Path, config: Any, fingerprint: str, command: str) -> dict[str, Any] | None:
+    """What an earlier run of a command wrote by `write_result`, None where it did not.
+
+    config, fingerprint: what it is asked for now, and the target's. Raises InputError where the
+    file was made for something else.
+    """
+    if not file.exists():
+        return None
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+        made, target = body["provenance"]["config"], body["provenance"]["target"]["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is no result of {command}: remove it") from None
+    # A threads or out that differs changes no figure's meaning.
+    differ = [
+        key
+        for key, value in plain_values(config).items()
+        if key not in ("out", "threads") and made.get(key) != value
+    ]
+    differ += [] if target == fingerprint else ["target (its weights)"]
+    if differ:
+        raise InputError(
+            f"{file} was measured with another {', '.join(differ)}: remove it, or give another out"
+        )
+    return body
 
 
 def _finite(value: Any) -> Any:

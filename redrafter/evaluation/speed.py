@@ -164,7 +164,7 @@ def sum_seconds(runs: list[list[Run]]) -> dict[str, float]:
         for part, seconds in run.seconds.items():
             parts[part] = parts.get(part, 0.0) + seconds
     if "verify" in parts:
-        known = sum(parts[part] for part in ("prefill", "draft", "lookahead", "verify"))
+        known = sum(parts.get(part, 0.0) for part in ("prefill", "draft", "lookahead", "verify"))
         parts["other"] = parts["total"] - known
     return parts
 
