@@ -18,6 +18,7 @@ rounding bound, ours.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.decode.verify import choose
 from redrafter.drafters.compose import Wrapped
-from redrafter.evaluation.plans import Plan
+from redrafter.evaluation.plans import Plan, foreseen
 from redrafter.target.model import Target, TargetOutput
 
 # A tree's forward has other shapes than the parallel pass: its rounding may be larger by luck, but
@@ -293,16 +294,18 @@ def check_mode(
         for start in tqdm(starts, desc=about, disable=None):
             chunk = range(start, min(start + batch_size, len(prompts)))
             plan = make_plan([[*prompts[i], *plain_of[i].tokens] for i in chunk])
-            recorder = RecordingDrafter(plan.drafter)
-            made = speculative(
+            decode = functools.partial(
+                speculative,
                 speculative_target or target,
                 [prompts[i] for i in chunk],
                 copy.deepcopy(config),
                 seeds=[seed + i for i in chunk],
-                drafter=recorder,
-                lookahead=plan.lookahead,
                 rule=plan.rule,
             )
+            ahead = functools.partial(decode, drafter=plan.drafter)
+            plan = foreseen(plan, lambda lookahead, ahead=ahead: ahead(lookahead=lookahead))
+            recorder = RecordingDrafter(plan.drafter)
+            made = decode(drafter=recorder, lookahead=plan.lookahead)
             for row, i in enumerate(chunk):
                 own, tokens = plain_of[i], made.tokens[row]
                 result.rows_equal += tokens == own.tokens

@@ -7,13 +7,20 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, InputError
+from redrafter.contracts import Drafter, Generation, InputError, Lookahead
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters import build
 from redrafter.drafters.build import DRAFTERS, MISSING, Partners, describe_kinds, parse_kind
 from redrafter.drafters.options import parse_name, split_list
-from redrafter.evaluation.plans import Plan, build_plan, describe_plans, parse_plan, planner
+from redrafter.evaluation.plans import (
+    Plan,
+    build_plan,
+    describe_plans,
+    foreseen,
+    parse_plan,
+    planner,
+)
 from redrafter.evaluation.references import ONE_ROW, REFERENCES, Assisted, Stock
 from redrafter.evaluation.runs import Batch, Method, Run, TimedTarget
 from redrafter.target.model import Target
@@ -46,8 +53,12 @@ class Loop(Method):
             self.law_only = plan.rule != "seeded" and bool(config.do_sample)
 
     def prepare(self, batch: Batch) -> None:
-        if self.make_plan is not None:
-            self.plan = self.make_plan(batch.texts)
+        if self.make_plan is None:
+            return
+        plan = self.make_plan(batch.texts)
+        self.plan = foreseen(
+            plan, lambda lookahead: self._decode(self.target, batch, plan, lookahead)
+        )
 
     @property
     def drafter(self) -> Drafter | None:
@@ -58,18 +69,23 @@ class Loop(Method):
         if self.make_plan is None:
             made = plain(timed, batch.prompts, self.config, seeds=batch.seeds)
         else:
-            made = speculative(
-                timed,
-                batch.prompts,
-                self.config,
-                seeds=batch.seeds,
-                drafter=self.plan.drafter,
-                lookahead=self.plan.lookahead,
-                rule=self.plan.rule,
-            )
+            made = self._decode(timed, batch, self.plan, self.plan.lookahead)
         seconds = {**made.stats.seconds, "forward": sum(timed.times_s[1:])}
         report = made.extra.get("drafter", {})
         return Run(made.tokens, seconds, made.stats, timed.nodes[1:], report)
+
+    def _decode(
+        self, target: Target, batch: Batch, plan: Plan, lookahead: Lookahead | None
+    ) -> Generation:
+        return speculative(
+            target,
+            batch.prompts,
+            self.config,
+            seeds=batch.seeds,
+            drafter=plan.drafter,
+            lookahead=lookahead,
+            rule=plan.rule,
+        )
 
 
 KINDS = ("plain", *REFERENCES, *DRAFTERS)

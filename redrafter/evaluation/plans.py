@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 from redrafter.contracts import Drafter, InputError, Lookahead
 from redrafter.decode.ratio import Rule
 from redrafter.drafters import build
 from redrafter.drafters.build import Partners
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
+from redrafter.lookahead.confidence import ConfidenceLookahead
 from redrafter.lookahead.draft_exit import DraftExit
+from redrafter.lookahead.heuristic import HeuristicLookahead
+from redrafter.lookahead.oracle import FullDepth, OracleLookahead
+from redrafter.lookahead.roc import RocLookahead
 from redrafter.lookahead.static import StaticLookahead
 from redrafter.target.model import Target
 
@@ -46,10 +50,66 @@ def exit_(
     return DraftExit.of(drafter, threshold=threshold, alpha=alpha)
 
 
+def heuristic(
+    drafter: Drafter,
+    *,
+    start: int = 5,
+    more: int = 2,
+    less: int = 1,
+    keep: bool = False,
+) -> HeuristicLookahead:
+    """transformers': more levels after a full success, fewer after a rejection.
+
+    start: levels at first
+    more: levels added where all that were drafted were accepted
+    less: levels taken away where not
+    keep: from one generation to the next
+    """
+    return HeuristicLookahead.of(drafter, start=start, more=more, less=less, keep=keep)
+
+
+def confidence(drafter: Drafter, *, threshold: float = 0.4) -> ConfidenceLookahead:
+    """transformers': until the drafter is unsure of a token.
+
+    threshold: of the drafter's own probability
+    """
+    return ConfidenceLookahead.of(drafter, threshold=threshold)
+
+
+def roc(
+    drafter: Drafter,
+    *,
+    threshold: float = 0.4,
+    least_samples: int = 6,
+    miss_weight: float = 3.0,
+) -> RocLookahead:
+    """transformers': the same, by the threshold that would have been best so far.
+
+    threshold: before there is an estimate
+    least_samples: tokens judged before there is one
+    miss_weight: what stopping too early costs, stopping too late being 1
+    """
+    return RocLookahead.of(
+        drafter, threshold=threshold, least_samples=least_samples, miss_weight=miss_weight
+    )
+
+
+def oracle(drafter: Drafter, *, strict: bool = True) -> OracleLookahead:
+    """As many levels as will be accepted, for reports: decodes twice, the first time untimed.
+
+    strict: end with an error where it does not know; false drafts to full depth there
+    """
+    return OracleLookahead(strict=strict)
+
+
 #: To add one: a function of the drafter that it is for, and its options.
 LOOKAHEADS: dict[str, Callable[..., Lookahead]] = {
     "static": static,
     "exit": exit_,
+    "heuristic": heuristic,
+    "confidence": confidence,
+    "roc": roc,
+    "oracle": oracle,
 }
 
 
@@ -86,7 +146,12 @@ def parse_plan(name: str) -> PlanName:
     if plan.rule not in RULES:
         raise InputError(f"{name!r}: rule {plan.rule!r} is not one of {', '.join(RULES)}")
     if plan.lookahead is not None:
-        _lookahead(name, plan.lookahead)
+        make, _ = _lookahead(name, plan.lookahead)
+        if make is oracle and plan.rule != "seeded":
+            raise InputError(
+                f"{name!r}: by rule {plan.rule} the text depends on what is drafted, and no oracle "
+                "foresees it: leave out the rule"
+            )
     build.needs(plan.drafter)
     return plan
 
@@ -112,6 +177,18 @@ def planner(name: str, target: Target, partners: Partners) -> Callable[[list[lis
     if "texts" not in build.needs(parse_plan(name).drafter):
         return lambda texts: first
     return lambda texts: build_plan(name, target, replace(partners, texts=texts))
+
+
+def foreseen(plan: Plan, decode: Callable[[Lookahead], Any]) -> Plan:
+    """The plan itself, or, of an oracle, with what it must know of a batch.
+
+    decode: decodes the batch once with the plan's drafter and rule and the lookahead given
+    """
+    if not isinstance(plan.lookahead, OracleLookahead):
+        return plan
+    seen = FullDepth()
+    decode(seen)
+    return replace(plan, lookahead=OracleLookahead(seen.depths, plan.lookahead.strict))
 
 
 def _lookahead(name: str, text: str) -> tuple[Callable[..., Lookahead], dict]:
