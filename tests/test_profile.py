@@ -4,15 +4,20 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from models import tiny
 from test_recurrent_drafter import make_head
 
+from redrafter.cli import costs as costs_cli
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
-from redrafter.drafters.profile import StepCosts, step_costs
+from redrafter.drafters import profile
+from redrafter.drafters.profile import StepCosts, profile_of, profile_path, step_costs
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.report import write_result
+from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.target.model import load_target
 
 
 def test_seconds_of_a_step():
@@ -24,7 +29,7 @@ def test_seconds_of_a_step():
     assert StepCosts(0.5, (1.0,), ((1, 10.0),)).step_s(0, 1) == 10.0
     with pytest.raises(InputError, match="2 levels were measured, not 3"):
         costs.draft_s(3)
-    with pytest.raises(InputError, match="1 to 5 new tokens were measured, not of 5.5"):
+    with pytest.raises(InputError, match=r"1 to 5 new tokens were measured, not of 5\.5"):
         costs.verify_s(5.5)
 
 
@@ -94,3 +99,95 @@ def test_what_does_not_fit_is_refused(measured, tmp_path):
     broken.write_text('{"target": []}')
     with pytest.raises(InputError, match=r"broken\.json holds no cost table"):
         step_costs(broken, "head:1x3", target)
+
+
+# ------------------------------------------------------------------------------ beside weights
+
+
+def measure(tiny_target, head, *more) -> int:
+    """eval/costs.py, as quick as it gets."""
+    return costs_cli.main([
+        "--target.path", str(tiny_target), "--head", str(head), "--drafters", "head:1x2,head:2x3",
+        "--new_tokens", "1,2", "--batch_sizes", "1", "--contexts", "8,16", "--rounds", "2",
+        "--profile", "true", *more,
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profiled(tiny_target, tmp_path_factory):
+    """(folder of a head that was measured, its target, what it held before)."""
+    target = load_target(str(tiny_target))
+    folder = tmp_path_factory.mktemp("profiled") / "head"
+    torch.manual_seed(0)
+    RecurrentHead.for_target(target).save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert measure(tiny_target, folder) == 0
+    return folder, target, before
+
+
+def test_a_profile_lies_in_the_head_and_disturbs_nothing(profiled):
+    folder, target, before = profiled
+    path = profile_of(folder, target)
+    assert path.parent == folder / "profiles" and path.stem.endswith("-1-thread-float32")
+    assert {p.name for p in folder.iterdir()} == {*before, "profiles"}
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    head = load_head(folder, target)
+    assert RecurrentHead.from_pretrained(folder).config.vocab_size == head.config.vocab_size
+
+
+def test_a_profile_prices_whole_steps(profiled):
+    folder, target, _ = profiled
+    content = json.loads(profile_of(folder, target).read_text())
+    for context in (8, 16):
+        steps = {e["name"]: e for e in content["loop"] if e["context"] == context}
+        assert {name: e["n"] for name, e in steps.items()} == {
+            "none": 1, "head:1x2": 3, "head:2x3": 7
+        }  # fmt: skip
+        costs = step_costs(profile_of(folder, target), "head:2x3", target, context)
+        assert [n for n, _ in costs.verify] == [1, 2, 3, 7] and [n for n, _ in costs.loop] == [1, 7]
+        # What the loop takes besides is what makes the parts a whole step.
+        for levels, n, name in ((0, 1, "none"), (3, 7, "head:2x3")):
+            parts = costs.draft_s(levels) + costs.verify_s(n)
+            whole = max(parts, steps[name]["step"]["q1_s"])
+            assert costs.step_s(levels, n) == pytest.approx(whole)
+
+
+def test_another_profile_is_refused(profiled, tiny_target, tmp_path, monkeypatch):
+    folder, target, _ = profiled
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    RecurrentHead.for_target(target).save_pretrained(other)
+    name = profile_path(folder, target).name
+    with pytest.raises(InputError, match=r"no profile of this device .* there are: none"):
+        profile_of(other, target)
+    (other / "profiles").mkdir()
+    (other / "profiles" / name).write_text((folder / "profiles" / name).read_text())
+    with pytest.raises(InputError, match="measured with other weights"):
+        profile_of(other, target)
+    monkeypatch.setattr(profile, "device_name", lambda device: "Another(R) CPU @ 2.1GHz")
+    here = f"another-cpu-2-1ghz-1-thread-float32.*there are: {name.removesuffix('.json')}"
+    with pytest.raises(InputError, match=here):
+        profile_of(folder, target)
+    monkeypatch.undo()
+    # A head may draft for another target of its size: what that one costs is not known.
+    changed = load_target(str(tiny_target))
+    with torch.no_grad():
+        next(changed.model.parameters()).add_(1.0)
+    with pytest.raises(InputError, match="was measured with target"):
+        profile_of(folder, changed)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "profile: give --head or --draft"),
+        (["--head", "owner/name"], "'owner/name' is no folder here"),
+        (["--head", "x", "--drafters", "lookup"], "profile: drafters: lookup uses no head"),
+        (["--head", "x", "--drafters", "model:1x2"], "'model:1x2' needs --draft"),
+        (["--head", "x", "--drafters", "head:1x2:budget=true"], "needs costs of this device"),
+    ],
+)
+def test_what_makes_no_profile_is_said_before_any_work(args, said, capsys):
+    with pytest.raises(SystemExit):
+        costs_cli.main(["--target.path", "nowhere", "--profile", "true", *args])
+    assert said in capsys.readouterr().err

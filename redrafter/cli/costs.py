@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
@@ -24,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Seconds that the target needs for n new tokens, and a drafter for its levels; with "
         "--slowdown also which rows of guesses are worth verifying on this device.",
     )
-    from redrafter.drafters.recurrent import RecurrentDrafter
     from redrafter.evaluation.costs import CostMeter
     from redrafter.evaluation.prompts import number_list
     from redrafter.evaluation.report import write_result
@@ -35,25 +35,96 @@ def main(argv: Sequence[str] | None = None) -> int:
     contexts = number_list("contexts", config.contexts, int, 1)
     batches = number_list("batch_sizes", config.batch_sizes, int, 1)
     slowdown = check_slowdown(config)
+    names = check_drafters(config)
     target, head = load_both(config)
-    drafters = {}
-    if head is not None:
-        name = f"head:{config.tree.width}x{config.tree.depth}:{config.tree.shape}"
-        drafters[name] = RecurrentDrafter(head, target, config.tree)
     costs = CostMeter(
         target,
         new_tokens=new_tokens,
         contexts=contexts,
         batches=batches,
-        drafters=drafters,
+        drafters=build_drafters(config, names, target, head),
         temperature=config.temperature,
+        loop=config.profile,
     ).run(config.rounds)
     print(show(costs))
     body = asdict(costs)
     if slowdown is not None:
         body |= measure_slowdown(config, target, *slowdown, contexts)
     write_result(config.out, config, target, body)
+    if config.profile:
+        keep_profiles(config, names, target, body)
     return 0
+
+
+def check_drafters(config: CostsConfig) -> dict[str, str]:
+    """What to measure: its label -> its name for `build_drafter`. Raises InputError before any
+    work."""
+    from redrafter.drafters.build import needs, require
+    from redrafter.drafters.options import split_list
+    from redrafter.drafters.profile import weights_digest
+
+    given = [option for option in ("head", "draft") if getattr(config, option) is not None]
+    if config.drafters is not None:
+        names = {name: name for name in split_list(config.drafters) if name}
+    else:
+        tree = config.tree
+        names = {f"head:{tree.width}x{tree.depth}:{tree.shape}": "head"} if config.head else {}
+        if config.draft is not None:
+            name = f"model:1x{tree.depth}"
+            names[name] = name
+    used = set()
+    for name in names.values():
+        require(name, given)
+        used |= needs(name).keys()
+    if config.profile:
+        if not given:
+            raise InputError("profile: give --head or --draft, whose folder the profile is kept in")
+        for option in given:
+            folder = getattr(config, option)
+            if option not in used:
+                raise InputError(f"profile: drafters: {config.drafters} uses no {option}; name one")
+            if not Path(folder).is_dir():
+                raise InputError(f"profile: {option}: {folder!r} is no folder here: download it")
+            weights_digest(folder)
+    return names
+
+
+def build_drafters(config: CostsConfig, names: dict[str, str], target: Any, head: Any) -> dict:
+    from redrafter.drafters.build import Partners, build_drafter
+    from redrafter.target.model import load_target
+
+    draft = None
+    if config.draft is not None:  # it computes as the target does
+        from redrafter.hub.fetch import fetch
+
+        path = fetch(config.draft, "draft")
+        draft = load_target(replace(config.target, path=path, revision=None))
+    partners = Partners(head=head, draft=draft, tree=config.tree)
+    return {label: build_drafter(name, target, partners) for label, name in names.items()}
+
+
+def keep_profiles(
+    config: CostsConfig, names: dict[str, str], target: Any, body: dict[str, Any]
+) -> None:
+    """In the folder of head and draft each, what was measured of its drafters."""
+    from redrafter.drafters.build import needs
+    from redrafter.drafters.profile import profile_path, weights_digest
+    from redrafter.evaluation.report import write_result
+
+    for option in ("head", "draft"):
+        folder = getattr(config, option)
+        if folder is None:
+            continue
+        own = {label for label, name in names.items() if option in needs(name)}
+        kept = {
+            **body,
+            "drafters": [e for e in body["drafters"] if e["name"] in own],
+            "loop": [e for e in body["loop"] if e["name"] in {"none", *own}],
+            "of": weights_digest(folder),
+        }
+        path = profile_path(folder, target)
+        write_result(str(path), config, target, kept)
+        print(f"kept as the profile of this device: {path}")
 
 
 def check_slowdown(config: CostsConfig) -> tuple[list[int], list[int]] | None:
@@ -144,4 +215,7 @@ def show(costs) -> str:
                          quartiles(cost), None])  # fmt: skip
         rows.append([f"{entry.name} whole draft", *where, milliseconds(entry.draft.median_s),
                      quartiles(entry.draft), None])  # fmt: skip
+    for entry in costs.loop:
+        rows.append([f"{entry.name} whole step, n={entry.n}", entry.context, entry.batch,
+                     milliseconds(entry.step.median_s), quartiles(entry.step), None])  # fmt: skip
     return table(["forward", "context", "batch", "ms", "quartiles", "/ t(1)"], rows)

@@ -67,8 +67,17 @@ class CostsConfig:
 
     target: TargetConfig
     head: str | None = None
-    """Folder of a trained draft head; None measures the target alone."""
+    """Folder of a trained draft head; without head and draft the target alone is measured."""
     tree: TreeConfig = TreeConfig()
+    """Of the head, where `drafters` names none."""
+    draft: str | None = None
+    """Folder or Hub id of a smaller model with the target's vocabulary."""
+    drafters: str | None = None
+    """What to measure of head and draft, comma-separated, e.g. `head:2x8,head:4x8,model:1x8`; None
+    is the head with `tree`, and the draft model as a chain of `tree.depth`."""
+    profile: bool = False
+    """Keep the result in the folder of head and draft, as the profile of this device; whole steps
+    of decoding are then measured too."""
     new_tokens: str = "1,2,3,5,9,17,25,33,41"
     """n, new tokens per row and forward, comma-separated."""
     contexts: str = "64,256"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from redrafter.contracts import InputError
+from redrafter.files import digest_file, digest_json
 from redrafter.target.model import Target, device_name
 
 
@@ -88,12 +89,11 @@ def step_costs(
     draft, levels = find_drafter(name, table, drafter, batch, context)
     level_s = [level["q1_s"] for level in draft["levels"]]
     forward = forward_seconds(name, table, batch, draft["context"])
-    loop = {
-        e["n"]: e["cost"]["q1_s"]
-        for e in table.get("loop", ())
-        if (e["batch"], e["context"]) == (batch, draft["context"])
-        and e["name"] in (draft["name"], "none")
-    }
+    loop = {}
+    for e in table.get("loop", ()):
+        own = {draft["name"]: draft["draft"]["q1_s"], "none": 0.0}
+        if (e["batch"], e["context"]) == (batch, draft["context"]) and e["name"] in own:
+            loop[e["n"]] = max(0.0, e["step"]["q1_s"] - own[e["name"]] - forward[e["n"]])
     return StepCosts(
         max(0.0, draft["draft"]["q1_s"] - sum(level_s)),
         tuple(level_s[:levels]),
@@ -203,3 +203,52 @@ def check_origin(name: str, facts: dict[str, Any], target: Target) -> None:
                 f"here it is {value} ({target.name}): measure here with eval/costs.py, or set "
                 "allow_other"
             )
+
+
+# ------------------------------------------------------------------- profiles beside weights
+# A profile is a cost table in the folder of the head or draft model that it is of, one per device,
+# with `of`, the digest of the weights.
+
+_FOLDER = "profiles"
+
+
+def profile_of(folder: str | Path, target: Target) -> Path:
+    """The profile of the present device, for `step_costs` and `NodeBudget.from_costs`.
+
+    folder: of a head or draft model
+    Raises InputError naming the profiles that there are where this device has none, and for one of
+    other weights or of another target.
+    """
+    path = profile_path(folder, target)
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.json")) or ["none"]
+        raise InputError(
+            f"{folder} has no profile of this device ({path.stem}); there are: {', '.join(there)}. "
+            "Measure with eval/costs.py --profile true"
+        )
+    name, table = read_costs(path, target)
+    if table.get("of") != weights_digest(folder):
+        raise InputError(
+            f"{name} was measured with other weights than those that lie in {folder} now: measure "
+            "again with eval/costs.py --profile true"
+        )
+    return path
+
+
+def profile_path(folder: str | Path, target: Target) -> Path:
+    """FOLDER/profiles/DEVICE.json: the hardware, its threads on a CPU, and the dtype."""
+    device = re.sub(r"\((?:r|tm)\)", " ", device_name(target.device).lower())
+    parts = [device, str(target.dtype).removeprefix("torch.")]
+    if target.device.type == "cpu":
+        threads = torch.get_num_threads()
+        parts.insert(1, f"{threads} thread{'s' * (threads > 1)}")
+    slug = re.sub(r"[^a-z0-9]+", "-", " ".join(parts)).strip("-")
+    return Path(folder) / _FOLDER / f"{slug}.json"
+
+
+def weights_digest(folder: str | Path) -> str:
+    """sha256 over the names and digests of a folder's safetensors, 16 hex digits."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} holds no safetensors: it is no folder of a head or a model")
+    return digest_json({file.name: digest_file(file) for file in files})[:16]

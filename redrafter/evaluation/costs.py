@@ -1,26 +1,30 @@
 """The cost table: t(n, context, batch) of the target, and what a drafter's levels cost.
 
 Everything is measured in turn, round after round, so that a slow moment of the machine falls on
-all alike; medians with quartiles, in seconds.
+all alike; medians with quartiles, in seconds. Whole steps of decoding, where asked for, say what
+the loop takes besides (masks, verification, emission).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from redrafter.contracts import Drafter, InputError, TokenTree, Truth
 from redrafter.contracts import Sequences as Rows
+from redrafter.data.answers import generation_config
 from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
+from redrafter.decode.speculative import speculative
 from redrafter.target.model import Target
 
 NEW_TOKENS = (1, 2, 3, 5, 9, 17, 25, 33, 41)
 _WARM_UP_ROUNDS = 2
+_LOOP_STEPS = 2  # decoded per sample, were every level accepted; mostly it is several times that
 
 
 def synchronize(device: torch.device) -> None:
@@ -66,9 +70,22 @@ class DrafterCost:
 
 
 @dataclass(frozen=True)
+class LoopCost:
+    """A whole step of decoding that verifies n nodes per row: draft, forward, and the rest. name:
+    the drafter's, "none" where nothing is drafted"""
+
+    name: str
+    n: int
+    context: int
+    batch: int
+    step: Cost
+
+
+@dataclass(frozen=True)
 class CostTable:
     target: list[TargetCost]
     drafters: list[DrafterCost]
+    loop: list[LoopCost] = field(default_factory=list)
 
     def t(self, n: int, context: int, batch: int) -> float:
         """Seconds of a target forward of n new tokens; between two measured n, in proportion.
@@ -173,6 +190,20 @@ class _Bench:
 
         return run
 
+    def loop_job(self, drafter: Drafter | None, depth: int) -> Callable[[], list[float]]:
+        """Times the steps of decoding behind such a context: [seconds per step]."""
+        settings = generation_config(self.temperature, _LOOP_STEPS * (depth + 1))
+        settings.eos_token_id = -1
+        prompts = self.ids[:, : self.context].tolist()
+
+        def run() -> list[float]:
+            synchronize(self.target.device)
+            made = speculative(self.target, prompts, settings, drafter=drafter).stats
+            synchronize(self.target.device)
+            return [(made.seconds["total"] - made.seconds["prefill"]) / made.forwards]
+
+        return run
+
 
 class CostMeter:
     """Measures every combination, one round at a time, between whatever else is measured.
@@ -180,6 +211,7 @@ class CostMeter:
     new_tokens: n; contexts: tokens per row in the cache; batches: rows per forward
     drafters: name -> drafter, each measured at every context and batch
     temperature: above 0, drafters are given noise
+    loop: also decode with each drafter, and with none, for what a whole step takes
     Raises InputError where a context does not fit the target.
     """
 
@@ -193,9 +225,14 @@ class CostMeter:
         batches: Sequence[int] = (1,),
         drafters: dict[str, Drafter] | None = None,
         temperature: float = 0.0,
+        loop: bool = False,
     ):
         drafters = drafters or {}
-        room = max([*new_tokens, *(d.max_nodes + 1 for d in drafters.values())])
+        self.drafters = drafters
+        depth = max((d.max_depth for d in drafters.values()), default=0)
+        nodes = [d.max_nodes for d in drafters.values()]
+        new_tokens = {*new_tokens, *([1, *nodes] if loop else [])}
+        room = max([*new_tokens, *(n + 1 for n in nodes), _LOOP_STEPS * (depth + 1) * loop])
         limit = target.max_positions
         if limit is not None and max(contexts) + room > limit:
             raise InputError(
@@ -210,6 +247,8 @@ class CostMeter:
                     self.jobs["target", n, context, batch] = bench.forward_job(n)
                 for name, drafter in drafters.items():
                     self.jobs["drafter", name, context, batch] = bench.draft_job(drafter)
+                for name, drafter in {"none": None, **drafters}.items() if loop else ():
+                    self.jobs["loop", name, context, batch] = bench.loop_job(drafter, depth)
         self.samples: dict[tuple, list[list[float]]] = {name: [] for name in self.jobs}
         self.rounds = -_WARM_UP_ROUNDS
 
@@ -236,8 +275,12 @@ class CostMeter:
             if kind == "target":
                 cost = Cost.of([row[0] for row in rows])
                 costs.target.append(TargetCost(what, context, batch, cost))
-            else:
+            elif kind == "drafter":
                 draft = Cost.of([sum(row) for row in rows])
                 levels = [Cost.of(level) for level in list(zip(*rows, strict=True))[1:-2]]
                 costs.drafters.append(DrafterCost(what, context, batch, draft, levels))
+            else:
+                n = self.drafters[what].max_nodes if what in self.drafters else 1
+                step = Cost.of([row[0] for row in rows])
+                costs.loop.append(LoopCost(what, n, context, batch, step))
         return costs
