@@ -54,20 +54,25 @@ class Counter(Lookahead):
 
     def __init__(self, inner: Lookahead | None = None):
         self.inner = inner
+        self.needs = inner.needs if inner else frozenset()
+        self.level_by_level = bool(inner and inner.level_by_level)
 
     def begin(self, seqs: Rows) -> None:
         self.tested = self.accepted = 0
         if self.inner:
             self.inner.begin(seqs)
 
-    def __call__(self, features: Tensor | None, level: int) -> Tensor | bool:
-        return self.inner(features, level) if self.inner else True
+    def plan(self) -> Tensor | int | None:
+        return self.inner.plan() if self.inner else None
 
-    def observe(self, drafted: Tensor, accepted: Tensor) -> None:
+    def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
+        return self.inner.go_on(features, level)
+
+    def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
         self.accepted += int(accepted.sum())
         self.tested += int(torch.minimum(accepted + 1, drafted).sum())
         if self.inner:
-            self.inner.observe(drafted, accepted)
+            self.inner.observe(drafted, accepted, truth)
 
 
 class Watcher(Wrapped):
