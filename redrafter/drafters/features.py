@@ -18,6 +18,11 @@ MODEL_FEATURES = (
 _LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
 
 
+def _top(log_p: Tensor) -> Tensor:
+    """The `TOP` largest of the last dimension, in order, or all where there are fewer."""
+    return log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)[0]
+
+
 def model_features(scores: Tensor, log_q: Sequence[Tensor]) -> Tensor:
     """(B, F) `MODEL_FEATURES` of the last level.
 
@@ -33,13 +38,15 @@ def model_features(scores: Tensor, log_q: Sequence[Tensor]) -> Tensor:
     own = log_p.exp().mul_(log_p.clamp(min=_LEAST)).sum(-1).neg()  # (B, w) entropies
     if scores.shape[1] == 1:
         entropy = own
-        top = log_p[:, 0].topk(TOP, dim=-1)[0].exp()
+        top = _top(log_p[:, 0])
     else:
         above = above.clamp(min=_LEAST)  # a row may have nothing but pruned nodes
         weight = above.log_softmax(-1)
         entropy = (weight.exp() * (own - weight)).sum(-1, keepdim=True)
-        top = (log_p.topk(TOP, dim=-1)[0] + weight[:, :, None]).flatten(1).topk(TOP, dim=-1)[0]
-        top = top.exp()
+        top = _top(log_p) + weight[:, :, None]
+        top = _top(top.flatten(1))
+    missing = TOP - top.shape[-1]  # of a smaller vocabulary
+    top = torch.nn.functional.pad(top.exp(), (0, missing)) if missing else top.exp()
     path = level.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
     before = above.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
     given = (path - before).exp().clamp(max=1.0)
