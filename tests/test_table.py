@@ -183,7 +183,15 @@ def test_what_drafters_are_made_from_is_loaded(tiny_target, rows, tmp_path, monk
     assert figures["model:2x3:budget=true"]["tokens_per_step"] > 1.5
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=str)
+def launched_by(launcher):
+    """The files of configs/eval that their first line gives to a launcher."""
+    files = sorted((ROOT / "configs/eval").glob("*.yaml"))
+    firsts = {path: path.read_text().splitlines()[0] for path in files}
+    assert all(f"--config configs/eval/{path.name}" in line for path, line in firsts.items())
+    return [path for path, line in firsts.items() if line.startswith(f"# python {launcher} ")]
+
+
+@pytest.mark.parametrize("path", launched_by("eval/table.py"), ids=str)
 def test_configurations_are_read_as_they_are(path):
     config = parse(TableConfig, [f"--config={path}"], "eval/table.py")
     names = parse_methods(",".join(config.methods))

@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "table": "one table and its pictures over prompt sets and temperatures (eval/table.py)",
     "acceptance": "what is accepted beside what could be, rule by rule (eval/acceptance.py)",
     "regret": "selectors beside their arms on a stream of prompts (eval/regret.py)",
+    "lookahead": "when to stop drafting, beside every static length (eval/lookahead.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
 }
 

@@ -27,6 +27,7 @@ from redrafter.config.evaluation import (
     LosslessConfig,
     SpeedConfig,
 )
+from redrafter.config.lookahead_eval import LookaheadEvalConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
     HeadConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "HeadConfig",
+    "LookaheadEvalConfig",
     "LossConfig",
     "LosslessConfig",
     "MakeAnswersConfig",
