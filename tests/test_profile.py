@@ -1,7 +1,7 @@
 """What was measured, read back: seconds of a step, and the profiles that travel with a head."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ def test_seconds_of_a_step():
     assert costs.loop_s(3) == pytest.approx(0.3) and costs.loop_s(9) == 0.5
     assert costs.step_s(2, 3) == pytest.approx(3.5 + 14.0 + 0.3)
     assert StepCosts(0.5, (1.0,), ((1, 10.0),)).step_s(0, 1) == 10.0
+    assert costs.plain_s == 10.0 and replace(costs, plain=11.0).plain_s == 11.0
     with pytest.raises(InputError, match="2 levels were measured, not 3"):
         costs.draft_s(3)
     with pytest.raises(InputError, match=r"1 to 5 new tokens were measured, not of 5\.5"):
@@ -141,7 +142,7 @@ def test_a_profile_prices_whole_steps(profiled):
     for context in (8, 16):
         steps = {e["name"]: e for e in content["loop"] if e["context"] == context}
         assert {name: e["n"] for name, e in steps.items()} == {
-            "none": 1, "head:1x2": 3, "head:2x3": 7
+            "plain": 1, "none": 1, "head:1x2": 3, "head:2x3": 7
         }  # fmt: skip
         costs = step_costs(profile_of(folder, target), "head:2x3", target, context)
         assert [n for n, _ in costs.verify] == [1, 2, 3, 7] and [n for n, _ in costs.loop] == [1, 7]
@@ -150,6 +151,7 @@ def test_a_profile_prices_whole_steps(profiled):
             parts = costs.draft_s(levels) + costs.verify_s(n)
             whole = max(parts, steps[name]["step"]["q1_s"])
             assert costs.step_s(levels, n) == pytest.approx(whole)
+        assert costs.plain_s == steps["plain"]["step"]["q1_s"]
 
 
 def test_another_profile_is_refused(profiled, tiny_target, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def keep_profiles(
         kept = {
             **body,
             "drafters": [e for e in body["drafters"] if e["name"] in own],
-            "loop": [e for e in body["loop"] if e["name"] in {"none", *own}],
+            "loop": [e for e in body["loop"] if e["name"] in {"plain", "none", *own}],
             "of": weights_digest(folder),
         }
         path = profile_path(folder, target)

@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "acceptance": "what is accepted beside what could be, rule by rule (eval/acceptance.py)",
     "regret": "selectors beside their arms on a stream of prompts (eval/regret.py)",
     "lookahead": "when to stop drafting, beside every static length (eval/lookahead.py)",
+    "static": "predict which fixed size of drafts pays best on this device (eval/static.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
 }
 

@@ -28,6 +28,7 @@ from redrafter.config.evaluation import (
     SpeedConfig,
 )
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
+from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
     HeadConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "SourceConfig",
     "SpeedConfig",
     "StatesConfig",
+    "StaticConfig",
     "TableConfig",
     "TargetConfig",
     "TrainConfig",

@@ -28,12 +28,14 @@ class StepCosts:
     verify: (n new tokens per row, seconds of the target's forward), ascending
     loop: (nodes verified, seconds of a step beside draft and forward), ascending; empty where it
         was not measured, and then counted as nothing
+    plain: of a step of plain decoding; None where it was not measured
     """
 
     start_s: float
     level_s: tuple[float, ...]
     verify: tuple[tuple[int, float], ...]
     loop: tuple[tuple[int, float], ...] = ()
+    plain: float | None = None
 
     def draft_s(self, levels: int) -> float:
         """Of a draft of so many levels; 0 for none. Raises InputError beyond those measured."""
@@ -59,6 +61,11 @@ class StepCosts:
         """Of the rest of a step that verifies so many nodes; beyond those measured as at the
         nearest."""
         return float(np.interp(nodes, *zip(*self.loop, strict=True))) if self.loop else 0.0
+
+    @property
+    def plain_s(self) -> float:
+        """Of one token by plain decoding; where only its forward was measured, that."""
+        return self.verify_s(1) if self.plain is None else self.plain
 
     def step_s(self, levels: int, nodes: float) -> float:
         """Of a step that drafts `levels` and verifies `nodes`, the root counted."""
@@ -89,16 +96,21 @@ def step_costs(
     draft, levels = find_drafter(name, table, drafter, batch, context)
     level_s = [level["q1_s"] for level in draft["levels"]]
     forward = forward_seconds(name, table, batch, draft["context"])
-    loop = {}
+    loop, plain = {}, None
     for e in table.get("loop", ()):
         own = {draft["name"]: draft["draft"]["q1_s"], "none": 0.0}
-        if (e["batch"], e["context"]) == (batch, draft["context"]) and e["name"] in own:
+        if (e["batch"], e["context"]) != (batch, draft["context"]):
+            continue
+        if e["name"] in own:
             loop[e["n"]] = max(0.0, e["step"]["q1_s"] - own[e["name"]] - forward[e["n"]])
+        elif e["name"] == "plain":
+            plain = e["step"]["q1_s"]
     return StepCosts(
         max(0.0, draft["draft"]["q1_s"] - sum(level_s)),
         tuple(level_s[:levels]),
         tuple(sorted(forward.items())),
         tuple(sorted(loop.items())),
+        plain,
     )
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from redrafter.contracts import Drafter, InputError, TokenTree, Truth
+from redrafter.contracts import Drafter, Generation, InputError, TokenTree, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.data.answers import generation_config
 from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
+from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.target.model import Target
 
@@ -72,7 +73,7 @@ class DrafterCost:
 @dataclass(frozen=True)
 class LoopCost:
     """A whole step of decoding that verifies n nodes per row: draft, forward, and the rest. name:
-    the drafter's, "none" where nothing is drafted"""
+    the drafter's, "none" where the loop drafts nothing, "plain" of plain decoding"""
 
     name: str
     n: int
@@ -190,7 +191,9 @@ class _Bench:
 
         return run
 
-    def loop_job(self, drafter: Drafter | None, depth: int) -> Callable[[], list[float]]:
+    def loop_job(
+        self, loop: Callable[..., Generation], drafter: Drafter | None, depth: int
+    ) -> Callable[[], list[float]]:
         """Times the steps of decoding behind such a context: [seconds per step]."""
         settings = generation_config(self.temperature, _LOOP_STEPS * (depth + 1))
         settings.eos_token_id = -1
@@ -198,7 +201,7 @@ class _Bench:
 
         def run() -> list[float]:
             synchronize(self.target.device)
-            made = speculative(self.target, prompts, settings, drafter=drafter).stats
+            made = loop(self.target, prompts, settings, drafter=drafter).stats
             synchronize(self.target.device)
             return [(made.seconds["total"] - made.seconds["prefill"]) / made.forwards]
 
@@ -211,7 +214,7 @@ class CostMeter:
     new_tokens: n; contexts: tokens per row in the cache; batches: rows per forward
     drafters: name -> drafter, each measured at every context and batch
     temperature: above 0, drafters are given noise
-    loop: also decode with each drafter, and with none, for what a whole step takes
+    loop: also decode with each drafter, with none, and plainly, for what a whole step takes
     Raises InputError where a context does not fit the target.
     """
 
@@ -247,8 +250,11 @@ class CostMeter:
                     self.jobs["target", n, context, batch] = bench.forward_job(n)
                 for name, drafter in drafters.items():
                     self.jobs["drafter", name, context, batch] = bench.draft_job(drafter)
-                for name, drafter in {"none": None, **drafters}.items() if loop else ():
-                    self.jobs["loop", name, context, batch] = bench.loop_job(drafter, depth)
+                for name, drafter in {"plain": None, "none": None, **drafters}.items():
+                    if loop:
+                        decode = plain if name == "plain" else speculative
+                        job = bench.loop_job(decode, drafter, depth)
+                        self.jobs["loop", name, context, batch] = job
         self.samples: dict[tuple, list[list[float]]] = {name: [] for name in self.jobs}
         self.rounds = -_WARM_UP_ROUNDS
 
