@@ -194,6 +194,46 @@ def test_roc_by_hand():
             RocLookahead(("p_level",), **options)
 
 
+def test_roc_of_many_samples():
+    """Equal to the estimate of all samples at once, from time to time only; none is lost."""
+    bar, random = begun(RocLookahead(("p_level",)), 2), torch.Generator().manual_seed(0)
+    q, right, estimates = [], [], 0
+    for _ in range(1300):
+        now = torch.rand(2, 2, generator=random, dtype=torch.float64)
+        accepted = torch.rand(2, generator=random) < now[0]  # of one level that is verified
+        for level in (1, 2):
+            bar.go_on(now[level - 1 : level].T, level)
+        before = bar.q
+        told(bar, [1, 1], accepted.long().tolist())
+        q += now[0].tolist()
+        right += accepted.tolist()
+        if bar.q is not before:
+            estimates += 1
+            order = np.argsort(q, kind="stable")
+            if len(q) > 5:
+                assert bar.threshold == best_threshold(
+                    np.array(q)[order], np.array(right)[order], 3
+                )
+    assert 1140 < estimates < 1160, "after every step up to 2000 samples, then every second one"
+    assert len(q) - len(bar.q) == len(bar._new) <= 2
+
+
+def test_no_level_reads_the_host():
+    """A meta tensor has no content that could be read."""
+    with torch.device("meta"):
+        seqs, features = rows(3), torch.zeros(3, len(CHAIN_FEATURES))
+        for names in (("p_level",), ("best_log_q",), CHAIN_FEATURES):
+            for kind in (ConfidenceLookahead, RocLookahead):
+                stop = kind(names)
+                stop.begin(seqs)
+                answers = [stop.go_on(features[:, : len(names)], level) for level in range(3)]
+                assert answers[0] is True and answers[1].is_meta and answers[2].shape == (3,)
+        rule = HeuristicLookahead()
+        rule.begin(seqs)
+        told(rule, [1, 1, 1], [1, 0, 1])
+        assert rule.plan().is_meta
+
+
 def test_oracle_by_hand():
     full, seqs = FullDepth(), rows(2, 4)
     full.begin(seqs)
