@@ -1,6 +1,7 @@
 """What was measured, read back: seconds of a step, and the profiles that travel with a head."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -64,8 +65,15 @@ def test_the_nearest_context_counts(measured, context, nearest):
     assert costs.level_s == tuple(level["q1_s"] for level in draft["levels"])
     assert costs.start_s == max(0.0, draft["draft"]["q1_s"] - sum(costs.level_s))
     assert [n for n, _ in costs.verify] == [1, 3, 7]
-    # What disturbs a measurement only adds to it.
-    assert costs.verify_s(3) == min(forward[3], forward[7])
+    assert costs.verify_s(7) == forward[7]
+
+
+def test_no_forward_costs_more_than_a_larger_one(measured):
+    content = json.loads(json.dumps(measured[1]))
+    for entry in content["target"]:
+        entry["cost"]["q1_s"] = {1: 1.0, 3: 5.0, 7: 4.0}[entry["n"]]
+    costs = step_costs(content, "head:2x3", None)
+    assert costs.verify == ((1, 1.0), (3, 4.0), (7, 4.0))
 
 
 def test_a_shallower_tree_is_the_first_levels(measured):
@@ -105,15 +113,6 @@ def test_what_does_not_fit_is_refused(measured, tmp_path):
 # ------------------------------------------------------------------------------ beside weights
 
 
-def measure(tiny_target, head, *more) -> int:
-    """eval/costs.py, as quick as it gets."""
-    return costs_cli.main([
-        "--target.path", str(tiny_target), "--head", str(head), "--drafters", "head:1x2,head:2x3",
-        "--new_tokens", "1,2", "--batch_sizes", "1", "--contexts", "8,16", "--rounds", "2",
-        "--profile", "true", *more,
-    ])  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def profiled(tiny_target, tmp_path_factory):
     """(folder of a head that was measured, its target, what it held before)."""
@@ -121,8 +120,13 @@ def profiled(tiny_target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiled") / "head"
     torch.manual_seed(0)
     RecurrentHead.for_target(target).save_pretrained(folder)
+    shutil.copytree(tiny_target, folder.parent / "draft")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert measure(tiny_target, folder) == 0
+    assert costs_cli.main([
+        "--target.path", str(tiny_target), "--head", str(folder), "--drafters",
+        "head:1x2,head:2x3,model:1x1", "--draft", str(folder.parent / "draft"), "--new_tokens",
+        "1,2", "--batch_sizes", "1", "--contexts", "8,16", "--rounds", "2", "--profile", "true",
+    ]) == 0  # fmt: skip
     return folder, target, before
 
 
@@ -136,6 +140,14 @@ def test_a_profile_lies_in_the_head_and_disturbs_nothing(profiled):
     assert RecurrentHead.from_pretrained(folder).config.vocab_size == head.config.vocab_size
 
 
+def test_each_folder_keeps_its_own_drafters(profiled):
+    folder, target, _ = profiled
+    for where, own in (folder, {"head:1x2", "head:2x3"}), (folder.parent / "draft", {"model:1x1"}):
+        content = json.loads(profile_of(where, target).read_text())
+        assert {e["name"] for e in content["drafters"]} == own
+        assert {e["name"] for e in content["loop"]} == {"plain", "none", *own}
+
+
 def test_a_profile_prices_whole_steps(profiled):
     folder, target, _ = profiled
     content = json.loads(profile_of(folder, target).read_text())
@@ -145,7 +157,8 @@ def test_a_profile_prices_whole_steps(profiled):
             "plain": 1, "none": 1, "head:1x2": 3, "head:2x3": 7
         }  # fmt: skip
         costs = step_costs(profile_of(folder, target), "head:2x3", target, context)
-        assert [n for n, _ in costs.verify] == [1, 2, 3, 7] and [n for n, _ in costs.loop] == [1, 7]
+        assert [n for n, _ in costs.verify] == [1, 2, 3, 7]
+        assert [n for n, _ in costs.loop] == [1, 7]
         # What the loop takes besides is what makes the parts a whole step.
         for levels, n, name in ((0, 1, "none"), (3, 7, "head:2x3")):
             parts = costs.draft_s(levels) + costs.verify_s(n)

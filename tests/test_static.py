@@ -176,6 +176,8 @@ def test_command_measures_beside_what_it_predicts(folders, capsys):
     shown = capsys.readouterr().out
     assert "model:" in shown and "measured best: model:" in shown
     body = json.loads((folder / "out.json").read_text())
+    recorded, timed = body["recorded_rows"], body["measured_rows"]
+    assert len(recorded) == len(timed) == 2 and recorded[-1] < timed[0]
     sizes = ["plain", "1x1", "1x2", "2x1", "2x2"]
     assert list(body["timings"]) == sizes and len(body["cells"]) == 5
     tokens = [body["timings"][size]["tokens"] for size in sizes]
@@ -207,6 +209,7 @@ def test_command_takes_a_profile_or_a_file(folders, capsys):
         assert static_cli.main([*common, *more, "--costs", costs, "--out", str(out)]) == 0
         shown, body = capsys.readouterr().out, json.loads(out.read_text())
         assert "head:" in shown and body["comparison"] is None
+        assert body["measured_rows"] is None and len(body["recorded_rows"]) == 2
         known = json.loads((folder / "costs.json").read_text())
         q1 = {e["n"]: e["cost"]["q1_s"] for e in known["target"]}
         assert dict(body["costs"]["2"]["verify"])[5] == q1[5]

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     body = {
         "cells": [asdict(cell) for cell in cells],
         "comparison": comparison,
+        "recorded_rows": [p.row for p in others or used],
+        "measured_rows": [p.row for p in used] if timings else None,
         "recorded_positions": sum(map(len, accepted[widths[0]])),
         "context": context,
         "costs": {str(width): asdict(of_width) for width, of_width in costs.items()},
