@@ -30,6 +30,7 @@ from redrafter.drafters.selector import Selector
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.evaluation.acceptance import Counter
+from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.lossless import check_mode, references
 from redrafter.evaluation.methods import Batch, build_method
 from redrafter.evaluation.plans import LOOKAHEADS, Plan, build_plan, foreseen, parse_plan
@@ -239,6 +240,14 @@ def test_who_counts_what_was_tested_decides_nothing():
                                 lookahead=lookahead).stats)  # fmt: skip
     assert made[0].drafted_at == made[1].drafted_at != [sum(made[0].steps)] * 4
     assert counter.accepted >= sum(made[1].accepted_at) > 0
+
+
+def test_drafters_of_several_depths_are_priced_with_noise_of_their_own():
+    target = tiny("llama")
+    drafters = {depth: DraftModel(close_draft(target), target, depth) for depth in (4, 2)}
+    meter = CostMeter(target, (1, 5), (16,), drafters=drafters, temperature=1.0)
+    meter.run(rounds=1)
+    assert [len(cost.levels) for cost in meter.table().drafters] == [4, 2]
 
 
 # ---------------------------------------------------------------- the oracle in reports

@@ -159,11 +159,11 @@ class _Bench:
 
     def draft_job(self, drafter: Drafter) -> Callable[[], list[float]]:
         """Times one draft: [start, each level ..., tree, observe]."""
-        depth = torch.arange(drafter.max_depth + 1, device=self.target.device)
+        depth, noise = torch.arange(drafter.max_depth + 1, device=self.target.device), None
         if self.temperature > 0:
             seeds = torch.arange(self.batch, device=self.target.device)
             self.rows.temperature, self.rows.seeds = self.temperature, seeds
-            self.rows.noise = gumbel(seeds, self.context + depth, self.target.vocab_size)
+            noise = gumbel(seeds, self.context + depth, self.target.vocab_size)
         one = torch.ones_like(self.rows.length)
         prefill = Truth(self.rows.root[:, None], one, self.hidden, self.logits)
         # As many logits as there are nodes: some drafters learn from all of them.
@@ -175,6 +175,7 @@ class _Bench:
             drafter.observe(replace(prefill, tree=tree, tree_logits=logits[:, : tree.n_nodes]))
 
         def run() -> list[float]:
+            self.rows.noise = noise  # of this drafter's depth
             drafter.begin(self.rows)
             drafter.observe(prefill)
             calls = [drafter.start]
