@@ -244,10 +244,9 @@ def test_who_counts_what_was_tested_decides_nothing():
 
 def test_drafters_of_several_depths_are_priced_with_noise_of_their_own():
     target = tiny("llama")
-    drafters = {depth: DraftModel(close_draft(target), target, depth) for depth in (4, 2)}
-    meter = CostMeter(target, (1, 5), (16,), drafters=drafters, temperature=1.0)
-    meter.run(rounds=1)
-    assert [len(cost.levels) for cost in meter.table().drafters] == [4, 2]
+    drafters = {f"K = {depth}": DraftModel(close_draft(target), target, depth) for depth in (4, 2)}
+    meter = CostMeter(target, new_tokens=(1, 5), contexts=(16,), drafters=drafters, temperature=1.0)
+    assert [len(cost.levels) for cost in meter.run(rounds=3).drafters] == [4, 2]
 
 
 # ---------------------------------------------------------------- the oracle in reports
