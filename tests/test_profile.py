@@ -83,6 +83,11 @@ def test_a_shallower_tree_is_the_first_levels(measured):
     for name in ("head:2x4", "head:3x2", "head:2x2:beams", "lookup:2x2"):
         with pytest.raises(InputError, match=r"0 measured .* there are \['head:1x3', 'head:2x3'\]"):
             step_costs(path, name, target)
+    # The sizes of other drafters mean other things.
+    text = path.read_text().replace("head:2x3", "lookup:2x3")
+    assert step_costs(json.loads(text), "lookup:2x3", target).level_s == deep.level_s
+    with pytest.raises(InputError, match="0 measured drafters fit 'lookup:2x2'"):
+        step_costs(json.loads(text), "lookup:2x2", target)
 
 
 def test_what_does_not_fit_is_refused(measured, tmp_path):
