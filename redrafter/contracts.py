@@ -156,6 +156,9 @@ class Drafter(ABC):
     #: whether `features` say something of the first level before it is drafted, for nothing: the
     #: lookahead's `go_on` is then asked at level 0 too
     foresees: bool = False
+    #: what of the verifier's noise its guesses and features depend on: "all"; "own", that of the
+    #: guessed tokens alone; "none"
+    sees_noise: Literal["all", "own", "none"] = "all"
 
     def watch(self, prefill: bool) -> AbstractContextManager:
         """Entered around each of the target's own forwards, the prefill (before `begin`) and the
@@ -186,6 +189,11 @@ class Drafter(ABC):
 
     def observe(self, truth: Truth) -> None:  # noqa: B027 - most table drafters need nothing
         """Learn what the target said."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a lookahead that was trained for this drafter depends on, JSON-able: weights by
+        their fingerprint, and options. What only changes how much is drafted is left out."""
+        return {"kind": type(self).__name__, "levels": self.max_depth}
 
     def report(self) -> dict[str, Any]:
         """What there is to say of the generation that just ended, JSON-able; it becomes

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,8 @@ import yaml
 if TYPE_CHECKING:
     from torch import Tensor
 
+# A fingerprint samples at most this many values of each weight, so it is quick at any size.
+_SAMPLED_VALUES = 4096
 _PACKAGES = ("redrafter", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -175,6 +177,22 @@ def digest_file(path: str | Path) -> str:
     """sha256 of a file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_weights(named: Iterable[tuple[str, Tensor]], *texts: str) -> str:
+    """sha256 over shapes, a sample of every tensor (in bfloat16, so that the same checkpoint loaded
+    in float32 agrees) and any texts. 16 hex digits."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, p in sorted(named):
+        flat = p.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for text in texts:
+        digest.update(text.encode())
+    return digest.hexdigest()[:16]
 
 
 def digest_json(content: Any) -> str:

@@ -27,6 +27,7 @@ from redrafter.config.evaluation import (
     LosslessConfig,
     SpeedConfig,
 )
+from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
 from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
@@ -46,6 +47,7 @@ __all__ = [
     "CostsConfig",
     "DType",
     "DataConfig",
+    "DiscoTrainConfig",
     "HeadConfig",
     "LookaheadEvalConfig",
     "LossConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "OptimConfig",
     "PrepareConfig",
     "ProbeConfig",
+    "RecordsConfig",
     "RegretConfig",
     "SourceConfig",
     "SpeedConfig",

@@ -199,6 +199,7 @@ class CountedBigrams(Drafter):
     """
 
     feature_names = TABLE_FEATURES
+    sees_noise = "none"
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class Wrapped(Drafter):
         self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
         self.borrows_cache, self.drafts_alike = inner.borrows_cache, inner.drafts_alike
         self.feature_names, self.foresees = inner.feature_names, inner.foresees
+        self.sees_noise = inner.sees_noise
 
     def watch(self, prefill: bool) -> AbstractContextManager:
         return self.inner.watch(prefill)
@@ -45,6 +46,9 @@ class Wrapped(Drafter):
 
     def observe(self, truth: Truth) -> None:
         self.inner.observe(truth)
+
+    def identity(self) -> dict[str, Any]:
+        return self.inner.identity()
 
     def report(self) -> dict[str, Any]:
         return self.inner.report()

@@ -12,8 +12,11 @@ TOP = 10
 #: `entropy_nats`: of the level's distribution; `p_level`: that the level's nodes hold the right
 #: token, given that the level above does (of a chain: q of the drafted token); `log_p_path`: that
 #: the drafted nodes hold the right path down to this level, in nats
+#: (in that order, `log_p_path` the last); `token_noise`: the verifier's noise for the level's best
+#: node, 0 where it was not used
 MODEL_FEATURES = (
-    *(f"p_{i}" for i in range(1, TOP + 1)), "margin", "entropy_nats", "p_level", "log_p_path",
+    *(f"p_{i}" for i in range(1, TOP + 1)),
+    "margin", "entropy_nats", "token_noise", "p_level", "log_p_path",
 )  # fmt: skip
 _LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
 
@@ -23,13 +26,19 @@ def _top(log_p: Tensor) -> Tensor:
     return log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)[0]
 
 
-def model_features(scores: Tensor, log_q: Sequence[Tensor]) -> Tensor:
+def model_features(
+    scores: Tensor,
+    log_q: Sequence[Tensor],
+    tokens: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
     """(B, F) `MODEL_FEATURES` of the last level.
 
     scores: (B, w, V) log-probabilities up to a constant per node of what follows each of the w
         nodes above, as the drafter read them: with the verifier's noise where it used that
     log_q: per level (B, w_level) cumulative log-scores of the nodes, the last level's own last;
         the root's 0
+    tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `scores` hold it
     The level's distribution is the one over all (node above, token) pairs, each node weighted by
     its own probability; for a chain it is q. Features: DISCO (arXiv 2405.04304); for trees, ours.
     """
@@ -51,7 +60,10 @@ def model_features(scores: Tensor, log_q: Sequence[Tensor]) -> Tensor:
     before = above.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
     given = (path - before).exp().clamp(max=1.0)
     margin = top[:, :1] - top[:, 1:2]
-    return torch.cat([top, margin, entropy, given, path], 1)
+    own_noise = torch.zeros_like(margin)
+    if noise is not None:
+        own_noise = noise.gather(1, tokens[:, :1]).to(margin.dtype)
+    return torch.cat([top, margin, entropy, own_noise, given, path], 1)
 
 
 #: `best_log_q`: cumulative log-score of the level's best node, in nats

@@ -124,6 +124,7 @@ class PromptLookup(Drafter):
 
     feature_names = CHAIN_FEATURES
     foresees = True
+    sees_noise = "own"
 
     def __init__(self, depth: int = 10, max_ngram: int = 3, occurrence: Occurrence = "leftmost"):
         if depth < 1 or max_ngram < 1:

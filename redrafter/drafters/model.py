@@ -14,6 +14,8 @@ Gumbel coupling (Daliri, Musco, Suresh 2024); all-levels trees, EAGLE-2; the boo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,7 @@ class DraftModel(Drafter):
                 "token whatever the noise, set seeded to false"
             )
         self.draft, self.seeded, self.temperature = draft, seeded, temperature
+        self.sees_noise = "all" if seeded else "none"
         # Ids that only one of the two lm_heads has are padding.
         self.width = min(width, draft.vocab_size, target.vocab_size)
         self.frontier = ModelFrontier(draft, target, 1 + self.width * depth)
@@ -115,7 +118,8 @@ class DraftModel(Drafter):
     def features(self) -> Tensor | None:
         if len(self.log_q) == 1:
             return None
-        return model_features(self._scores, self.log_q)
+        noise = None if self.noise is None else self.noise[:, len(self.log_q) - 2]
+        return model_features(self._scores, self.log_q, self.tokens[-1], noise)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)
@@ -125,6 +129,12 @@ class DraftModel(Drafter):
         if self.budget:
             return self.budget.prune(tree)
         return best_nodes(tree, self.max_nodes)  # the cache keeps what is cut off here
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {
+            "draft": self.draft.fingerprint(), "width": self.width, "nodes": self.nodes,
+            "seeded": self.seeded, "temperature": self.temperature,
+        }  # fmt: skip
 
     def observe(self, truth: Truth) -> None:
         if self.budget:

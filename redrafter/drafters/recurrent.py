@@ -11,6 +11,8 @@ ours.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ class RecurrentDrafter(Drafter):
         if budget is None and tree.shape == "best" and not tree.nodes:
             raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
         self.head, self.target, self.shape = head, target, tree
+        self.sees_noise = "all" if tree.seeded else "none"
         self.width = min(tree.width, head.draft_vocab_size)
         self.max_depth = tree.depth
         self.max_nodes = 1 + self.width * tree.depth
@@ -66,6 +69,13 @@ class RecurrentDrafter(Drafter):
         self.context = truth.last_hidden()[:, None]
         if self.budget:
             self.budget.observe(truth)
+
+    def identity(self) -> dict[str, Any]:
+        tree = self.shape
+        return super().identity() | {
+            "head": self.head.fingerprint(), "width": self.width, "shape": tree.shape,
+            "nodes": tree.nodes, "seeded": tree.seeded,
+        }  # fmt: skip
 
     def start(self) -> None:
         root = self.seqs.root[:, None]
@@ -114,7 +124,8 @@ class RecurrentDrafter(Drafter):
     def features(self) -> Tensor | None:
         if len(self.log_q) == 1:
             return None
-        return model_features(self._scores, self.log_q)
+        noise = None if self.noise is None else self.seqs.noise[:, len(self.log_q) - 2]
+        return model_features(self._scores, self.log_q, self.tokens[-1], noise)
 
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)

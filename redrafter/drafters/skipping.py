@@ -185,7 +185,9 @@ class LayerSkipping(Drafter):
         drafted."""
         if len(self._log_q) == 1:
             return self._log_q[0].new_zeros(len(self._log_q[0]), len(self.feature_names))
-        return torch.cat([self._p_token, model_features(self._scores[:, None], self._log_q)], 1)
+        noise = None if self._noise is None else self._noise[:, len(self._log_q) - 2]
+        told = model_features(self._scores[:, None], self._log_q, self._tokens[-1], noise)
+        return torch.cat([self._p_token, told], 1)
 
     def _forward(self, level: int) -> Tensor:
         """Read the last drafted token behind the text. Returns (B, 1, V) logits."""

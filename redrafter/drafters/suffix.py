@@ -11,6 +11,7 @@ they have no "recent" and counts say more than the place in a file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,6 +230,7 @@ class SuffixDrafter(Drafter):
 
     feature_names = ("source", *CHAIN_FEATURES)
     foresees = True
+    sees_noise = "own"
 
     def __init__(
         self,
@@ -256,6 +258,12 @@ class SuffixDrafter(Drafter):
         told = torch.cat([truth.count[:, None], truth.tokens], 1).tolist()
         for row, (count, *tokens) in zip(self.rows, told, strict=True):
             row.feed(tokens[:count])
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {
+            "min_match": self.min_match, "factor": self.factor,
+            "reference": self.reference is not None,
+        }  # fmt: skip
 
     def start(self) -> None:
         live = self.seqs.live.tolist()

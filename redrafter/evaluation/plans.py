@@ -15,7 +15,9 @@ from redrafter.decode.ratio import Rule
 from redrafter.drafters import build
 from redrafter.drafters.build import Partners
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
+from redrafter.hub.fetch import fetch
 from redrafter.lookahead.confidence import ConfidenceLookahead
+from redrafter.lookahead.disco import DiscoLookahead, check_target, load_disco
 from redrafter.lookahead.draft_exit import DraftExit
 from redrafter.lookahead.heuristic import HeuristicLookahead
 from redrafter.lookahead.oracle import FullDepth, OracleLookahead
@@ -94,6 +96,30 @@ def roc(
     )
 
 
+def disco(
+    drafter: Drafter,
+    *,
+    path: str | None = None,
+    when: str = "level",
+    rule: str = "cost",
+    threshold: float | None = None,
+) -> DiscoLookahead:
+    """A classifier trained for this drafter with train/disco.py.
+
+    path: its folder, here or on the Hub; None is the folder `disco` beside the drafter's head
+    when: "level" after each level, "step" once per step, up front
+    rule: "cost", by what levels give and cost, or the paper's "threshold"
+    threshold: instead of the trained one
+    """
+    if path is None:
+        head = getattr(drafter, "head", None)
+        if head is None:
+            raise InputError("lookahead disco: give its path; only a head may have it beside it")
+        path = f"{head.name_or_path}/disco"
+    network = load_disco(fetch(path, "lookahead disco"))
+    return DiscoLookahead(network, drafter, when, rule, threshold)
+
+
 def oracle(drafter: Drafter, *, strict: bool = True) -> OracleLookahead:
     """As many levels as will be accepted, for reports: decodes twice, the first time untimed.
 
@@ -110,6 +136,7 @@ LOOKAHEADS: dict[str, Callable[..., Lookahead]] = {
     "confidence": confidence,
     "roc": roc,
     "oracle": oracle,
+    "disco": disco,
 }
 
 
@@ -164,6 +191,8 @@ def build_plan(name: str, target: Target, partners: Partners) -> Plan:
     if plan.lookahead is not None:
         make, options = _lookahead(name, plan.lookahead)
         lookahead = make(drafter, **options)
+        if isinstance(lookahead, DiscoLookahead):
+            check_target(lookahead.config, target.fingerprint())
     return Plan(drafter, plan.rule, lookahead)
 
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from redrafter import __version__
 from redrafter.contracts import InputError
+from redrafter.files import digest_weights
 
 _CHOICES = {
     "first_state": ("code", "paper"),
@@ -258,6 +259,12 @@ class RecurrentHead(PreTrainedModel):
         """Ids of the target's vocabulary for columns of `logits` (any shape, int64)."""
         return draft_ids if self.config.draft_vocab_size is None else self.draft_ids[draft_ids]
 
+    def fingerprint(self) -> str:
+        """16 hex digits over its own weights; what it borrows from the target is left out."""
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = digest_weights(self.state_dict().items())
+        return self._fingerprint
+
     @property
     def dtype_of_weights(self) -> torch.dtype:
         """Cheaper than `dtype`, which walks all parameters: read once per drafted level."""
@@ -369,6 +376,7 @@ def load_head(
     if target is not None:
         check_target(head, target, path, allow_other_target)
         head = head.to(target.device).bind(target)
+    head.name_or_path = str(path)  # what was trained for it may lie beside it
     return head.eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -15,13 +14,12 @@ from torch import Tensor
 
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
+from redrafter.files import digest_weights
 from redrafter.target.masks import additive_masks
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-# The fingerprint samples at most this many values of each weight, so it is quick at any size.
-_FINGERPRINT_VALUES = 4096
 # Distances or windows that these compute from where a key lies in the cache (ALiBi, GPT-Neo's
 # local attention, Doge's pruning), or a state that is no list of keys: masks cannot correct it.
 _UNFIT = ("bloom", "mpt", "gpt_neo", "doge", "mamba", "mamba2", "rwkv")
@@ -179,16 +177,10 @@ class Target:
         """sha256 over shapes, a sample of every weight (in bfloat16, so that the same checkpoint
         loaded in float32 agrees) and the tokenizer's vocabulary. 16 hex digits."""
         if not hasattr(self, "_fingerprint"):
-            digest = hashlib.sha256()
-            for name, p in sorted(self.model.named_parameters()):
-                flat = p.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // _FINGERPRINT_VALUES)]
-                digest.update(f"{name}{tuple(p.shape)}".encode())
-                digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+            texts = []
             if self.tokenizer is not None:
-                vocab = sorted(self.tokenizer.get_vocab().items())
-                digest.update(json.dumps(vocab).encode())
-            self._fingerprint = digest.hexdigest()[:16]
+                texts = [json.dumps(sorted(self.tokenizer.get_vocab().items()))]
+            self._fingerprint = digest_weights(self.model.named_parameters(), *texts)
         return self._fingerprint
 
 

@@ -1,0 +1,83 @@
+"""`train/disco.py`: fit a lookahead classifier to records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.config import DiscoTrainConfig
+from redrafter.contracts import InputError
+
+_DESCRIPTION = """\
+Fit a DISCO classifier: how many levels to draft, step by step, from what the drafter says.
+
+  python data/lookahead.py --target.path MODEL --head HEAD --drafter head:4x6 \\
+    --prompts PROMPTS.jsonl --out runs/records
+  python eval/costs.py --target.path MODEL --head HEAD --tree.depth 6 --out runs/costs.json
+  accelerate launch train/disco.py --records runs/records --costs runs/costs.json --out HEAD/disco
+  python eval/speed.py --methods plain,head:4x6,head:4x6:lookahead=disco --head HEAD ...
+
+Says how well it predicts and what it should gain: tokens per second by the given costs, on records
+that it was not trained on, beside every fixed length and the oracle.
+"""
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(DiscoTrainConfig, argv, "train/disco.py", _DESCRIPTION)
+    from accelerate import Accelerator
+
+    from redrafter.data.store import Store
+    from redrafter.evaluation.lookaheads import reliability
+    from redrafter.files import plain_values, provenance, write_json
+    from redrafter.lookahead.disco import save_disco
+    from redrafter.training.disco import train_disco
+
+    accelerator = Accelerator()
+    store = Store(config.records)
+    network, report, predicted = train_disco(store, config, accelerator)
+    if accelerator.is_main_process:
+        report["reliability"] = reliability(*(x.numpy() for x in predicted))
+        save_disco(config.out, network)
+        facts = provenance(config=plain_values(config), records=store.digest)
+        write_json(f"{config.out}/report.json", {**report, "provenance": facts})
+        _draw(config.out, report)
+        print(show(report))
+        print(f"{config.out}: use it with lookahead=disco(path={config.out})")
+    accelerator.end_training()
+    return 0
+
+
+def show(report: dict[str, Any]) -> str:
+    from redrafter.evaluation.report import table
+
+    rows = [
+        [name, f"{p['tokens_per_second']:.1f}", f"{p['ratio']:.3f}", f"{p['tokens_per_step']:.2f}",
+         f"{p['drafted_per_step']:.2f}"]
+        for name, p in report["policies"].items()
+    ]  # fmt: skip
+    lines = [
+        table(["policy", "tokens/s", "x best static", "tokens/step", "levels/step"], rows), "",
+        f"tokens/s by the costs given, on {report['validation_prompts']} prompts that were not "
+        "trained on; threshold, level and step are this classifier",
+        "ROC-AUC of a level's acceptance, after level 1, 2, ...: "
+        + ", ".join("-" if a is None else f"{a:.3f}" for a in report["roc_auc"]),
+        f"expected calibration error {report['reliability']['ece']:.3f}",
+    ]  # fmt: skip
+    if report["policies"]["best static"]["levels"] == 0:
+        lines.append("no fixed length pays here: without a lookahead, do not speculate")
+    return "\n".join(lines)
+
+
+def _draw(folder: str, report: dict[str, Any]) -> None:
+    """The calibration curve, where matplotlib is installed."""
+    from redrafter.evaluation.lookahead_report import reliability_chart
+    from redrafter.evaluation.pictures import save_figure
+
+    try:
+        shown = {"validation": {"reliability": {"disco": report["reliability"]}}}
+        figure = reliability_chart(shown)
+        save_figure(figure, f"{folder}/reliability")
+    except InputError:
+        return  # the numbers are in report.json

@@ -1,0 +1,117 @@
+"""Records of a drafter (`data/lookahead.py`) on disk: made shard by shard, read back for training.
+
+The columns of a `Store`, one row per text; its tokens are the roots at which a step may begin, and
+beside them stand the columns of `Text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from redrafter.config.lookahead import RecordsConfig
+from redrafter.contracts import Drafter, InputError
+from redrafter.data.answers import generation_config
+from redrafter.data.lookahead import COLUMNS, Text, walk_texts
+from redrafter.data.prompts import Prompt
+from redrafter.data.replay import Records
+from redrafter.data.store import Job, Store
+from redrafter.lookahead.context import CONTEXT_FEATURES
+from redrafter.target.identity import target_identity
+from redrafter.target.model import Target
+
+KIND = "lookahead"
+# Exact in half the bytes, and a store has thousands of positions with all levels.
+_STORED = {"tokens": torch.int32, "nodes": torch.int16, "accepted": torch.int16,
+           "judged": torch.int16}  # fmt: skip
+
+
+def build_records(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    config: RecordsConfig,
+    progress: bool = True,
+) -> Store:
+    """Walk the drafter over the target's answers to every prompt, or go on where an earlier run
+    stopped. Raises InputError where the folder holds other records."""
+    identity = records_identity(target, drafter, config)
+    identity["rows"] = [p.row for p in prompts]
+    job = Job(config.out, KIND, identity)
+    if job.complete:
+        return Store(job.folder)
+    generation = generation_config(config.temperature, config.max_new_tokens)
+    starts = range(0, len(prompts), config.shard_prompts)
+    with tqdm(total=len(prompts), desc="records", unit="text", disable=not progress) as bar:
+        for index, start in enumerate(starts):
+            chosen = prompts[start : start + config.shard_prompts]
+            if index in job.receipts:
+                bar.update(len(chosen))
+                continue
+            texts: list[Text] = []
+            for i in range(0, len(chosen), config.batch_size):
+                batch = chosen[i : i + config.batch_size]
+                seeds = [config.seed + p.row for p in batch]
+                texts += walk_texts(target, drafter, [p.ids for p in batch], generation, seeds)
+                bar.update(len(batch))
+            job.write(index, _columns(texts, start, [p.row for p in chosen]))
+    job.finish(len(starts), input=len(prompts))
+    return Store(job.folder)
+
+
+def records_identity(target: Target, drafter: Drafter, config: RecordsConfig) -> dict[str, Any]:
+    """What records say of themselves: of the target, of the drafter, and how they were made."""
+    return {
+        "target": target_identity(target),
+        "drafter": {"name": config.drafter, **drafter.identity()},
+        "feature_names": list(drafter.feature_names),
+        "context_features": list(CONTEXT_FEATURES),
+        "levels": drafter.max_depth,
+        "foresees": drafter.foresees,
+        "sees_noise": drafter.sees_noise,
+        "temperature": float(config.temperature),
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "shard_prompts": config.shard_prompts,
+        "prompts": Path(config.prompts).name,
+    }
+
+
+def _columns(texts: Sequence[Text], first: int, rows: Sequence[int]) -> dict[str, Tensor]:
+    columns = {}
+    for name in COLUMNS:
+        whole = torch.cat([getattr(text, name) for text in texts])
+        columns[name] = whole.cpu().to(_STORED.get(name, torch.float32))
+    columns["chance"] = columns["chance"].nan_to_num(-1.0)  # "not tested"; nan equals nothing
+    return columns | {
+        "row": torch.arange(first, first + len(texts)),
+        "source_row": torch.tensor(rows),
+        "length": torch.tensor([len(t.tokens) for t in texts], dtype=torch.int32),
+        "supervised": torch.ones(len(columns["tokens"]), dtype=torch.bool),
+    }
+
+
+def read_records(store: Store, rows: Sequence[int] | None = None) -> Records:
+    """Records of some rows, None: all; each is checked as it is read. Raises InputError for a store
+    of another kind or one that is damaged."""
+    if store.identity["kind"] != KIND:
+        raise InputError(
+            f"{store.name} holds {store.identity['kind']}: make records with data/lookahead.py"
+        )
+    chosen = range(store.n_rows) if rows is None else rows
+    found = store.read(chosen, list(COLUMNS))
+    ends = found.pop("offsets").tolist()
+    found["chance"] = found["chance"].masked_fill(found["chance"] < 0, float("nan"))
+    for name, dtype in _STORED.items():
+        assert found[name].dtype == dtype
+        found[name] = found[name].long()
+    texts = [
+        Text(**{name: found[name][begin:end] for name in COLUMNS})
+        for begin, end in zip(ends, ends[1:], strict=False)
+    ]
+    return Records.of(texts, store.identity["max_new_tokens"])

@@ -1,0 +1,28 @@
+"""What the last verification says of the step to come, before anything is drafted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redrafter.contracts import Truth
+
+#: of the target's distribution that the root was chosen from: the root's own probability, the
+#: entropy, and how far the likeliest token is ahead of the next one
+CONTEXT_FEATURES = ("root_p", "root_entropy_nats", "root_margin")
+
+
+def context_features(truth: Truth, temperature: float) -> Tensor:
+    """(B, F) `CONTEXT_FEATURES`; of a row that is not live they mean nothing. Ours.
+
+    truth: with `logits`; temperature: what they are divided by (processors other than that one are
+    left out: this only informs a guess)
+    """
+    last = (truth.count - 1).clamp(min=0)[:, None]
+    root = truth.tokens.gather(1, last)
+    logits = truth.logits.gather(1, last[:, :, None].expand(-1, -1, truth.logits.shape[-1]))[:, 0]
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    p = log_p.exp()
+    entropy = (p * log_p.clamp(min=-30.0)).sum(-1, keepdim=True).neg()
+    top = p.topk(2, dim=-1)[0]
+    return torch.cat([p.gather(1, root), entropy, top[:, :1] - top[:, 1:]], 1)

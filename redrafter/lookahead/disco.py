@@ -1,0 +1,302 @@
+"""DISCO: a small trained network decides how many levels are drafted.
+
+The paper's classifier says after each drafted token how likely it is to be accepted, and drafting
+goes on while that exceeds a threshold (arXiv 2405.04304). Here one network, asked after level g
+(0: nothing is drafted yet), gives for every level j of the draft
+
+    P_j = P(at least j levels are accepted | what is known after level g),
+
+as a product of the chances that each level is accepted given the one before it. The paper's rule
+reads P_g; the rule from costs reads the P_j still to come: with lambda tokens per second achieved
+and s_j seconds that level j adds to drafting and verifying, go on iff for some n > g
+
+    sum_{j = g+1 .. n} (P_j - lambda s_j) > 0.
+
+For n = g + 1 alone that is the marginal rule; looking further ahead matters where the first level
+carries costs that the later ones share. What more will be known after the next level is worth
+something too, most of all before the first one, and the sum does not count it: so the lambda before
+the first level and the one after it are chosen by what they achieve on validation records. Asked
+once, before anything is drafted, the same network gives the n that maximises the sum. The rule and
+the network's form are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
+from redrafter.files import plain_values, write_json, write_tensors
+from redrafter.lookahead.context import CONTEXT_FEATURES, context_features
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+Rule = Literal["cost", "threshold"]
+When = Literal["level", "step"]
+#: of the step before: levels drafted and accepted, as shares of K
+PREVIOUS_FEATURES = ("previous_drafted", "previous_accepted")
+
+
+@dataclass(frozen=True)
+class DiscoConfig:
+    """Everything that a classifier is valid for, and what its decisions are made from.
+
+    drafter: `Drafter.identity()` of the drafter it was trained for; target: fingerprint
+    feature_names: the drafter's; n_levels: K; hidden: width of the network
+    temperature: of the records it was trained on
+    threshold: of the paper's rule
+    rate: lambda, tokens per second, of the rule after the first level; first_rate: before it;
+        step_rate: of the rule that is asked once per step
+    added_s: seconds that level 1..K adds
+    device: where these seconds were measured; trained_on: what the records say of themselves
+    """
+
+    drafter: dict[str, Any]
+    target: str
+    feature_names: tuple[str, ...]
+    n_levels: int
+    hidden: int = 32
+    temperature: float = 0.0
+    threshold: float = 0.5
+    rate: float = 0.0
+    first_rate: float = 0.0
+    step_rate: float = 0.0
+    added_s: tuple[float, ...] = ()
+    device: dict[str, Any] = field(default_factory=dict)
+    trained_on: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.feature_names, *CONTEXT_FEATURES, *PREVIOUS_FEATURES)
+
+
+class Disco(nn.Module):
+    """The network: standardised inputs and the level (one-hot) -> ReLU layer -> K log-chances.
+
+    mean, std: (I,) of the inputs, buffers
+    """
+
+    def __init__(self, config: DiscoConfig):
+        super().__init__()
+        self.config = config
+        n = len(config.inputs)
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("std", torch.ones(n))
+        self.inputs = nn.Linear(n, config.hidden)
+        self.level = nn.Embedding(config.n_levels + 1, config.hidden)
+        self.output = nn.Linear(config.hidden, config.n_levels)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """x: (..., I) inputs; level: (...) int64, levels drafted so far. Returns (..., K) logits of
+        the chance that level j is accepted given that level j - 1 is."""
+        own = self.inputs((x - self.mean) / self.std)
+        return self.output(torch.relu(own + self.level(level)))
+
+    def log_p(self, x: Tensor, level: Tensor) -> Tensor:
+        """(..., K) log P_j."""
+        return nn.functional.logsigmoid(self(x, level)).cumsum(-1)
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first layer with the standardisation inside: weights of the drafter's features
+        (F, hidden), of the rest (C, hidden), and what each level adds (K+1, hidden)."""
+        weight = (self.inputs.weight / self.std).T
+        bias = self.inputs.bias - (self.mean / self.std) @ self.inputs.weight.T
+        n = len(self.config.feature_names)
+        return weight[:n].contiguous(), weight[n:].contiguous(), self.level.weight + bias
+
+
+class DiscoLookahead(Lookahead):
+    """Decides by a `Disco` network. Reads the host once per step, never per level on an
+    accelerator.
+
+    when: "level" decides after each level (and before the first), "step" once per step up front
+    rule: "cost" or the paper's "threshold"
+    threshold: instead of the trained one
+    log: a list to which (level, P) is added with every decision: level of the draft, and (B,) P of
+        the deciding one: that at least that many levels are accepted. None keeps nothing
+    Raises InputError where the drafter is not the one that the network was trained for.
+    """
+
+    needs = frozenset({"logits"})
+
+    def __init__(
+        self,
+        network: Disco,
+        drafter: Drafter,
+        when: When = "level",
+        rule: Rule = "cost",
+        threshold: float | None = None,
+    ):
+        config = self.config = network.config
+        check_drafter(config, drafter)
+        for name, value, allowed in (("when", when, When), ("rule", rule, Rule)):
+            if value not in get_args(allowed):
+                raise InputError(f"disco: {name} {value!r} is not one of {get_args(allowed)}")
+        if when == "step" and rule == "threshold":
+            raise InputError("disco: the paper's threshold is asked level by level: set when=level")
+        self.when, self.rule, self.foresees = when, rule, drafter.foresees
+        self.threshold = config.threshold if threshold is None else threshold
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"disco: threshold {self.threshold} is not between 0 and 1")
+        self.level_by_level = when == "level" or drafter.foresees
+        self.network = network
+        self.log: list[tuple[int, Tensor]] | None = None
+
+    def begin(self, seqs: Sequences) -> None:
+        device = seqs.length.device
+        network = self.network.to(device)
+        self.own, self.rest, self.bias = (x.clone() for x in network.folded())
+        self.out_weight = network.output.weight.detach().T.contiguous()
+        self.out_bias = network.output.bias.detach()
+        config, added = self.config, torch.tensor(self.config.added_s, device=device)
+        #: lambda s_j, what level j costs in tokens, before the first level and after it
+        self.first_price = added * (config.first_rate if self.when == "level" else config.step_rate)
+        self.price = added * config.rate
+        self.temperature = seqs.temperature
+        self.nothing = torch.zeros(len(seqs.length), len(self.config.feature_names), device=device)
+        self.planned: Tensor | None = None
+
+    def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
+        """What is known of the next step before it begins goes through the first layer here."""
+        share = torch.stack([drafted, accepted], 1) / self.config.n_levels
+        known = torch.cat([context_features(truth, self.temperature), share], 1)
+        self.base = known @ self.rest  # (B, hidden)
+
+    def log_p(self, features: Tensor | None, level: int) -> Tensor:
+        """(B, K) log P_j after `level` levels."""
+        hidden = self.base + self.bias[level]
+        if features is not None:
+            hidden = torch.addmm(hidden, features.to(hidden.dtype), self.own)
+        else:
+            hidden = torch.addmm(hidden, self.nothing, self.own)
+        logits = torch.addmm(self.out_bias, hidden.relu_(), self.out_weight)
+        return nn.functional.logsigmoid(logits).cumsum(-1)
+
+    def plan(self) -> Tensor | None:
+        """Where nothing can be known of the first level, the decision about it is made here."""
+        if self.foresees or self.rule == "threshold":
+            return None
+        levels = self._best(None, 0)
+        # Level by level it only matters whether anything pays.
+        return levels if self.when == "step" else torch.where(levels > 0, self.config.n_levels, 0)
+
+    def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
+        if self.when == "step":  # the drafter foresees: the plan could not be made before
+            if level == 0:
+                self.planned = self._best(features, 0)
+            return self.planned > level
+        if self.rule == "cost":
+            return self._best(features, level) > level
+        if level == 0:
+            return True
+        p = self.log_p(features, level)[:, level - 1].exp()
+        self._note(level, p)
+        return p >= self.threshold
+
+    def _best(self, features: Tensor | None, level: int) -> Tensor:
+        """(B,) int64: the depth n >= level at which the sum of what the levels give, less what
+        they cost, is largest."""
+        p = self.log_p(features, level)[:, level:].exp()
+        self._note(level + 1, p[:, 0])
+        price = self.price if level else self.first_price
+        return best_depth(p, price[level:]) + level
+
+    def _note(self, level: int, p: Tensor) -> None:
+        if self.log is not None:
+            self.log.append((level, p))
+
+
+def best_depth(p: Tensor, price: Tensor) -> Tensor:
+    """(...) int64: the n in 0 .. J that maximises sum_{j <= n} (p_j - price_j); the first of equal
+    ones. p: (..., J); price: (J,)"""
+    gain = (p - price).cumsum(-1)
+    most, at = gain.max(-1)
+    return torch.where(most > 0, at + 1, 0)
+
+
+def check_drafter(config: DiscoConfig, drafter: Drafter) -> None:
+    """Raises InputError naming what differs."""
+    found = plain_values(drafter.identity())
+    differ = [
+        f"{key} {config.drafter.get(key)!r} / {found.get(key)!r}"
+        for key in sorted(config.drafter.keys() | found.keys())
+        if config.drafter.get(key) != found.get(key)
+    ]
+    if tuple(config.feature_names) != tuple(drafter.feature_names):
+        said = ", ".join(drafter.feature_names)
+        differ.append(f"features {', '.join(config.feature_names)} / {said}")
+    if differ:
+        raise InputError(
+            "disco: this classifier was trained for another drafter (trained / given): "
+            + "; ".join(differ)
+            + "; train one for it with train/disco.py"
+        )
+
+
+def check_target(config: DiscoConfig, fingerprint: str) -> None:
+    """Raises InputError where it was trained on another target's answers."""
+    if config.target != fingerprint:
+        raise InputError(
+            f"disco: this classifier was trained for a target of fingerprint {config.target}, this "
+            f"one has {fingerprint}: train one for it with train/disco.py"
+        )
+
+
+def save_disco(folder: str | Path, network: Disco) -> None:
+    """Writes `config.json` and `model.safetensors`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    write_tensors(folder / WEIGHTS, weights)
+    write_json(folder / CONFIG, plain_values(asdict(network.config)))
+
+
+def load_disco(folder: str | Path) -> Disco:
+    """Raises InputError naming the file and what is wrong with it."""
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    network = Disco(config)
+    file = folder / WEIGHTS
+    try:
+        tensors = load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file} cannot be read ({error}): train it anew") from None
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if given != wanted:
+        wrong = sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n))
+        raise InputError(f"{file} does not fit {CONFIG} beside it: {', '.join(wrong)}")
+    if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise InputError(f"{file} holds numbers that are not finite: train it anew")
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False)
+
+
+def _read_config(file: Path) -> DiscoConfig:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{file} is missing: a trained lookahead is a folder made by train/disco.py"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error})") from None
+    known = {f.name for f in fields(DiscoConfig)}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
+        raise InputError(f"{file} is not the configuration of a lookahead of format {FORMAT}")
+    for key in ("feature_names", "added_s"):
+        content[key] = tuple(content[key])
+    config = DiscoConfig(**content)
+    if len(config.added_s) != config.n_levels:
+        n = len(config.added_s)
+        raise InputError(f"{file}: added_s has {n} entries, not {config.n_levels}")
+    return config

@@ -1,0 +1,375 @@
+"""Fitting a DISCO network to records, and choosing what its decisions are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from redrafter.config.lookahead import DiscoTrainConfig
+from redrafter.contracts import InputError
+from redrafter.data.lookahead_store import KIND, read_records
+from redrafter.data.replay import Moment, Policy, Prices, Records, Replayed, oracle, replay, static
+from redrafter.data.store import Store
+from redrafter.drafters.profile import StepCosts, read_costs, step_costs
+from redrafter.lookahead.disco import Disco, DiscoConfig, best_depth
+
+_ROUNDS = 4  # of the fixed point; it settles within them
+_SHARES = tuple(i / 20 for i in range(6, 27))
+_THRESHOLDS = tuple(i / 20 for i in range(1, 20))
+
+
+@dataclass
+class Examples:
+    """M moments at which a step began. inputs: (M, K+1, I), what would be known after level 0..K;
+    chance: (M, K), nan where level k was not tested; accepted, judged: (M,)"""
+
+    inputs: Tensor
+    chance: Tensor
+    accepted: Tensor
+    judged: Tensor
+
+
+def examples(records: Records, rollouts: int, seed: int) -> Examples:
+    """The moments that random policies meet: the network must know its way wherever a policy
+    leads, and what the step before did depends on the policy. Ours.
+
+    rollouts: passes over the texts, each with a random number of levels in every step
+    """
+    random = torch.Generator().manual_seed(seed)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows = torch.arange(len(records.length))
+
+    def visit(live: Tensor, place: Tensor, previous: Tensor) -> None:
+        found.append((rows[live], place[live], previous[live]))
+
+    def policy(moment: Moment) -> Tensor:
+        return torch.randint(records.n_levels + 1, moment.accepted.shape, generator=random)
+
+    for _ in range(rollouts):
+        replay(records, policy, _no_prices(records), visit=visit)
+    row, place, previous = (torch.cat(x) for x in zip(*found, strict=True))
+    moment = Moment(records.features[row, place], records.context[row, place], previous,
+                    records.accepted[row, place])  # fmt: skip
+    return Examples(
+        inputs_of(moment), records.chance[row, place],
+        records.accepted[row, place], records.judged[row, place],
+    )  # fmt: skip
+
+
+def inputs_of(moment: Moment) -> Tensor:
+    """(R, K+1, I): features of each level, the context, the step before."""
+    n_levels = moment.features.shape[1] - 1
+    known = torch.cat([moment.context, moment.previous / n_levels], 1)
+    known = known[:, None].expand(-1, n_levels + 1, -1)
+    return torch.cat([moment.features, known], 2)
+
+
+def survival_loss(logits: Tensor, chance: Tensor) -> Tensor:
+    """Mean over the tested levels of the cross-entropy between the chance that a level is accepted
+    given the one before it, and the predicted one.
+
+    logits: (M, K+1, K), asked after each level; chance: (M, K), nan where a level was not tested.
+    Summed over a draft's levels that is minus the log-likelihood of its accepted depth. Where the
+    outcome was drawn, its chance stands in for it: the same mean, less noise.
+    """
+    tested = ~chance.isnan()
+    wanted = chance.nan_to_num()[:, None].expand_as(logits)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    weight = tested[:, None].expand_as(loss)
+    return (loss * weight).sum() / weight.sum().clamp(min=1)
+
+
+def fit(
+    train: Examples,
+    validation: Examples,
+    disco: DiscoConfig,
+    config: DiscoTrainConfig,
+    accelerator: Accelerator,
+    progress: bool = True,
+) -> tuple[Disco, dict[str, Any]]:
+    """The network of the epoch with the smallest loss on `validation`, and how it went."""
+    if not len(train.accepted) or not len(validation.accepted):
+        raise InputError("records: no step was recorded to train or to validate on")
+    torch.manual_seed(config.seed)
+    network = Disco(disco)
+    flat = train.inputs.flatten(0, 1)
+    network.mean.copy_(flat.mean(0))
+    network.std.copy_(flat.std(0).clamp(min=1e-3))
+    data = TensorDataset(train.inputs, train.chance)
+    order = torch.Generator().manual_seed(config.seed)
+    loader = DataLoader(data, config.batch_size, shuffle=True, generator=order)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    steps = config.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    best, history = (float("inf"), -1, {}), []
+    bar = tqdm(range(config.epochs), desc="disco", unit="epoch", disable=not progress)
+    for epoch in bar:
+        model.train()
+        for inputs, chance in loader:
+            level = torch.arange(disco.n_levels + 1, device=inputs.device)
+            loss = survival_loss(model(inputs, level.expand(inputs.shape[:2])), chance)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        network = accelerator.unwrap_model(model)
+        value = loss_on(network, validation)
+        history.append(value)
+        bar.set_postfix(validation=f"{value:.4f}", best=f"{best[0]:.4f}")
+        if value < best[0]:
+            weights = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+            best = (value, epoch, weights)
+        elif epoch - best[1] >= config.patience_epochs:
+            break
+    done = Disco(disco)
+    done.load_state_dict(best[2])
+    facts = {"epochs": len(history), "best_epoch": best[1], "validation_loss": history}
+    return done.eval().requires_grad_(False), facts
+
+
+@torch.no_grad()
+def loss_on(network: Disco, examples: Examples) -> float:
+    device = network.mean.device
+    total, count = 0.0, 0
+    level = torch.arange(network.config.n_levels + 1, device=device)
+    for part in torch.arange(len(examples.accepted)).split(4096):
+        inputs, chance = examples.inputs[part].to(device), examples.chance[part].to(device)
+        n = int((~chance.isnan()).sum())
+        total += n * float(survival_loss(network(inputs, level.expand(inputs.shape[:2])), chance))
+        count += n
+    return total / max(1, count)
+
+
+# ------------------------------------------------------------------------------------ policies
+
+
+def added_s(records: Records, prices: Prices, foresees: bool) -> Tensor:
+    """(K,) seconds that each level adds to a step, drafting and verifying, at the mean tree size of
+    the records. The first level also carries what every draft costs, unless that is spent before
+    the decision (`Drafter.foresees`)."""
+    there = torch.arange(records.nodes.shape[1]) < records.length[:, None]
+    nodes = records.nodes[there]  # (M, K+1)
+    full = nodes[nodes[:, -1] > nodes[:, 0]] if bool((nodes[:, -1] > nodes[:, 0]).any()) else nodes
+    # A tree that stops growing before level K (a copy that ends) adds nothing there: what a level
+    # costs is asked of the trees that have it.
+    grows = full.diff(dim=1) > 0
+    verify = prices.verify_s[full].diff(dim=1)
+    mean = (verify * grows).sum(0) / grows.sum(0).clamp(min=1)
+    draft = prices.level_s.clone() if foresees else prices.draft_s.diff()
+    return draft + mean
+
+
+def level_policy(network: Disco, first_price: Tensor, price: Tensor) -> Policy:
+    """`DiscoLookahead` with when="level", rule="cost". Prices: (K,) lambda s_j, before the first
+    level and after it."""
+
+    def policy(moment: Moment) -> Tensor:
+        p = _log_p(network, moment).exp()  # (R, K+1, K)
+        go_on = torch.ones(len(p), dtype=torch.bool)
+        levels = torch.zeros(len(p), dtype=torch.long)
+        for level in range(p.shape[2]):
+            cost = price if level else first_price
+            go_on = go_on & (best_depth(p[:, level, level:], cost[level:]) > 0)
+            levels += go_on
+        return levels
+
+    return policy
+
+
+def step_policy(network: Disco, price: Tensor) -> Policy:
+    """`DiscoLookahead` with when="step"."""
+    return lambda moment: best_depth(_log_p(network, moment)[:, 0].exp(), price)
+
+
+def threshold_policy(network: Disco, threshold: float) -> Policy:
+    """`DiscoLookahead` with rule="threshold": the paper's."""
+
+    def policy(moment: Moment) -> Tensor:
+        p = _log_p(network, moment).exp()
+        own = torch.stack([p[:, g, g - 1] for g in range(1, p.shape[2])], 1)  # P_g after level g
+        return 1 + (own >= threshold).long().cumprod(1).sum(1)
+
+    return policy
+
+
+def _log_p(network: Disco, moment: Moment) -> Tensor:
+    level = torch.arange(network.config.n_levels + 1).expand(len(moment.accepted), -1)
+    return network.log_p(inputs_of(moment), level)
+
+
+def choose(
+    network: Disco, records: Records, prices: Prices, foresees: bool
+) -> tuple[DiscoConfig, dict[str, Replayed]]:
+    """The numbers that decisions are made with, each by what it achieves on the records: the
+    threshold as in the paper, by sweep; lambda of the rule asked once per step, where the best one
+    is the rate that results (Dinkelbach), by iteration and sweep; and the two of the rule asked
+    level by level, one after the other. Ours but for the threshold.
+
+    Returns the completed configuration and what each policy did.
+    """
+    added = added_s(records, prices, foresees).float()
+
+    def run(policy: Policy) -> Replayed:
+        return replay(records, policy, prices, looks=foresees)
+
+    def best(values, make: Callable[[float], Policy]) -> tuple[float, Replayed]:
+        return max(((v, run(make(v))) for v in values), key=lambda one: one[1].rate())
+
+    threshold, by_threshold = best(_THRESHOLDS, lambda x: threshold_policy(network, x))
+    plain = replay(records, static(0), prices).rate()
+    rates, rate = [plain], plain
+    for _ in range(_ROUNDS):
+        rate = run(step_policy(network, added * rate)).rate()
+        rates.append(rate)
+    step_rate, by_step = best(
+        rates + [x * rate for x in _SHARES], lambda x: step_policy(network, added * x)
+    )
+    base = max(by_threshold.rate(), by_step.rate())
+    levels = {}
+
+    def by_rates(first: float, rate: float) -> Policy:
+        return level_policy(network, added * first, added * rate)
+
+    for start in (0.0, base):  # draft always at first, or as if nothing more were learned
+        rate, _ = best([x * base for x in _SHARES], partial(by_rates, start))
+        first, done = best(
+            [start, *(x * base for x in (0.0, *_SHARES))], partial(by_rates, rate=rate)
+        )
+        levels[rate, first] = done
+    (rate, first), by_level = max(levels.items(), key=lambda item: item[1].rate())
+    config = replace(
+        network.config, threshold=threshold, rate=rate, first_rate=first, step_rate=step_rate,
+        added_s=tuple(added.tolist()),
+    )  # fmt: skip
+    return config, {"threshold": by_threshold, "step": by_step, "level": by_level}
+
+
+def _no_prices(records: Records) -> Prices:
+    size = int(records.nodes.max()) + 1
+    return Prices(0.0, torch.zeros(records.n_levels), torch.zeros(size))
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def train_disco(
+    store: Store, config: DiscoTrainConfig, accelerator: Accelerator, progress: bool = True
+) -> tuple[Disco, dict[str, Any], tuple[Tensor, Tensor]]:
+    """Returns the network, a report of it, and its predictions on the validation records: that a
+    level just drafted is accepted, and whether it was.
+
+    Raises InputError where records and costs do not belong together, or there are too few.
+    """
+    made = store.identity
+    n = store.n_rows - config.validation_prompts
+    if made["kind"] != KIND or n < 1 or config.validation_prompts < 1:
+        raise InputError(
+            f"records: {store.name} holds {store.n_rows} rows of {made['kind']}, of which "
+            f"validation_prompts {config.validation_prompts} validate: give more records "
+            "(data/lookahead.py), or validate on fewer"
+        )
+    name = made["drafter"]["name"]
+    costs = step_costs(config.costs, name, None, batch=1)
+    _same_target(config.costs, made["target"]["weights"])
+    train, validation = (read_records(store, r) for r in (range(n), range(n, store.n_rows)))
+    prices = prices_of(costs, train.n_levels, int(max(train.nodes.max(), validation.nodes.max())))
+    foresees = made["foresees"]
+    disco = DiscoConfig(
+        drafter={k: v for k, v in made["drafter"].items() if k != "name"},
+        target=made["target"]["weights"], feature_names=tuple(made["feature_names"]),
+        n_levels=made["levels"], hidden=config.hidden, temperature=made["temperature"],
+        device=device_of(config.costs),
+        trained_on={"records": store.digest, "drafter": name, "prompts": made["prompts"],
+                    "rows": [made["rows"][0], made["rows"][n - 1]]},
+    )  # fmt: skip
+    seen = examples(train, config.rollouts, config.seed)
+    unseen = examples(validation, config.rollouts, config.seed + 1)
+    network, facts = fit(seen, unseen, disco, config, accelerator, progress)
+    disco, policies = choose(network, validation, prices, foresees)
+    network.config = disco
+    policies |= {f"static {k}": replay(validation, static(k), prices) for k in
+                 range(disco.n_levels + 1)}  # fmt: skip
+    fixed = max(range(disco.n_levels + 1), key=lambda k: policies[f"static {k}"].rate())
+    policies["oracle"] = replay(validation, oracle, prices)
+    base = policies[f"static {fixed}"].rate()
+    figures = {name: _figures(done, base) for name, done in policies.items()}
+    figures["best static"] = {**figures[f"static {fixed}"], "levels": fixed}
+    p, y, level = predictions(network, unseen)
+    areas = [roc_auc(p[level == g], y[level == g]) for g in range(1, disco.n_levels + 1)]
+    report = {
+        **facts, "validation_prompts": config.validation_prompts, "moments": len(seen.accepted),
+        "policies": figures, "roc_auc": areas, "threshold": disco.threshold, "rate": disco.rate,
+        "first_rate": disco.first_rate, "step_rate": disco.step_rate,
+        "added_s": list(disco.added_s),
+    }  # fmt: skip
+    return network, report, (p, y)
+
+
+def _figures(done: Replayed, base: float) -> dict[str, float]:
+    steps = int(done.steps.sum())
+    return {
+        "tokens_per_second": done.rate(), "ratio": done.rate() / base,
+        "tokens_per_step": int(done.tokens.sum()) / steps,
+        "drafted_per_step": int(done.drafted.sum()) / steps,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def predictions(network: Disco, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
+    """(M',) each: the paper's question. P_g asked after level g, whether at least g levels were
+    accepted, and g; of the levels that the text is long enough for."""
+    level = torch.arange(network.config.n_levels + 1)
+    p = network.log_p(examples.inputs, level.expand(examples.inputs.shape[:2])).exp()
+    g = level[1:]
+    own = p[:, g, g - 1]  # (M, K)
+    asked = g <= examples.judged[:, None]
+    right = g <= examples.accepted[:, None]
+    return own[asked], right[asked], g.expand_as(own)[asked]
+
+
+def roc_auc(score: Tensor, label: Tensor) -> float | None:
+    """Area under the ROC curve: how often a right one has the larger score, ties counting half.
+    None where all labels are equal."""
+    positive = int(label.sum())
+    negative = len(label) - positive
+    if not positive or not negative:
+        return None
+    _, place, count = score.double().unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    rank = (last - (count - 1) / 2)[place]  # of equal ones the mean
+    return float((rank[label].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def prices_of(costs: StepCosts, n_levels: int, nodes: int) -> Prices:
+    """Measured costs as tables. nodes: of the largest tree."""
+    level = torch.tensor([costs.draft_s(k) for k in range(n_levels + 1)], dtype=torch.float64)
+    verify = [0.0] + [costs.verify_s(n) + costs.loop_s(n) for n in range(1, nodes + 1)]
+    start = float(costs.start_s)
+    level[1:] -= start
+    return Prices(start, level.diff(), torch.tensor(verify, dtype=torch.float64))
+
+
+def _same_target(costs: str, weights: str) -> None:
+    measured = read_costs(costs)[1].get("provenance", {}).get("target", {}).get("fingerprint")
+    if measured != weights:
+        raise InputError(
+            f"costs: {costs} was measured with another target (fingerprint {measured}, the records "
+            f"are of {weights}): measure with eval/costs.py for this one"
+        )
+
+
+def device_of(costs: str) -> dict[str, Any]:
+    """Where the costs were measured."""
+    facts = read_costs(costs)[1].get("provenance", {})
+    return {key: facts.get(key) for key in ("device", "threads")}
