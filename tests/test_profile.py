@@ -164,6 +164,10 @@ def test_a_profile_prices_whole_steps(profiled):
         costs = step_costs(profile_of(folder, target), "head:2x3", target, context)
         assert [n for n, _ in costs.verify] == [1, 2, 3, 7]
         assert [n for n, _ in costs.loop] == [1, 7]
+        draft = next(
+            e for e in content["drafters"] if (e["name"], e["context"]) == ("head:2x3", context)
+        )
+        assert costs.start_s == draft["rest"]["q1_s"] < draft["draft"]["q1_s"]
         # What the loop takes besides is what makes the parts a whole step.
         for levels, n, name in ((0, 1, "none"), (3, 7, "head:2x3")):
             parts = costs.draft_s(levels) + costs.verify_s(n)

@@ -7,6 +7,7 @@ beside them stand the columns of `Text`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,6 @@ def read_records(store: Store, rows: Sequence[int] | None = None) -> Records:
         found[name] = found[name].long()
     texts = [
         Text(**{name: found[name][begin:end] for name in COLUMNS})
-        for begin, end in zip(ends, ends[1:], strict=False)
+        for begin, end in pairwise(ends)
     ]
     return Records.of(texts, store.identity["max_new_tokens"])

@@ -96,21 +96,27 @@ def step_costs(
     draft, levels = find_drafter(name, table, drafter, batch, context)
     level_s = [level["q1_s"] for level in draft["levels"]]
     forward = forward_seconds(name, table, batch, draft["context"])
-    loop, plain = {}, None
-    for e in table.get("loop", ()):
-        own = {draft["name"]: draft["draft"]["q1_s"], "none": 0.0}
-        if (e["batch"], e["context"]) != (batch, draft["context"]):
-            continue
-        if e["name"] in own:
-            loop[e["n"]] = max(0.0, e["step"]["q1_s"] - own[e["name"]] - forward[e["n"]])
-        elif e["name"] == "plain":
-            plain = e["step"]["q1_s"]
+    here = {
+        e["name"]: (e["n"], e["step"]["q1_s"])
+        for e in table.get("loop", ())
+        if (e["batch"], e["context"]) == (batch, draft["context"])
+    }
+    start_s, loop = max(0.0, draft["draft"]["q1_s"] - sum(level_s)), {}
+    if draft["name"] in here and draft.get("rest"):
+        # Quartiles of the parts are less than the quartile of the whole by what disturbs it: that
+        # goes with the nodes, and so with the levels, rather than with every draft.
+        start_s = draft["rest"]["q1_s"]
+    drafts_s = {"none": 0.0, draft["name"]: start_s + sum(level_s)}
+    for name, draft_s in drafts_s.items():
+        if name in here:
+            n, step_s = here[name]
+            loop[n] = max(0.0, step_s - draft_s - forward[n])
     return StepCosts(
-        max(0.0, draft["draft"]["q1_s"] - sum(level_s)),
+        start_s,
         tuple(level_s[:levels]),
         tuple(sorted(forward.items())),
         tuple(sorted(loop.items())),
-        plain,
+        here["plain"][1] if "plain" in here else None,
     )
 
 

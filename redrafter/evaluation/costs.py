@@ -61,13 +61,14 @@ class TargetCost:
 @dataclass(frozen=True)
 class DrafterCost:
     """One draft of a drafter. `draft` is start + all levels + tree + observe; `levels[k]` is one
-    call of `extend`."""
+    call of `extend`; `rest` all but the levels."""
 
     name: str
     context: int
     batch: int
     draft: Cost
     levels: list[Cost]
+    rest: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,8 @@ class CostMeter:
             elif kind == "drafter":
                 draft = Cost.of([sum(row) for row in rows])
                 levels = [Cost.of(level) for level in list(zip(*rows, strict=True))[1:-2]]
-                costs.drafters.append(DrafterCost(what, context, batch, draft, levels))
+                rest = Cost.of([row[0] + sum(row[-2:]) for row in rows])
+                costs.drafters.append(DrafterCost(what, context, batch, draft, levels, rest))
             else:
                 n = self.drafters[what].max_nodes if what in self.drafters else 1
                 step = Cost.of([row[0] for row in rows])
