@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, TokenTree, root_tree
-from redrafter.decode.speculative import speculative
-from redrafter.drafters.compose import Wrapped
+from redrafter.contracts import Drafter
+from redrafter.data.lookahead import walk_texts
 from redrafter.drafters.profile import StepCosts
 from redrafter.evaluation.figures import bootstrap
 from redrafter.evaluation.pictures import new_figure
 from redrafter.evaluation.report import table, with_interval
-from redrafter.evaluation.walk import accepted_depth
 from redrafter.target.model import Target
 
 if TYPE_CHECKING:
@@ -53,18 +51,6 @@ class Cell:
 # -------------------------------------------------------------------------------- acceptance
 
 
-class _EverywhereOnce(Wrapped):
-    """Drafts in full and has nothing of it verified, so that a step begins at every position."""
-
-    def begin(self, seqs) -> None:
-        super().begin(seqs)
-        self.drafted: list[tuple[list[int], TokenTree]] = []
-
-    def tree(self) -> TokenTree:
-        self.drafted.append((self.seqs.length.tolist(), self.inner.tree()))
-        return root_tree(self.seqs.root)
-
-
 def accepted_depths(
     target: Target,
     drafter: Drafter,
@@ -80,22 +66,10 @@ def accepted_depths(
     """
     found: list[list[int]] = []
     for i in range(0, len(prompts), batch_size):
-        rows = prompts[i : i + batch_size]
-        walker = _EverywhereOnce(drafter)
-        made = speculative(target, rows, config, seeds=seeds[i : i + batch_size], drafter=walker)
-        for b, (prompt, answer) in enumerate(zip(rows, made.tokens, strict=True)):
-            text = [*prompt, *answer]
-            # A row that has ended stays in the batch and is drafted for no more.
-            steps = walker.drafted[: len(answer) - 1]
-            found.append(
-                [accepted_depth(_row(tree, b), text[length[b] :]) for length, tree in steps]
-            )
+        end = i + batch_size
+        texts = walk_texts(target, drafter, prompts[i:end], config, seeds[i:end])
+        found += [text.accepted.tolist() for text in texts]
     return found
-
-
-def _row(tree: TokenTree, b: int) -> TokenTree:
-    one = slice(b, b + 1)
-    return TokenTree(tree.tokens[one], tree.parent[one], tree.depth[one], tree.valid[one])
 
 
 def n_steps(accepted: Sequence[int], depth: int) -> int:
