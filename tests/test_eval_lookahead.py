@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter.cli import lookahead as cli
 from redrafter.cli.args import parse
-from redrafter.config import LookaheadEvalConfig
+from redrafter.config import LookaheadEvalConfig, TargetConfig
 from redrafter.contracts import InputError, Lookahead
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.build import Partners, build_drafter
 from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.evaluation.lookahead_report import overview, says_best
@@ -24,6 +25,8 @@ from redrafter.evaluation.methods import check_partners
 from redrafter.evaluation.plans import Plan
 from redrafter.evaluation.runs import Batch, Run
 from redrafter.evaluation.steps import Step, count_steps, judge, plain_steps
+from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
+from redrafter.target.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,12 +45,22 @@ def asked(tiny_target, tmp_path_factory):
             weights += 0.15 * weights.std() * torch.randn_like(weights)
     model.save_pretrained(folder / "draft")
     AutoTokenizer.from_pretrained(tiny_target).save_pretrained(folder / "draft")
+    target = load_target(TargetConfig(str(tiny_target)))
+    partners = Partners(draft=load_target(TargetConfig(str(folder / "draft"))))
+    drafter = build_drafter("model:1x3", target, partners)
+    for t in (0, 1):  # classifiers that have learned nothing
+        save_disco(folder / f"disco/model-a-{t}", Disco(DiscoConfig(
+            drafter.identity(), target.fingerprint(), drafter.feature_names, 3, hidden=4,
+            temperature=float(t), added_s=(1e-3, 1e-3, 1e-3),
+        )))  # fmt: skip
     given = {
         "sets": {"a": str(tiny_target / "prompts_heldout.jsonl")},
         "drafters": {"model": "model:1x3", "copy": "suffix:4x1"},
         "lookaheads": {"up-down": "heuristic(start=2)", "sure": "confidence(threshold=0.3)",
-                       "two": "static(depth=2)", "all": "oracle(strict=false)"},
-        "without": {"copy": ["sure"]},
+                       "two": "static(depth=2)", "all": "oracle(strict=false)",
+                       "own": f"disco(path={folder}/disco/{{drafter}}-{{set}}-{{temperature}},"
+                              "rule=threshold,threshold=0.4)"},
+        "without": {"copy": ["sure", "own"]},
         "temperatures": [0.0, 1.0],
     }  # fmt: skip
     return folder / "out", [
@@ -67,7 +80,7 @@ def made(asked):
 
 def test_everything_is_written(asked, made):
     out, _ = asked
-    pictures = ["ratio", "lengths", *(f"steps-{name}" for name in made)]
+    pictures = ["ratio", "lengths", "reliability", *(f"steps-{name}" for name in made)]
     assert {p.name for p in out.iterdir()} == {
         "config.yaml", "table.md", *(f"{name}.json" for name in made),
         *(f"{name}.{suffix}" for name in pictures for suffix in ("png", "svg")),
@@ -77,11 +90,17 @@ def test_everything_is_written(asked, made):
     assert shown.count("(best static)") == 4 and "up-down" in shown
     for name, body in made.items():
         static = [f"static {k}" for k in range(1 + (3 if name.startswith("model") else 4))]
-        others = ["up-down", "sure", "two", "all"]
+        others = ["up-down", "sure", "two", "all", "own"]
         if name.startswith("copy"):
-            others.remove("sure")
+            others = ["up-down", "two", "all"]
+            assert body["reliability"] == {} == body["classifiers"]
+        else:
+            assert list(body["reliability"]) == ["own"] == list(body["shown"])[-1:]
+            # Before each of the levels that it is asked about, up to the first that it refuses.
+            assert body["reliability"]["own"]["n"] >= body["methods"]["static 3"]["target_forwards"]
+            assert len(body["classifiers"]) == 1
         assert list(body["methods"]) == static + others
-        assert body["oracle"] == "all" and body["reliability"] == {} == body["classifiers"]
+        assert body["oracle"] == "all"
         assert next(iter(body["shown"])) == "all"
 
 
@@ -160,10 +179,12 @@ def test_nothing_is_measured_twice(asked, made, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main([*args, "--seed=1"])
     assert "another seed" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "classifiers", lambda part: {"runs/disco": "changed"})
+    # A classifier that was trained anew is not the one that was measured.
+    with open(out.parent / "disco/model-a-1/config.json", "a") as file:
+        file.write(" ")
     with pytest.raises(SystemExit):
         cli.main(args)
-    assert "model-a-t0.json was measured with" in capsys.readouterr().err
+    assert "model-a-t1.json was measured with" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- what is asked

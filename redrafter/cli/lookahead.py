@@ -181,11 +181,14 @@ def classifiers(part: Part) -> dict[str, str]:
 
     found = {}
     for name in part.lookaheads.values():
-        for member in parse_name(parse_plan(name).lookahead).members or ():
-            key, _, value = member.partition("=")
-            if key.strip() == "path" and (folder := Path(value.strip())).is_dir():
-                files = sorted(p for p in folder.iterdir() if p.is_file())
-                found[str(folder)] = digest_json({p.name: digest_file(p) for p in files})[:16]
+        lookahead = parse_name(parse_plan(name).lookahead)
+        options = (member.partition("=") for member in lookahead.members or ())
+        path = next((value.strip() for key, _, value in options if key.strip() == "path"), None)
+        if lookahead.kind == "disco" and path is None and part.speed.head is not None:
+            path = f"{part.speed.head}/disco"
+        if path is not None and Path(path).is_dir():
+            files = sorted(p for p in Path(path).iterdir() if p.is_file())
+            found[path] = digest_json({p.name: digest_file(p) for p in files})[:16]
     return found
 
 
