@@ -19,11 +19,9 @@ MODEL_FEATURES = (
     "margin", "entropy_nats", "token_noise", "p_level", "log_p_path",
 )  # fmt: skip
 _LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
+_NEVER = -1e4  # a score so far below all others that its probability is 0 in any dtype
 
 
-def _top(log_p: Tensor) -> Tensor:
-    """The `TOP` largest of the last dimension, in order, or all where there are fewer."""
-    return log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)[0]
 
 
 def model_features(
@@ -40,30 +38,31 @@ def model_features(
         the root's 0
     tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `scores` hold it
     The level's distribution is the one over all (node above, token) pairs, each node weighted by
-    its own probability; for a chain it is q. Features: DISCO (arXiv 2405.04304); for trees, ours.
+    its own probability; for a chain it is q. Below the first level of a tree of width W only
+    p_1 .. p_W are given, the others are 0. Features: DISCO (arXiv 2405.04304); for trees, ours.
     """
     above, level = log_q[-2].to(scores.dtype), log_q[-1].to(scores.dtype)
-    log_p = scores.log_softmax(-1)
-    own = log_p.exp().mul_(log_p.clamp(min=_LEAST)).sum(-1).neg()  # (B, w) entropies
+    before, path = (
+        (x if x.shape[1] == 1 else x.logsumexp(-1, keepdim=True)).clamp(_LEAST, 0.0)
+        for x in (above, level)
+    )
+    p = scores.softmax(-1)
+    most = p.amax(-1)
+    total = scores.amax(-1) - most.log()  # logsumexp of the scores, without another pass
+    entropy = total - torch.linalg.vecdot(p, scores.clamp(min=_NEVER))  # (B, w)
     if scores.shape[1] == 1:
-        entropy = own
-        top = _top(log_p[:, 0])
+        top = p[:, 0].topk(min(TOP, p.shape[-1]), dim=-1)[0]
     else:
-        above = above.clamp(min=_LEAST)  # a row may have nothing but pruned nodes
-        weight = above.log_softmax(-1)
-        entropy = (weight.exp() * (own - weight)).sum(-1, keepdim=True)
-        top = _top(log_p) + weight[:, :, None]
-        top = _top(top.flatten(1))
-    missing = TOP - top.shape[-1]  # of a smaller vocabulary
-    top = torch.nn.functional.pad(top.exp(), (0, missing)) if missing else top.exp()
-    path = level.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
-    before = above.logsumexp(-1, keepdim=True).clamp(_LEAST, 0.0)
-    given = (path - before).exp().clamp(max=1.0)
-    margin = top[:, :1] - top[:, 1:2]
-    own_noise = torch.zeros_like(margin)
+        weight = above.clamp(min=_LEAST).log_softmax(-1)  # a row may have nothing but pruned nodes
+        entropy = (weight.exp() * (entropy - weight)).sum(-1, keepdim=True)
+        top = (level[:, :TOP] - before).exp()  # the likeliest of all are those that were taken
+    if top.shape[1] < TOP:
+        top = torch.nn.functional.pad(top, (0, TOP - top.shape[1]))
+    own_noise = torch.zeros_like(path)
     if noise is not None:
-        own_noise = noise.gather(1, tokens[:, :1]).to(margin.dtype)
-    return torch.cat([top, margin, entropy, own_noise, given, path], 1)
+        own_noise = noise.gather(1, tokens[:, :1]).to(path.dtype)
+    given = (path - before).clamp_(max=0.0).exp_()
+    return torch.cat([top, top[:, :1] - top[:, 1:2], entropy, own_noise, given, path], 1)
 
 
 #: `best_log_q`: cumulative log-score of the level's best node, in nats

@@ -21,8 +21,9 @@ def context_features(truth: Truth, temperature: float) -> Tensor:
     last = (truth.count - 1).clamp(min=0)[:, None]
     root = truth.tokens.gather(1, last)
     logits = truth.logits.gather(1, last[:, :, None].expand(-1, -1, truth.logits.shape[-1]))[:, 0]
-    log_p = (logits.float() / temperature).log_softmax(-1)
-    p = log_p.exp()
-    entropy = (p * log_p.clamp(min=-30.0)).sum(-1, keepdim=True).neg()
-    top = p.topk(2, dim=-1)[0]
+    logits = logits.float() / temperature
+    p = logits.softmax(-1)
+    top, place = p.topk(2, dim=-1)
+    total = logits.gather(1, place[:, :1]) - top[:, :1].log()  # logsumexp
+    entropy = total - torch.linalg.vecdot(p, logits.clamp(min=-1e4))[:, None]
     return torch.cat([p.gather(1, root), entropy, top[:, :1] - top[:, 1:]], 1)

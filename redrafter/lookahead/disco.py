@@ -162,7 +162,6 @@ class DiscoLookahead(Lookahead):
         self.first_price = added * (config.first_rate if self.when == "level" else config.step_rate)
         self.price = added * config.rate
         self.temperature = seqs.temperature
-        self.nothing = torch.zeros(len(seqs.length), len(self.config.feature_names), device=device)
         self.planned: Tensor | None = None
 
     def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
@@ -171,54 +170,53 @@ class DiscoLookahead(Lookahead):
         known = torch.cat([context_features(truth, self.temperature), share], 1)
         self.base = known @ self.rest  # (B, hidden)
 
-    def log_p(self, features: Tensor | None, level: int) -> Tensor:
-        """(B, K) log P_j after `level` levels."""
+    def p(self, features: Tensor | None, level: int) -> Tensor:
+        """(B, K) P_j after `level` levels."""
         hidden = self.base + self.bias[level]
-        if features is not None:
+        if features is not None:  # else zeros, which the bias has
             hidden = torch.addmm(hidden, features.to(hidden.dtype), self.own)
-        else:
-            hidden = torch.addmm(hidden, self.nothing, self.own)
         logits = torch.addmm(self.out_bias, hidden.relu_(), self.out_weight)
-        return nn.functional.logsigmoid(logits).cumsum(-1)
+        return logits.sigmoid_().cumprod(-1)
 
     def plan(self) -> Tensor | None:
         """Where nothing can be known of the first level, the decision about it is made here."""
         if self.foresees or self.rule == "threshold":
             return None
-        levels = self._best(None, 0)
+        gain = self._gain(None, 0)
+        if self.when == "step":
+            return best_depth(gain)
         # Level by level it only matters whether anything pays.
-        return levels if self.when == "step" else torch.where(levels > 0, self.config.n_levels, 0)
+        return (gain.amax(-1) > 0) * self.config.n_levels
 
     def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
         if self.when == "step":  # the drafter foresees: the plan could not be made before
             if level == 0:
-                self.planned = self._best(features, 0)
+                self.planned = best_depth(self._gain(features, 0))
             return self.planned > level
         if self.rule == "cost":
-            return self._best(features, level) > level
+            return self._gain(features, level).amax(-1) > 0
         if level == 0:
             return True
-        p = self.log_p(features, level)[:, level - 1].exp()
+        p = self.p(features, level)[:, level - 1]
         self._note(level, p)
         return p >= self.threshold
 
-    def _best(self, features: Tensor | None, level: int) -> Tensor:
-        """(B,) int64: the depth n >= level at which the sum of what the levels give, less what
-        they cost, is largest."""
-        p = self.log_p(features, level)[:, level:].exp()
+    def _gain(self, features: Tensor | None, level: int) -> Tensor:
+        """(B, K - level): what drafting to depth level + 1, level + 2, ... gives, less what it
+        costs, in tokens."""
+        p = self.p(features, level)[:, level:]
         self._note(level + 1, p[:, 0])
         price = self.price if level else self.first_price
-        return best_depth(p, price[level:]) + level
+        return (p - price[level:]).cumsum(-1)
 
     def _note(self, level: int, p: Tensor) -> None:
         if self.log is not None:
             self.log.append((level, p))
 
 
-def best_depth(p: Tensor, price: Tensor) -> Tensor:
-    """(...) int64: the n in 0 .. J that maximises sum_{j <= n} (p_j - price_j); the first of equal
-    ones. p: (..., J); price: (J,)"""
-    gain = (p - price).cumsum(-1)
+def best_depth(gain: Tensor) -> Tensor:
+    """(...) int64: the n in 0 .. J with the largest gain, that of n = 0 being 0; the first of equal
+    ones. gain: (..., J)"""
     most, at = gain.max(-1)
     return torch.where(most > 0, at + 1, 0)
 

@@ -180,7 +180,7 @@ def level_policy(network: Disco, first_price: Tensor, price: Tensor) -> Policy:
         levels = torch.zeros(len(p), dtype=torch.long)
         for level in range(p.shape[2]):
             cost = price if level else first_price
-            go_on = go_on & (best_depth(p[:, level, level:], cost[level:]) > 0)
+            go_on = go_on & ((p[:, level, level:] - cost[level:]).cumsum(-1).amax(-1) > 0)
             levels += go_on
         return levels
 
@@ -189,7 +189,7 @@ def level_policy(network: Disco, first_price: Tensor, price: Tensor) -> Policy:
 
 def step_policy(network: Disco, price: Tensor) -> Policy:
     """`DiscoLookahead` with when="step"."""
-    return lambda moment: best_depth(_log_p(network, moment)[:, 0].exp(), price)
+    return lambda moment: best_depth((_log_p(network, moment)[:, 0].exp() - price).cumsum(-1))
 
 
 def threshold_policy(network: Disco, threshold: float) -> Policy:
