@@ -164,16 +164,25 @@ def test_a_profile_prices_whole_steps(profiled):
         costs = step_costs(profile_of(folder, target), "head:2x3", target, context)
         assert [n for n, _ in costs.verify] == [1, 2, 3, 7]
         assert [n for n, _ in costs.loop] == [1, 7]
-        draft = next(
-            e for e in content["drafters"] if (e["name"], e["context"]) == ("head:2x3", context)
-        )
-        assert costs.start_s == draft["rest"]["q1_s"] < draft["draft"]["q1_s"]
         # What the loop takes besides is what makes the parts a whole step.
         for levels, n, name in ((0, 1, "none"), (3, 7, "head:2x3")):
             parts = costs.draft_s(levels) + costs.verify_s(n)
             whole = max(parts, steps[name]["step"]["q1_s"])
             assert costs.step_s(levels, n) == pytest.approx(whole)
         assert costs.plain_s == steps["plain"]["step"]["q1_s"]
+
+
+def test_what_a_draft_takes_besides_its_levels(profiled):
+    folder, target, _ = profiled
+    content = json.loads(profile_of(folder, target).read_text())
+    for entry in content["drafters"]:
+        rest, draft = entry["rest"]["q1_s"], entry["draft"]["q1_s"]
+        assert 0 < rest < draft
+        assert entry["rest"]["q3_s"] + sum(e["q3_s"] for e in entry["levels"]) >= draft
+        entry["rest"]["q1_s"] = 0.123
+    assert step_costs(content, "head:2x3", target).start_s == 0.123
+    # Without whole steps nothing else would hold what is lost between the parts.
+    assert step_costs({**content, "loop": []}, "head:2x3", target).start_s != 0.123
 
 
 def test_another_profile_is_refused(profiled, tiny_target, tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import torch
 from models import prompts, settings, tiny
 from test_draft_model import close_draft
 from test_recurrent_drafter import make_head
+from test_table import launched_by
 
 from redrafter.cli import costs as costs_cli
 from redrafter.cli import static as static_cli
-from redrafter.config import TreeConfig
+from redrafter.cli.args import parse
+from redrafter.config import StaticConfig, TreeConfig
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.model import DraftModel
@@ -216,6 +218,12 @@ def test_command_takes_a_profile_or_a_file(folders, capsys):
     with pytest.raises(SystemExit):
         static_cli.main([*common, *more, "--costs", "profile", "--widths", "4"])
     assert "0 measured drafters fit 'head:4x2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", launched_by("eval/static.py"), ids=str)
+def test_configurations_are_read_as_they_are(path):
+    config = parse(StaticConfig, [f"--config={path}"], "eval/static.py")
+    assert (config.head is None) != (config.draft is None)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recorded acceptance and measured costs; with --measure beside what the clock says.",
     )
     from redrafter.evaluation.pictures import new_figure, save_figure
-    from redrafter.evaluation.prompts import evaluation_prompts, number_list
+    from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
     from redrafter.evaluation.report import device_name, write_result
     from redrafter.evaluation.static import compare, predict, show, static_map
 
@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = predict(accepted, costs, config.depth, {n: t.rate for n, t in timings.items()})
     comparison = compare(cells, timings) if timings else None
     print(show(cells, kind, comparison))
+    recorded = [p.row for p in others or used]
+    warning = config.head and holdout_warning(config.head, config.prompts, recorded[0])
+    if warning:
+        print(f"warning: {warning}")
     if config.plot is not None:
         title = f"{target.name.rstrip('/').split('/')[-1]}, {kind}, {device_name(target.device)}"
         paths = save_figure(static_map(cells, title), config.plot)
@@ -57,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     body = {
         "cells": [asdict(cell) for cell in cells],
         "comparison": comparison,
-        "recorded_rows": [p.row for p in others or used],
+        "warnings": [warning] if warning else [],
+        "recorded_rows": recorded,
         "measured_rows": [p.row for p in used] if timings else None,
         "recorded_positions": sum(map(len, accepted[widths[0]])),
         "context": context,
