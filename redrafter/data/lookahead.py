@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
-from redrafter.decode.tree import bucket
 from redrafter.drafters.hindsight import Past
 from redrafter.lookahead.context import context_features
 from redrafter.target.model import Target
@@ -36,7 +35,7 @@ class Text:
     tokens:   (S,) int64, the roots
     features: (S, K+1, F) float32, the drafter's at level 0..K, zeros where it says nothing
     context:  (S, C) float32, `CONTEXT_FEATURES`
-    nodes:    (S, K+1) int64, nodes of the tree cut at level 0..K, the root counted
+    nodes:    (S, K+1) int64, nodes of the tree cut at level 0..K, the root counted and padding not
     accepted: (S,) int64, levels that are accepted of the K, or of those that the text is long
               enough for
     judged:   (S,) int64, levels that the text is long enough for, at most K
@@ -108,8 +107,6 @@ class _Walk:
         where = where.clamp(max=states.shape[1] - 1).to(states.device)
         self.hidden = states.gather(1, where[:, :, None].expand(-1, -1, states.shape[-1]))
         self.logits = torch.stack([target.project(row) for row in self.hidden])
-        sizes = [min(bucket(n), drafter.max_nodes) for n in range(drafter.max_nodes + 1)]
-        self.sizes = torch.tensor(sizes, device=target.device)
 
     def run(self) -> list[Text]:
         drafter, seqs = self.drafter, self.seqs
@@ -159,8 +156,6 @@ class _Walk:
         accepted = torch.where(right, tree.depth, 0).amax(1)
         levels = torch.arange(self.n_levels + 1, device=tree.depth.device)
         nodes = (tree.valid[:, None] & (tree.depth[:, None] <= levels[:, None])).sum(-1)
-        if drafter.foresees:  # copies come in trees of the usual sizes
-            nodes = self.sizes[nodes]
         return {
             "features": features, "nodes": nodes, "accepted": torch.minimum(accepted, judged),
             "judged": judged, "chance": self._chance(tree, right, accepted, judged),

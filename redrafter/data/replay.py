@@ -90,8 +90,8 @@ Policy = Callable[[Moment], Tensor]
 
 @dataclass
 class Replayed:
-    """Per text (R,): tokens and steps of the decoding phase, levels drafted, nodes verified,
-    seconds by the prices."""
+    """Per text (R,): tokens and steps of the decoding phase, levels drafted (those that a tree
+    had), nodes verified, seconds by the prices."""
 
     tokens: Tensor
     steps: Tensor
@@ -118,6 +118,7 @@ def replay(
     `Moment.previous`"""
     n = len(records.length)
     draft_s = prices.draft_s
+    reach = (records.nodes.diff(dim=2) > 0).sum(2)  # levels that have any node
     if looks:
         draft_s[0] = prices.start_s
     row = torch.arange(n)
@@ -133,11 +134,13 @@ def replay(
         moment = Moment(
             records.features[row, place], records.context[row, place], previous, accepted
         )
-        levels = torch.minimum(policy(moment).clamp(0, records.n_levels), records.room[row, place])
+        asked = policy(moment).clamp(0, records.n_levels)
+        levels = torch.minimum(asked, records.room[row, place])
         kept = torch.minimum(levels, accepted)
         size = records.nodes[row, place, levels]
+        levels = torch.minimum(levels, reach[row, place])
         emitted = torch.minimum(kept + 1, records.length - at)
-        spent = draft_s[levels] + prices.verify_s[size]
+        spent = draft_s[asked] + prices.verify_s[size]
         tokens += torch.where(live, emitted, 0)
         steps += live
         drafted += torch.where(live, levels, 0)

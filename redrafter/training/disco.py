@@ -18,6 +18,7 @@ from redrafter.contracts import InputError
 from redrafter.data.lookahead_store import KIND, read_records
 from redrafter.data.replay import Moment, Policy, Prices, Records, Replayed, oracle, replay, static
 from redrafter.data.store import Store
+from redrafter.decode.tree import bucket
 from redrafter.drafters.profile import StepCosts, read_costs, step_costs
 from redrafter.lookahead.disco import Disco, DiscoConfig, best_depth
 
@@ -283,8 +284,9 @@ def train_disco(
     costs = step_costs(config.costs, name, None, batch=1)
     _same_target(config.costs, made["target"]["weights"])
     train, validation = (read_records(store, r) for r in (range(n), range(n, store.n_rows)))
-    prices = prices_of(costs, train.n_levels, int(max(train.nodes.max(), validation.nodes.max())))
     foresees = made["foresees"]
+    largest = int(max(train.nodes.max(), validation.nodes.max()))
+    prices = prices_of(costs, train.n_levels, largest, buckets=foresees)
     disco = DiscoConfig(
         drafter={k: v for k, v in made["drafter"].items() if k != "name"},
         target=made["target"]["weights"], feature_names=tuple(made["feature_names"]),
@@ -351,10 +353,14 @@ def roc_auc(score: Tensor, label: Tensor) -> float | None:
     return float((rank[label].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
-def prices_of(costs: StepCosts, n_levels: int, nodes: int) -> Prices:
-    """Measured costs as tables. nodes: of the largest tree."""
+def prices_of(costs: StepCosts, n_levels: int, largest: int, buckets: bool) -> Prices:
+    """Measured costs as tables.
+
+    largest: nodes of the largest tree; buckets: copies come in trees of the usual sizes
+    """
     level = torch.tensor([costs.draft_s(k) for k in range(n_levels + 1)], dtype=torch.float64)
-    verify = [0.0] + [costs.verify_s(n) + costs.loop_s(n) for n in range(1, nodes + 1)]
+    sizes = [min(bucket(n), largest) if buckets else n for n in range(1, largest + 1)]
+    verify = [0.0] + [costs.verify_s(n) + costs.loop_s(n) for n in sizes]
     start = float(costs.start_s)
     level[1:] -= start
     return Prices(start, level.diff(), torch.tensor(verify, dtype=torch.float64))

@@ -1,0 +1,480 @@
+"""Records of a drafter, the policies replayed on them, and the trained lookahead: each against the
+loop that it speaks of, in float64."""
+
+import functools
+import itertools
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from models import VOCAB, alone, prompts, settings, tiny
+from test_draft_model import close_draft
+from test_recurrent_drafter import make_head
+
+from redrafter.config import DiscoTrainConfig, TreeConfig
+from redrafter.contracts import InputError, Lookahead, Truth
+from redrafter.data.lookahead import acceptance_chance, walk_texts
+from redrafter.data.replay import Prices, Records, oracle, replay, static
+from redrafter.decode.noise import gumbel
+from redrafter.decode.speculative import speculative
+from redrafter.drafters.bigram import CountedBigrams, count_bigrams
+from redrafter.drafters.model import DraftModel
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.skipping import LayerSkipping
+from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.lookahead.context import context_features
+from redrafter.lookahead.disco import (
+    Disco,
+    DiscoConfig,
+    DiscoLookahead,
+    best_depth,
+    check_target,
+    load_disco,
+    save_disco,
+)
+from redrafter.lookahead.oracle import FullDepth, OracleLookahead
+from redrafter.lookahead.static import StaticLookahead
+from redrafter.training.disco import (
+    Examples,
+    added_s,
+    choose,
+    examples,
+    fit,
+    inputs_of,
+    level_policy,
+    loss_on,
+    predictions,
+    roc_auc,
+    step_policy,
+    survival_loss,
+    threshold_policy,
+)
+
+K = 4
+MODES = {"greedy": {}, "sampled": dict(do_sample=True, temperature=0.8, top_k=0)}
+LENGTHS = (9, 3, 14, 8, 11, 5)
+
+
+def model(target, width=1):
+    return DraftModel(close_draft(target, 0.08), target, K, width)
+
+
+def head(target):
+    return RecurrentDrafter(make_head(target, "own"), target, TreeConfig(3, K))
+
+
+def suffix(target):
+    return SuffixDrafter(K)
+
+
+def bigram(target):
+    return CountedBigrams(count_bigrams([p * 3 for p in prompts()], VOCAB, 2), 2, K)
+
+
+DRAFTERS = {"model": model, "tree": functools.partial(model, width=2), "head": head,
+            "suffix": suffix, "bigram": bigram}  # fmt: skip
+
+
+@functools.cache
+def walked(kind: str, mode: str):
+    """(target, drafter, prompts, config, texts of records)"""
+    target = tiny("llama")
+    config = settings(eos_token_id=[5], **MODES[mode])
+    drafter, rows = DRAFTERS[kind](target), prompts(LENGTHS, seed=1)
+    texts = [t for at in (0, 3) for t in
+             walk_texts(target, drafter, rows[at : at + 3], config, range(at, at + 3))]  # fmt: skip
+    return target, drafter, rows, config, texts
+
+
+def no_prices(records):
+    return Prices(0.0, torch.zeros(K), torch.zeros(int(records.nodes.max()) + 1))
+
+
+def counted(target, drafter, rows, config, lookahead):
+    """Steps, tokens, drafted levels and nodes of every prompt by itself; its text is plain's."""
+    found, texts = [], alone(target, rows, config)[0]
+    for i, row in enumerate(rows):
+        made = speculative(target, [row], config, seeds=[i], drafter=drafter, lookahead=lookahead())
+        assert made.tokens == [texts[i]]
+        stats = made.stats
+        found.append((stats.steps[0], stats.emitted[0], sum(stats.drafted_at)))
+    return found
+
+
+def replayed(records, policy, **more):
+    done = replay(records, policy, no_prices(records), **more)
+    return list(zip(done.steps.tolist(), done.tokens.tolist(), done.drafted.tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_replayed_lengths_are_those_of_decoding(kind, mode):
+    target, drafter, rows, config, texts = walked(kind, mode)
+    records = Records.of(texts, config.max_new_tokens)
+    for levels in range(K + 1):
+        made = counted(target, drafter, rows, config, lambda k=levels: StaticLookahead(k))
+        said = replayed(records, static(levels))
+        assert made == said
+    full = FullDepth()
+    speculative(target, rows, config, seeds=range(len(rows)), drafter=drafter, lookahead=full)
+    made = speculative(
+        target, rows, config, seeds=range(len(rows)), drafter=drafter,
+        lookahead=OracleLookahead(full.depths),
+    )  # fmt: skip
+    assert made.stats.steps == [steps for steps, _, _ in replayed(records, oracle)]
+    if kind == "model":
+        assert {int(a) for t in texts for a in t.accepted} == set(range(K + 1))
+
+
+class Watching(Lookahead):
+    """Keeps what a lookahead is given: at which length, after which level."""
+
+    needs = frozenset({"logits"})
+
+    def __init__(self):
+        self.features, self.context = {}, {}
+
+    def begin(self, seqs):
+        self.seqs = seqs
+
+    def go_on(self, features, level):
+        self.features[int(self.seqs.length), level] = features[0].float()
+        return True
+
+    def observe(self, drafted, accepted, truth):
+        self.context[int(self.seqs.length)] = context_features(truth, self.seqs.temperature)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["model", "tree", "head", "suffix"])
+def test_what_is_recorded_is_what_a_lookahead_reads(kind, mode):
+    target, drafter, rows, config, texts = walked(kind, mode)
+    n = 0
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        seen = Watching()
+        speculative(target, [row], config, seeds=[i], drafter=drafter, lookahead=seen)
+        for (length, level), features in seen.features.items():
+            at = length - len(row) - 1
+            assert torch.allclose(text.features[at, level], features, atol=1e-5)
+            n += 1
+        for length, context in seen.context.items():
+            if (at := length - len(row) - 1) < len(text.tokens):
+                assert torch.allclose(text.context[at], context, atol=1e-5)
+    assert n > 30
+
+
+def test_chances_stand_for_what_was_drawn():
+    """What was accepted of copies, and its chance given the token's own noise, agree in the mean;
+    greedy outcomes are certain."""
+    target = tiny("llama")
+    config = settings(do_sample=True, temperature=1.5, top_k=0, eos_token_id=-1)
+    rows = [(p * 4)[:12] for p in prompts((3,) * 60, seed=3)]
+    texts = walk_texts(target, SuffixDrafter(K, factor=4), rows, config, range(60))
+    chance = torch.cat([t.chance for t in texts])
+    accepted = torch.cat([t.accepted for t in texts])
+    tested = ~chance.isnan()
+    hard = (torch.arange(1, K + 1) <= accepted[:, None]).float()
+    n, drawn = int(tested.sum()), chance[tested]
+    assert n > 300 and ((drawn > 0.02) & (drawn < 0.98)).sum() > 50
+    # Five standard errors of a sum of independent draws with these chances.
+    spread = 5 * float((drawn * (1 - drawn)).sum()) ** 0.5
+    assert abs(float(hard[tested].sum() - drawn.sum())) < spread
+    assert set(walked("model", "sampled")[4][0].chance.nan_to_num(0).unique().tolist()) <= {0, 1}
+    below = tested & (torch.arange(1, K + 1) > accepted[:, None] + 1)
+    assert not bool(below.any()), "nothing is known below a level that was rejected"
+
+
+def test_the_chance_of_a_set_of_siblings_by_counting():
+    log_p = torch.tensor([0.4, 0.3, 0.2, 0.1]).double().log()[None]
+    tokens, siblings = torch.tensor([[9, 2, 0, 1]]) % 4, torch.tensor([[False, True, False, True]])
+    assert float(acceptance_chance(log_p, tokens, siblings, None)) == pytest.approx(0.5)
+    n = 200_000
+    own = gumbel(torch.tensor([1]), torch.tensor([[7]]), 4)[0, 0].double()
+    noise = -torch.log(-torch.log(torch.rand(n, 4, generator=torch.Generator().manual_seed(0))))
+    noise[:, [1, 2]] = own[[1, 2]].float()  # what the drafter saw; tokens 0 and 3 are not known
+    wins = torch.isin((log_p + noise).argmax(1), torch.tensor([1, 2])).float().mean()
+    said = float(acceptance_chance(log_p, tokens, siblings, own[None]))
+    assert 0.1 < said < 0.9 and abs(said - float(wins)) < 5 * 0.5 / n**0.5
+    none = torch.zeros_like(siblings)
+    assert float(acceptance_chance(log_p, tokens, none, own[None])) == 0.0
+
+
+def test_a_drafter_that_borrows_the_cache_is_refused():
+    target = tiny("llama")
+    with pytest.raises(InputError, match="reads the target's cache"):
+        walk_texts(target, LayerSkipping(target, 2, fixed=(1,)), prompts(), settings(), range(4))
+
+
+# ------------------------------------------------------------------------------------ decisions
+
+
+def network_for(drafter, target, hidden=8, seed=0, **more) -> Disco:
+    torch.manual_seed(seed)
+    disco = Disco(DiscoConfig(
+        drafter.identity(), target.fingerprint(), drafter.feature_names, K, hidden,
+        **{"added_s": (0.9, 0.5, 0.4, 0.3), "rate": 0.8, "first_rate": 0.5, "step_rate": 0.6,
+           "threshold": 0.55, **more},
+    ))  # fmt: skip
+    with torch.no_grad():  # decisions that differ from step to step
+        for p in disco.parameters():
+            p.copy_(torch.randn_like(p) * 0.7)
+        disco.mean.fill_(0.2)
+        disco.std.fill_(0.7)
+        disco.output.bias.add_(2.0)
+    return disco.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["model", "head", "suffix"])
+@pytest.mark.parametrize("how", ["level", "step", "threshold"])
+def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
+    """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
+    target, drafter, rows, config, texts = walked(kind, mode)
+    network = network_for(drafter, target)
+    disco, price = network.config, torch.tensor(network.config.added_s)
+    policy = {
+        "level": level_policy(network, price * disco.first_rate, price * disco.rate),
+        "step": step_policy(network, price * disco.step_rate),
+        "threshold": threshold_policy(network, disco.threshold),
+    }[how]
+    options = dict(rule="threshold") if how == "threshold" else dict(when=how)
+
+    def look():
+        return DiscoLookahead(network, drafter, **options)
+
+    made = counted(target, drafter, rows, config, look)
+    records = Records.of(texts, config.max_new_tokens)
+    said = replayed(records, policy, looks=drafter.foresees)
+    assert made == said
+    if kind != "head":  # random weights: nothing of it is accepted
+        assert len({drafted for _, _, drafted in made}) > 1, "the classifier decides something"
+    together = speculative(
+        target, rows, config, seeds=range(len(rows)), drafter=drafter,
+        lookahead=look(),
+    )  # fmt: skip
+    assert together.tokens == alone(target, rows, config)[0]
+    assert together.stats.steps == [steps for steps, _, _ in made]
+
+
+def test_the_best_depth_by_trying_all():
+    random = torch.Generator().manual_seed(0)
+    p, price = torch.rand(200, 5, generator=random).sort(1, descending=True)[0], torch.rand(200, 5)
+    price = price * torch.rand(200, 1, generator=random) * 2
+    got = best_depth((p - price).cumsum(-1)).tolist()
+    for row, cost, n in zip(p, price, got, strict=True):
+        gains = [float((row[:k] - cost[:k]).sum()) for k in range(6)]
+        assert n == max(range(6), key=lambda k: round(gains[k], 6))
+    assert set(got) >= {0, 1, 5}
+
+
+def test_one_level_may_pay_for_the_next():
+    """The first level costs more than it gives, the second makes up for it; the log keeps P."""
+    target = tiny("llama")
+    drafter = model(target)
+    network = network_for(drafter, target, added_s=(1.2, 0.1, 0.1, 9.0), first_rate=1.0)
+    with torch.no_grad():
+        network.output.weight.zero_()
+        network.output.bias.fill_(4.0)  # each level with 0.982, whatever is seen
+    look = DiscoLookahead(network, drafter)
+    look.log = []
+    made = speculative(target, prompts((6,)), settings(eos_token_id=-1), drafter=drafter,
+                       lookahead=look)  # fmt: skip
+    stats = made.stats
+    assert stats.drafted_at[2] > 0 and stats.drafted_at[3] == 0
+    assert {level for level, _ in look.log} == {1, 2, 3, 4}
+    assert all(abs(float(p) - 0.982**level) < 1e-3 for level, p in look.log)
+
+
+def test_nothing_reads_the_host_per_level():
+    """Decisions on the meta device, where reading a value is an error."""
+    target = tiny("llama")
+    drafter = model(target)
+    network = network_for(drafter, target).to("meta")
+    for options in (dict(), dict(when="step"), dict(rule="threshold")):
+        look = DiscoLookahead(network, drafter, **options)
+        count = torch.ones(3, dtype=torch.long, device="meta")
+        look.begin(type("S", (), {"length": count, "temperature": 1.0})())
+        logits = torch.zeros(3, K + 1, VOCAB, device="meta")
+        tokens = torch.zeros(3, K + 1, dtype=torch.long, device="meta")
+        look.price = look.first_price = torch.ones(K, device="meta")
+        look.observe(count, count, Truth(tokens, count, None, logits))
+        look.plan()
+        for level in range(1, K):
+            features = torch.zeros(3, len(drafter.feature_names), device="meta")
+            assert look.go_on(features, level).shape == (3,) if look.level_by_level else True
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def test_the_loss_by_hand():
+    """Minus the log-likelihood of the accepted depth: 2 of 3 levels, and 1 where the text ends."""
+    logits = torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(0)).double()
+    p, nan = logits.sigmoid()[:, 0], float("nan")
+    chance = torch.tensor([[1.0, 1.0, 0.0], [1.0, nan, nan]]).double()
+    wanted = -(p[0, 0] * p[0, 1] * (1 - p[0, 2])).log() - p[1, 0].log()
+    assert float(survival_loss(logits, chance)) == pytest.approx(float(wanted) / 4)
+    soft = torch.tensor([[0.3, nan, nan], [nan] * 3]).double()
+    wanted = -(0.3 * p[0, 0].log() + 0.7 * (1 - p[0, 0]).log())
+    assert float(survival_loss(logits, soft)) == pytest.approx(float(wanted))
+
+
+def made_up(n: int, seed: int) -> Records:
+    """Texts whose levels are accepted with a chance that feature 0 of the level before says."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (n, 40)
+    features = torch.rand(*shape, K + 1, 2, generator=random)
+    context = torch.rand(*shape, 3, generator=random)
+    chance = features[:, :, :K, 0]  # of level k: what is known after level k - 1
+    drawn = torch.rand(*shape, K, generator=random) < chance
+    accepted = drawn.long().cumprod(-1).sum(-1)
+    level = torch.arange(1, K + 1)
+    hard = (level <= accepted[..., None]).float()
+    hard = hard.masked_fill(level > accepted[..., None] + 1, float("nan"))
+    nodes = torch.arange(1, K + 2).expand(*shape, -1)
+    return Records(features, context, nodes, accepted, torch.full(shape, K), hard,
+                   torch.full((n,), 40), torch.full(shape, K))  # fmt: skip
+
+
+PRICES = Prices(0.3, torch.full((K,), 0.35), torch.tensor([0.0, 1.0, 1.1, 1.2, 1.3, 1.4]))
+
+
+def test_training_finds_what_can_be_known():
+    train, held = made_up(60, 0), made_up(30, 1)
+    disco = DiscoConfig({}, "", ("a", "b"), K, 16)
+    config = DiscoTrainConfig("", "", "", epochs=15, batch_size=256)
+    seen, unseen = examples(train, 2, 0), examples(held, 2, 1)
+    network, facts = fit(seen, unseen, disco, config, Accelerator(cpu=True), progress=False)
+    assert facts["validation_loss"][facts["best_epoch"]] == min(facts["validation_loss"])
+    assert loss_on(network, unseen) == pytest.approx(min(facts["validation_loss"]), rel=1e-5)
+    # Asked before level 1, feature 0 of level 0 is its very chance.
+    chance = unseen.inputs[:, 0, 0]
+    p = network.log_p(unseen.inputs[:, 0], torch.zeros(len(chance), dtype=torch.long)).exp()[:, 0]
+    assert float((p - chance).abs().mean()) < 0.1  # 0.25 by the mean alone
+    # Nothing in it says the same of the last level after the last: no better than the mean.
+    own, right, level = predictions(network, unseen)
+    assert len(own) == len(unseen.accepted) * K and set(level.tolist()) == {1, 2, 3, 4}
+    assert abs(float(own.mean()) - float(right.float().mean())) < 0.03
+
+    chosen, done = choose(network, held, PRICES, foresees=False)
+    fixed = max(replay(held, static(k), PRICES).rate() for k in range(K + 1))
+    best = replay(held, oracle, PRICES).rate()
+    assert fixed * 1.02 < done["level"].rate() < best
+    assert done["level"].rate() >= max(done["threshold"].rate(), done["step"].rate())
+    assert chosen.rate > 0 and chosen.first_rate >= 0 and 0 < chosen.threshold < 1
+
+
+def test_examples_are_moments_of_policies():
+    records = made_up(5, 2)
+    found = examples(records, 3, 0)
+    share = found.inputs[:, 0, -2:]
+    assert bool((share[:, 1] <= share[:, 0]).all()), "accepted of the drafted"
+    assert {round(float(x) * K) for x in share[:, 0].unique()} == set(range(K + 1))
+    again = examples(records, 3, 0)
+    assert torch.equal(again.inputs, found.inputs) and len(found.accepted) > 3 * 5 * 12
+
+
+def test_what_a_level_adds():
+    """A copy of two tokens ends its tree there: what level 3 costs is asked of the longer ones."""
+    records = made_up(1, 0)
+    nodes = torch.tensor([1, 2, 3, 3, 3]).expand(1, 40, -1).clone()
+    nodes[0, ::2] = torch.tensor([1, 2, 3, 4, 5])
+    records.nodes = nodes
+    verify = torch.tensor([0.0, 1.0, 1.5, 1.75, 2.75, 2.85]).double()
+    prices = Prices(0.3, torch.tensor([0.1, 0.2, 0.3, 0.4]).double(), verify)
+    got = added_s(records, prices, foresees=False)
+    assert got.tolist() == pytest.approx([0.3 + 0.1 + 0.5, 0.2 + 0.25, 0.3 + 1.0, 0.4 + 0.1])
+    assert added_s(records, prices, foresees=True)[0] == pytest.approx(0.1 + 0.5)
+    moved = replay(records, static(0), prices, looks=True).seconds
+    still = replay(records, static(0), prices).seconds
+    assert float(moved - still) == pytest.approx(40 * 0.3)
+
+
+def test_roc_auc_by_pairs():
+    random = torch.Generator().manual_seed(0)
+    score = torch.randint(12, (80,), generator=random) / 12
+    label = torch.rand(80, generator=random) < score
+    pairs = [(float(s > o) + 0.5 * float(s == o))
+             for s, o in itertools.product(score[label], score[~label])]  # fmt: skip
+    assert roc_auc(score, label) == pytest.approx(sum(pairs) / len(pairs))
+    assert roc_auc(score, torch.ones(80, dtype=torch.bool)) is None
+
+
+def test_no_steps_no_training():
+    nothing = Examples(torch.zeros(0, K + 1, 7), torch.zeros(0, K), torch.zeros(0), torch.zeros(0))
+    disco = DiscoConfig({}, "", ("a", "b"), K, 4)
+    with pytest.raises(InputError, match="no step was recorded"):
+        fit(nothing, nothing, disco, DiscoTrainConfig("", "", ""), Accelerator(cpu=True))
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def test_a_classifier_is_read_back_and_refused(tmp_path):
+    target = tiny("llama")
+    drafter = model(target)
+    network = network_for(drafter, target)
+    save_disco(tmp_path, network)
+    again = load_disco(tmp_path)
+    assert again.config == network.config
+    x, level = torch.randn(3, len(again.config.inputs)), torch.tensor([0, 2, 4])
+    assert torch.equal(again.log_p(x, level), network.log_p(x, level))
+    DiscoLookahead(again, drafter)
+    for other, said in (
+        (DraftModel(close_draft(target, 0.3), target, K), "draft "),
+        (DraftModel(drafter.draft, target, K + 1), "levels 4 / 5"),
+        (DraftModel(drafter.draft, target, K, 2), "width 1 / 2"),
+        (head(target), "kind 'DraftModel' / 'RecurrentDrafter'"),
+        (suffix(target), "features p_1"),
+    ):
+        with pytest.raises(InputError, match="trained for another drafter") as error:
+            DiscoLookahead(again, other)
+        assert said in str(error.value)
+    with pytest.raises(InputError, match="trained for a target of fingerprint"):
+        check_target(again.config, "another")
+    for options in (dict(when="never"), dict(rule="luck"), dict(threshold=2.0),
+                    dict(when="step", rule="threshold")):  # fmt: skip
+        with pytest.raises(InputError, match="disco: "):
+            DiscoLookahead(again, drafter, **options)
+
+
+@pytest.mark.parametrize("damage", ["missing", "half", "shape", "nan", "config", "format", "added"])
+def test_damaged_files_are_refused(damage, tmp_path):
+    target = tiny("llama")
+    network = network_for(model(target), target)
+    save_disco(tmp_path, network)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    fields = json.loads(config.read_text())
+    if damage == "missing":
+        config.unlink()
+    elif damage == "half":
+        weights.write_bytes(weights.read_bytes()[:99])
+    elif damage == "shape":
+        config.write_text(json.dumps({**fields, "hidden": 9}))
+    elif damage == "nan":
+        with torch.no_grad():
+            network.output.bias[0] = float("nan")
+        save_disco(tmp_path, network)
+    elif damage == "config":
+        config.write_text("{")
+    elif damage == "format":
+        config.write_text(json.dumps({**fields, "format": 2}))
+    else:
+        config.write_text(json.dumps({**fields, "added_s": [1.0]}))
+    file = weights.name if damage in ("half", "shape", "nan") else config.name
+    with pytest.raises(InputError, match=file):
+        load_disco(tmp_path)
+
+
+def test_inputs_are_in_the_order_of_their_names():
+    from redrafter.data.replay import Moment
+
+    moment = Moment(torch.arange(10.0).view(1, 5, 2), torch.tensor([[0.5, 0.6, 0.7]]),
+                    torch.tensor([[4.0, 2.0]]), torch.tensor([0]))  # fmt: skip
+    config = DiscoConfig({}, "", ("a", "b"), K)
+    assert len(config.inputs) == inputs_of(moment).shape[-1]
+    assert inputs_of(moment)[0, 2].tolist() == pytest.approx([4, 5, 0.5, 0.6, 0.7, 1.0, 0.5])
