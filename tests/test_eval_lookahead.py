@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import prompts, settings, tiny
+from test_draft_model import close_draft
 from test_table import launched_by
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,17 +16,23 @@ from redrafter.cli import lookahead as cli
 from redrafter.cli.args import parse
 from redrafter.config import LookaheadEvalConfig, TargetConfig
 from redrafter.contracts import InputError, Lookahead
+from redrafter.data.lookahead import walk_texts
+from redrafter.data.replay import Records, oracle, static
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.model import DraftModel
 from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.evaluation.lookahead_report import overview, says_best
 from redrafter.evaluation.lookaheads import Measured, reliability, summary
 from redrafter.evaluation.methods import check_partners
 from redrafter.evaluation.plans import Plan
 from redrafter.evaluation.runs import Batch, Run
-from redrafter.evaluation.steps import Step, count_steps, judge, plain_steps
+from redrafter.evaluation.steps import Step, count_steps, judge, plain_steps, replayed_steps
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
+from redrafter.lookahead.oracle import OracleLookahead
+from redrafter.lookahead.static import StaticLookahead
 from redrafter.target.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,6 +422,31 @@ def test_steps_are_what_the_loop_counts(replayed):
         for step in steps:
             assert step.position == position
             position += step.emitted
+
+
+@pytest.mark.parametrize("kind", ["model", "suffix"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replayed_steps_are_the_counted_ones(kind, temperature):
+    """What is not timed need not be decoded: every field of every step, static and the oracle."""
+    target, depth = tiny("llama"), 3
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    config = settings(max_new_tokens=14, eos_token_id=[5], **sampled)
+    draft = close_draft(target, 0.08)
+    drafter = SuffixDrafter(depth) if kind == "suffix" else DraftModel(draft, target, depth, 2)
+    rows = [(p * 3)[:9] for p in prompts((9, 3, 14, 4, 2), seed=4)]
+    texts = walk_texts(target, drafter, rows, config, range(5))
+    records = Records.of(texts, config.max_new_tokens)
+    batches = [Batch([row], [i], []) for i, row in enumerate(rows)]
+    assert kind == "suffix" or any(int(t.accepted.max()) for t in texts)
+    for levels in range(1, depth + 1):
+        counted = count_steps(
+            target, lambda _, k=levels: Plan(drafter, lookahead=StaticLookahead(k)), config, batches
+        )
+        assert counted == replayed_steps(records, drafter, static(levels))
+    counted = count_steps(
+        target, lambda _: Plan(drafter, lookahead=OracleLookahead()), config, batches
+    )
+    assert counted == replayed_steps(records, drafter, oracle)
 
 
 def test_predictions_are_judged_by_drafting_on(replayed):

@@ -126,7 +126,8 @@ MAY_IMPORT = {
     "drafters": BASE | {"target", "heads"} | DECODE_PARTS,
     "generation": BASE | {"target", "heads", "decode", "drafters"},
     "data": DATA,
-    "training": BASE | {"heads", "losses", "data", "decode", "drafters", "target"},
+    "training": BASE
+    | {"heads", "losses", "data", "decode", "drafters", "target", "lookahead"},  # DISCO is trained
     "evaluation": ALL,
     "hub": ALL,
     "cli": ALL | {"cli"},

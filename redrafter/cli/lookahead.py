@@ -15,6 +15,8 @@ from redrafter.config import LookaheadEvalConfig, SpeedConfig
 from redrafter.contracts import InputError
 
 _DRAWN = 2  # lookaheads whose steps are drawn beside the best static length's
+_WALKED = 10  # texts walked at a time
+_FIRST_ROUNDS = 10  # measurements of costs before anything is timed
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def measure(
     from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
     from redrafter.evaluation.speed import decoding, make_batches, noise_warning
-    from redrafter.evaluation.steps import count_steps, judge, plain_steps
+    from redrafter.evaluation.steps import judge
 
     speed, wanted = part.speed, decoding(part.speed)
     key = (speed.prompts, speed.temperature)
@@ -222,21 +224,24 @@ def measure(
         names[f"static {depth}"] = f"{part.drafter}:lookahead=static(depth={depth})"
         lengths[f"static {depth}"] = depth
     names |= part.lookaheads
-    steps = {
-        label: plain_steps(answers)
-        if name == "plain"
-        else count_steps(target, planner(name, target, partners), wanted, batches)
-        for label, name in names.items()
-    }
+    steps = counted(part, target, partners, drafter, names, lengths, batches, answers)
     judged = {
         label: found
         for label, name in part.lookaheads.items()
-        if (found := judge(target, planner(name, target, partners), wanted, batches)) is not None
+        if (config.timed is None or label in config.timed)
+        and (found := judge(target, planner(name, target, partners), wanted, batches)) is not None
     }
     sizes = {step.nodes for rows in steps.values() for row in rows for step in row}
-    runs, table = timed(part, target, partners, drafter, names.values(), sizes, batches, answers)
+    meter = meter_for(target, drafter, sizes, batches, answers, speed.temperature)
+    best = best_length({k: steps[k] for k in lengths}, meter)
+    if config.timed is None:
+        clocked = list(names.values())
+    else:
+        clocked = ["plain", names[best], *(names[n] for n in config.timed if n in names)]
+    runs = timed(part, target, partners, clocked, batches, meter)
+    table = meter.table()
     measured = {
-        label: Measured(name, lengths.get(label), steps[label], runs[name])
+        label: Measured(name, lengths.get(label), steps[label], runs.get(name))
         for label, name in names.items()
     }
     oracle = next((label for label, name in part.lookaheads.items() if _is_oracle(name)), None)
@@ -266,28 +271,54 @@ def measure(
     }
 
 
-def timed(
+def counted(
     part: Part,
     target: Any,
     partners: Any,
     drafter: Any,
-    names: Iterable[str],
-    sizes: set[int],
+    names: dict[str, str],
+    lengths: dict[str, int],
     batches: Any,
     answers: Any,
-) -> tuple[Any, Any]:
-    """(runs of every method, CostTable of the drafter and of forwards over trees of these sizes),
-    measured in turn."""
-    from redrafter.evaluation.costs import CostMeter
-    from redrafter.evaluation.methods import build_method
-    from redrafter.evaluation.speed import decoding, middle_context, run_interleaved
+) -> dict[str, Any]:
+    """The steps of every name. Static lengths and the oracle are replayed on one walk over the
+    texts where the drafter can be walked; a lookahead that looks must be asked."""
+    from redrafter.data.lookahead import walk_texts
+    from redrafter.data.replay import Records, oracle, static
+    from redrafter.evaluation.plans import planner
+    from redrafter.evaluation.speed import decoding
+    from redrafter.evaluation.steps import count_steps, plain_steps, replayed_steps
 
-    speed = part.speed
-    once = dict.fromkeys(names)  # a lookahead may be a static one by another label
-    methods = [build_method(name, target, decoding(speed), partners) for name in once]
-    for method in methods:  # the warm-up
-        method.prepare(batches[0])
-        method.run(batches[0])
+    wanted, records = decoding(part.speed), None
+    try:
+        texts = []
+        for i in range(0, len(batches), _WALKED):
+            some = batches[i : i + _WALKED]
+            rows, seeds = [b.prompts[0] for b in some], [b.seeds[0] for b in some]
+            texts += walk_texts(target, drafter, rows, wanted, seeds)
+        records = Records.of(texts, part.speed.max_new_tokens)
+    except InputError:  # it cannot be walked
+        pass
+    found = {}
+    for label, name in names.items():
+        if name == "plain":
+            found[label] = plain_steps(answers)
+        elif records is not None and label in lengths:
+            found[label] = replayed_steps(records, drafter, static(lengths[label]))
+        elif records is not None and name in part.lookaheads.values() and _is_oracle(name):
+            found[label] = replayed_steps(records, drafter, oracle)
+        else:
+            found[label] = count_steps(target, planner(name, target, partners), wanted, batches)
+    return found
+
+
+def meter_for(
+    target: Any, drafter: Any, sizes: set[int], batches: Any, answers: Any, temperature: float
+) -> Any:
+    """Measures the drafter, and forwards over trees of these sizes; once now."""
+    from redrafter.evaluation.costs import CostMeter
+    from redrafter.evaluation.speed import middle_context
+
     context, limit = middle_context(batches, answers), target.max_positions
     if limit is not None:
         context = max(1, min(context, limit - drafter.max_nodes - 1))
@@ -297,10 +328,39 @@ def timed(
         contexts=[context],
         batches=[1],
         drafters={"drafter": drafter},
-        temperature=speed.temperature,
+        temperature=temperature,
     )
-    runs = run_interleaved(methods, batches, speed.repeats, meter, speed.cost_rounds)
-    return runs, meter.table()
+    meter.run(_FIRST_ROUNDS)
+    return meter
+
+
+def best_length(steps: dict[str, Any], meter: Any) -> str:
+    """The static length of most tokens per second by the costs so far."""
+    from redrafter.drafters.profile import step_costs
+
+    costs = step_costs(asdict(meter.table()), None, None)
+
+    def speed(rows: Any) -> float:
+        seconds = sum(step.cost_s(costs) for row in rows for step in row)
+        return sum(step.emitted for row in rows for step in row) / seconds
+
+    return max(steps, key=lambda label: speed(steps[label]))
+
+
+def timed(
+    part: Part, target: Any, partners: Any, names: Iterable[str], batches: Any, meter: Any
+) -> Any:
+    """Runs of every method, one after the other on each prompt, costs measured in between."""
+    from redrafter.evaluation.methods import build_method
+    from redrafter.evaluation.speed import decoding, run_interleaved
+
+    speed = part.speed
+    once = dict.fromkeys(names)  # a lookahead may be a static one by another label
+    methods = [build_method(name, target, decoding(speed), partners) for name in once]
+    for method in methods:  # the warm-up
+        method.prepare(batches[0])
+        method.run(batches[0])
+    return run_interleaved(methods, batches, speed.repeats, meter, speed.cost_rounds)
 
 
 def _is_oracle(name: str) -> bool:

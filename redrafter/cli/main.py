@@ -18,6 +18,8 @@ SUBCOMMANDS = {
     "count_bigrams": "count a draft table from a store (data/bigrams.py)",
     "probe_bigrams": "ask the model for a draft table, token by token (data/probe.py)",
     "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
+    "lookahead_records": "record what a drafter says of its guesses (data/lookahead.py)",
+    "train_disco": "train a lookahead for any drafter (train/disco.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",
     "table": "one table and its pictures over prompt sets and temperatures (eval/table.py)",

@@ -26,6 +26,9 @@ class LookaheadEvalConfig(DraftingConfig):
     """Folder. A part that is there already, of the same configuration, is not measured again."""
     without: dict[str, list[str]] = field(default_factory=dict)
     """Name of a drafter -> lookaheads that are not tried with it."""
+    timed: list[str] | None = None
+    """Names of the lookaheads that the clock is put to, beside plain decoding and the best static
+    length; the others, and the other static lengths, are counted. None: all."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """0 is greedy."""
     n_prompts: int = 100
@@ -60,5 +63,7 @@ class LookaheadEvalConfig(DraftingConfig):
                 raise ValueError(
                     f"without: {drafter}: {left_out}: name one of drafters and some of lookaheads"
                 )
+        if unknown := set(self.timed or ()) - set(self.lookaheads):
+            raise ValueError(f"timed: {', '.join(sorted(unknown))}: name some of lookaheads")
         if not 0 <= self.shown_prompt < self.n_prompts:
             raise ValueError(f"shown_prompt: {self.shown_prompt} is none of {self.n_prompts}")

@@ -84,6 +84,22 @@ class Moment:
     accepted: Tensor
 
 
+@dataclass
+class Visit:
+    """One step of every text, (R,) each: whether the text still went on; the position; what the
+    step before did (R, 2); levels asked for; levels of the tree; of these accepted; nodes; tokens
+    emitted"""
+
+    live: Tensor
+    position: Tensor
+    previous: Tensor
+    asked: Tensor
+    levels: Tensor
+    accepted: Tensor
+    nodes: Tensor
+    emitted: Tensor
+
+
 #: -> (R,) int64, levels to draft
 Policy = Callable[[Moment], Tensor]
 
@@ -111,11 +127,10 @@ def replay(
     prices: Prices,
     *,
     looks: bool = False,
-    visit: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    visit: Callable[[Visit], None] | None = None,
 ) -> Replayed:
     """looks: the policy starts every draft before it decides whether there will be one
-    visit: told at every step which texts still go on (R,) bool, at which position (R,), and
-    `Moment.previous`"""
+    visit: told of every step"""
     n = len(records.length)
     draft_s = prices.draft_s
     reach = (records.nodes.diff(dim=2) > 0).sum(2)  # levels that have any node
@@ -129,8 +144,6 @@ def replay(
     while bool((live := at < records.length).any()):
         place = at.clamp(max=records.accepted.shape[1] - 1)
         accepted = records.accepted[row, place]
-        if visit:
-            visit(live, place, previous)
         moment = Moment(
             records.features[row, place], records.context[row, place], previous, accepted
         )
@@ -140,7 +153,10 @@ def replay(
         size = records.nodes[row, place, levels]
         levels = torch.minimum(levels, reach[row, place])
         emitted = torch.minimum(kept + 1, records.length - at)
-        spent = draft_s[asked] + prices.verify_s[size]
+        if visit:
+            visit(Visit(live, place, previous, asked, levels, kept, size, emitted))
+        # What the limit cuts off was drafted, and stays in the forward as padding.
+        spent = draft_s[asked] + prices.verify_s[records.nodes[row, place, asked]]
         tokens += torch.where(live, emitted, 0)
         steps += live
         drafted += torch.where(live, levels, 0)
@@ -158,3 +174,9 @@ def static(levels: int) -> Policy:
 def oracle(moment: Moment) -> Tensor:
     """As many levels as will be accepted."""
     return moment.accepted
+
+
+def no_prices(records: Records) -> Prices:
+    """For a replay that is only counted."""
+    size = int(records.nodes.max()) + 1
+    return Prices(0.0, torch.zeros(records.n_levels), torch.zeros(size))

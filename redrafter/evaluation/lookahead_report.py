@@ -43,7 +43,7 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
             _interval(m, "cost_ratio", 3),
             _interval(m, "cost_share") if "cost_share" in m else "-",
             "-" if share is None else f"{100 * share:.1f} %",
-            f"{m['equal_rows']}/{body['n_prompts']}",
+            "-" if m["equal_rows"] is None else f"{m['equal_rows']}/{body['n_prompts']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     facts = body["provenance"]

@@ -77,20 +77,24 @@ class Measured:
     """One lookahead on all prompts of a set.
 
     name: of the method; length: of a static one, 0 for plain decoding, None of the others
-    steps: of every prompt; runs: timed, of every prompt and repeat
+    steps: of every prompt; runs: timed, of every prompt and repeat, None where it was only counted
     """
 
     name: str
     length: int | None
     steps: list[list[Step]]
-    runs: list[list[Run]]
+    runs: list[list[Run]] | None
 
     def columns(self, costs: StepCosts) -> dict[str, np.ndarray]:
         """Per prompt: `tokens` and `cost_s` as counted, `timed` tokens and `clock_s`."""
-        seconds = [[r.seconds["total"] - r.seconds["prefill"] for r in runs] for runs in self.runs]
-        return {
+        columns = {
             "tokens": np.array([sum(s.emitted for s in p) for p in self.steps], dtype=float),
             "cost_s": np.array([sum(s.cost_s(costs) for s in p) for p in self.steps]),
+        }
+        if self.runs is None:
+            return columns
+        seconds = [[r.seconds["total"] - r.seconds["prefill"] for r in runs] for runs in self.runs]
+        return columns | {
             "timed": np.array([sum(len(t) - 1 for t in r[0].tokens) for r in self.runs], float),
             "clock_s": np.array([np.median(row) for row in seconds]),
         }
@@ -110,7 +114,8 @@ def summary(
     columns = {label: m.columns(costs) for label, m in measured.items()}
     static = [label for label, m in measured.items() if m.length is not None]
     speed = {label: float(rate(c["tokens"], c["cost_s"])) for label, c in columns.items()}
-    clock = {label: float(rate(c["timed"], c["clock_s"])) for label, c in columns.items()}
+    clock = {label: float(rate(c["timed"], c["clock_s"])) for label, c in columns.items()
+             if "timed" in c}  # fmt: skip
     best = max(static, key=speed.__getitem__)  # the shortest of equal ones: they come in order
     drafting = [label for label in static if measured[label].length]
     forwards = parse_name(drafter).kind not in TABLES
@@ -120,7 +125,7 @@ def summary(
             for label, m in measured.items()
         },
         "best_static": best,
-        "best_static_by_clock": max(static, key=clock.__getitem__),
+        "best_static_by_clock": max((n for n in static if n in clock), key=clock.__getitem__),
         "best_drafting": max(drafting, key=speed.__getitem__, default=None),
         "oracle": oracle,
         "n_prompts": len(answers),
@@ -147,10 +152,10 @@ def _figures(
     steps = [step for row in m.steps for step in row]
     n, levels = max(1, len(steps)), sum(step.levels for step in steps)
     parts: dict[str, float] = {}
-    for run in (run for runs in m.runs for run in runs):
+    for run in (run for runs in m.runs or () for run in runs):
         for part, seconds in run.seconds.items():
             parts[part] = parts.get(part, 0.0) + seconds
-    decode = parts["total"] - parts["prefill"]
+    decode = parts["total"] - parts["prefill"] if parts else 0.0
     out: dict[str, Any] = {
         "name": m.name,
         "static": m.length,
@@ -159,7 +164,9 @@ def _figures(
         "target_forwards": len(steps),
         "draft_forwards": levels if forwards else 0,
         "lookahead_share": parts.get("lookahead", 0.0) / decode if decode > 0 else None,
-        "equal_rows": sum(r[0].tokens[0] == list(a) for r, a in zip(m.runs, answers, strict=True)),
+        "equal_rows": None if m.runs is None else sum(
+            r[0].tokens[0] == list(a) for r, a in zip(m.runs, answers, strict=True)
+        ),
     }
     low: dict[str, float] = {}
     high: dict[str, float] = {}
@@ -175,10 +182,13 @@ def _figures(
     put("tokens_per_step", lambda t, s: t.sum(-1) / np.maximum(s.sum(-1), 1), own["tokens"],
         per_prompt)  # fmt: skip
     for key, tokens, seconds in (("clock", "timed", "clock_s"), ("cost", "tokens", "cost_s")):
+        if tokens not in own:
+            out |= {f"{key}_{name}": None for name in ("tokens_per_second", "ratio", "share")}
+            continue
         mine, theirs = (own[tokens], own[seconds]), (base[tokens], base[seconds])
         put(f"{key}_tokens_per_second", rate, *mine)
         put(f"{key}_ratio", rate_ratio, *mine, *theirs)
-        if oracle is not None:
+        if oracle is not None and tokens in columns[oracle]:
             known = columns[oracle]
             put(f"{key}_share", gain_share, *mine, *theirs, known[tokens], known[seconds])
     return {**out, "low": low, "high": high}

@@ -13,7 +13,9 @@ from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter, InputError, Lookahead, Truth
 from redrafter.contracts import Sequences as Rows
+from redrafter.data.replay import Policy, Records, Visit, no_prices, replay
 from redrafter.decode.speculative import speculative
+from redrafter.decode.tree import bucket
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.profile import StepCosts
 from redrafter.evaluation.plans import Plan, foreseen
@@ -158,6 +160,30 @@ def count_steps(
     for batch in batches:
         drafter, _ = _decode(target, make_plan, config, batch, _Watched)
         found.append(drafter.steps)
+    return found
+
+
+def replayed_steps(
+    records: Records, drafter: Drafter, policy: Policy, looks: bool = False
+) -> list[list[Step]]:
+    """The steps of every text by a policy, from the records of the drafter: what `count_steps`
+    counts, without decoding. looks: see `replay`"""
+    found: list[list[Step]] = [[] for _ in records.length]
+    raw = records.nodes
+
+    def visit(step: Visit) -> None:
+        for row in step.live.nonzero()[:, 0].tolist():
+            asked, nodes = int(step.asked[row]), int(step.nodes[row])
+            # What the limit of tokens cuts off stays in the forward, as padding.
+            size = int(raw[row, int(step.position[row]), asked])
+            if drafter.foresees:  # copies come in trees of the usual sizes
+                size = min(bucket(size), drafter.max_nodes)
+            found[row].append(Step(
+                1 + int(step.position[row]), int(step.emitted[row]), size, nodes - 1,
+                asked > 0 or looks, asked, int(step.levels[row]), int(step.accepted[row]),
+            ))  # fmt: skip
+
+    replay(records, policy, no_prices(records), looks=looks, visit=visit)
     return found
 
 

@@ -16,7 +16,18 @@ from tqdm.auto import tqdm
 from redrafter.config.lookahead import DiscoTrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.lookahead_store import KIND, read_records
-from redrafter.data.replay import Moment, Policy, Prices, Records, Replayed, oracle, replay, static
+from redrafter.data.replay import (
+    Moment,
+    Policy,
+    Prices,
+    Records,
+    Replayed,
+    Visit,
+    no_prices,
+    oracle,
+    replay,
+    static,
+)
 from redrafter.data.store import Store
 from redrafter.decode.tree import bucket
 from redrafter.drafters.profile import StepCosts, read_costs, step_costs
@@ -48,14 +59,15 @@ def examples(records: Records, rollouts: int, seed: int) -> Examples:
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     rows = torch.arange(len(records.length))
 
-    def visit(live: Tensor, place: Tensor, previous: Tensor) -> None:
-        found.append((rows[live], place[live], previous[live]))
+    def visit(step: Visit) -> None:
+        live = step.live
+        found.append((rows[live], step.position[live], step.previous[live]))
 
     def policy(moment: Moment) -> Tensor:
         return torch.randint(records.n_levels + 1, moment.accepted.shape, generator=random)
 
     for _ in range(rollouts):
-        replay(records, policy, _no_prices(records), visit=visit)
+        replay(records, policy, no_prices(records), visit=visit)
     row, place, previous = (torch.cat(x) for x in zip(*found, strict=True))
     moment = Moment(records.features[row, place], records.context[row, place], previous,
                     records.accepted[row, place])  # fmt: skip
@@ -254,11 +266,6 @@ def choose(
         added_s=tuple(added.tolist()),
     )  # fmt: skip
     return config, {"threshold": by_threshold, "step": by_step, "level": by_level}
-
-
-def _no_prices(records: Records) -> Prices:
-    size = int(records.nodes.max()) + 1
-    return Prices(0.0, torch.zeros(records.n_levels), torch.zeros(size))
 
 
 # ------------------------------------------------------------------------------------ the command
