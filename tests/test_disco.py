@@ -42,13 +42,11 @@ from redrafter.training.disco import (
     examples,
     fit,
     inputs_of,
-    level_policy,
     loss_on,
+    policy_of,
     predictions,
     roc_auc,
-    step_policy,
     survival_loss,
-    threshold_policy,
 )
 
 K = 4
@@ -235,12 +233,6 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
     network = network_for(drafter, target)
-    disco, price = network.config, torch.tensor(network.config.added_s)
-    policy = {
-        "level": level_policy(network, price * disco.first_rate, price * disco.rate),
-        "step": step_policy(network, price * disco.step_rate),
-        "threshold": threshold_policy(network, disco.threshold),
-    }[how]
     options = dict(rule="threshold") if how == "threshold" else dict(when=how)
 
     def look():
@@ -248,7 +240,7 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
 
     made = counted(target, drafter, rows, config, look)
     records = Records.of(texts, config.max_new_tokens)
-    said = replayed(records, policy, looks=drafter.foresees)
+    said = replayed(records, policy_of(look()), looks=drafter.foresees)
     assert made == said
     if kind != "head":  # random weights: nothing of it is accepted
         assert len({drafted for _, _, drafted in made}) > 1, "the classifier decides something"

@@ -225,12 +225,11 @@ def measure(
         lengths[f"static {depth}"] = depth
     names |= part.lookaheads
     steps = counted(part, target, partners, drafter, names, lengths, batches, answers)
-    judged = {
-        label: found
-        for label, name in part.lookaheads.items()
-        if (config.timed is None or label in config.timed)
-        and (found := judge(target, planner(name, target, partners), wanted, batches)) is not None
-    }
+    judged = {}
+    for label, name in part.lookaheads.items():
+        if not judged:  # one is enough to see whether the classifier is calibrated
+            found = judge(target, planner(name, target, partners), wanted, batches)
+            judged |= {} if found is None else {label: found}
     sizes = {step.nodes for rows in steps.values() for row in rows for step in row}
     meter = meter_for(target, drafter, sizes, batches, answers, speed.temperature)
     best = best_length({k: steps[k] for k in lengths}, meter)
@@ -281,13 +280,15 @@ def counted(
     batches: Any,
     answers: Any,
 ) -> dict[str, Any]:
-    """The steps of every name. Static lengths and the oracle are replayed on one walk over the
-    texts where the drafter can be walked; a lookahead that looks must be asked."""
+    """The steps of every name. Static lengths, classifiers and the oracle are replayed on one walk
+    over the texts where the drafter can be walked; others are decoded with."""
     from redrafter.data.lookahead import walk_texts
     from redrafter.data.replay import Records, oracle, static
     from redrafter.evaluation.plans import planner
     from redrafter.evaluation.speed import decoding
     from redrafter.evaluation.steps import count_steps, plain_steps, replayed_steps
+    from redrafter.lookahead.disco import DiscoLookahead
+    from redrafter.training.disco import policy_of
 
     wanted, records = decoding(part.speed), None
     try:
@@ -308,7 +309,13 @@ def counted(
         elif records is not None and name in part.lookaheads.values() and _is_oracle(name):
             found[label] = replayed_steps(records, drafter, oracle)
         else:
-            found[label] = count_steps(target, planner(name, target, partners), wanted, batches)
+            make = planner(name, target, partners)
+            lookahead = make(batches[0].texts).lookahead
+            if records is not None and isinstance(lookahead, DiscoLookahead):
+                looks = drafter.foresees and lookahead.level_by_level
+                found[label] = replayed_steps(records, drafter, policy_of(lookahead), looks)
+            else:
+                found[label] = count_steps(target, make, wanted, batches)
     return found
 
 

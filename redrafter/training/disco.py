@@ -31,7 +31,7 @@ from redrafter.data.replay import (
 from redrafter.data.store import Store
 from redrafter.decode.tree import bucket
 from redrafter.drafters.profile import StepCosts, read_costs, step_costs
-from redrafter.lookahead.disco import Disco, DiscoConfig, best_depth
+from redrafter.lookahead.disco import Disco, DiscoConfig, DiscoLookahead, best_depth
 
 _ROUNDS = 4  # of the fixed point; it settles within them
 _SHARES = tuple(i / 20 for i in range(6, 27))
@@ -214,6 +214,17 @@ def threshold_policy(network: Disco, threshold: float) -> Policy:
         return 1 + (own >= threshold).long().cumprod(1).sum(1)
 
     return policy
+
+
+def policy_of(lookahead: DiscoLookahead) -> Policy:
+    """The policy that a lookahead follows."""
+    network, config = lookahead.network, lookahead.config
+    added = torch.tensor(config.added_s)
+    if lookahead.rule == "threshold":
+        return threshold_policy(network, lookahead.threshold)
+    if lookahead.when == "step":
+        return step_policy(network, added * config.step_rate)
+    return level_policy(network, added * config.first_rate, added * config.rate)
 
 
 def _log_p(network: Disco, moment: Moment) -> Tensor:
