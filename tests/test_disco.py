@@ -4,6 +4,7 @@ loop that it speaks of, in float64."""
 import functools
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,12 +229,14 @@ def network_for(drafter, target, hidden=8, seed=0, **more) -> Disco:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["model", "head", "suffix"])
-@pytest.mark.parametrize("how", ["level", "step", "threshold"])
+@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle"])
 def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
     network = network_for(drafter, target)
-    options = dict(rule="threshold") if how == "threshold" else dict(when=how)
+    options = {"threshold": dict(rule="threshold"), "idle": {}}.get(how, dict(when=how))
+    if how == "idle":  # looks only where it seems to pay
+        network.config = replace(network.config, start_rate=0.7, start_s=0.8)
 
     def look():
         return DiscoLookahead(network, drafter, **options)
@@ -241,6 +244,12 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     made = counted(target, drafter, rows, config, look)
     records = Records.of(texts, config.max_new_tokens)
     said = replayed(records, policy_of(look()), looks=drafter.foresees)
+    if how == "idle" and kind == "suffix":
+        found = []
+        replay(records, lambda m: found.append(policy_of(look())(m)) or found[-1],
+               no_prices(records), looks=True)  # fmt: skip
+        levels = set(torch.cat(found).tolist())
+        assert -1 in levels and levels - {-1}, "sometimes it looks"
     assert made == said
     if kind != "head":  # random weights: nothing of it is accepted
         assert len({drafted for _, _, drafted in made}) > 1, "the classifier decides something"

@@ -87,12 +87,13 @@ class Moment:
 @dataclass
 class Visit:
     """One step of every text, (R,) each: whether the text still went on; the position; what the
-    step before did (R, 2); levels asked for; levels of the tree; of these accepted; nodes; tokens
-    emitted"""
+    step before did (R, 2); whether a draft was begun; levels asked for; levels of the tree; of
+    these accepted; nodes; tokens emitted"""
 
     live: Tensor
     position: Tensor
     previous: Tensor
+    started: Tensor
     asked: Tensor
     levels: Tensor
     accepted: Tensor
@@ -100,7 +101,7 @@ class Visit:
     emitted: Tensor
 
 
-#: -> (R,) int64, levels to draft
+#: -> (R,) int64, levels to draft; -1 where the drafter is not even begun
 Policy = Callable[[Moment], Tensor]
 
 
@@ -133,9 +134,8 @@ def replay(
     visit: told of every step"""
     n = len(records.length)
     draft_s = prices.draft_s
+    draft_s[0] = prices.start_s  # of a draft that was begun in vain
     reach = (records.nodes.diff(dim=2) > 0).sum(2)  # levels that have any node
-    if looks:
-        draft_s[0] = prices.start_s
     row = torch.arange(n)
     at = torch.zeros(n, dtype=torch.long)
     previous = torch.zeros(n, 2)
@@ -147,16 +147,19 @@ def replay(
         moment = Moment(
             records.features[row, place], records.context[row, place], previous, accepted
         )
-        asked = policy(moment).clamp(0, records.n_levels)
+        asked = policy(moment).clamp(max=records.n_levels)
+        started = (asked > 0) | ((asked == 0) & looks)
+        asked = asked.clamp(min=0)
         levels = torch.minimum(asked, records.room[row, place])
         kept = torch.minimum(levels, accepted)
         size = records.nodes[row, place, levels]
         levels = torch.minimum(levels, reach[row, place])
         emitted = torch.minimum(kept + 1, records.length - at)
         if visit:
-            visit(Visit(live, place, previous, asked, levels, kept, size, emitted))
+            visit(Visit(live, place, previous, started, asked, levels, kept, size, emitted))
         # What the limit cuts off was drafted, and stays in the forward as padding.
-        spent = draft_s[asked] + prices.verify_s[records.nodes[row, place, asked]]
+        padded = records.nodes[row, place, asked]
+        spent = torch.where(started, draft_s[asked], 0.0) + prices.verify_s[padded]
         tokens += torch.where(live, emitted, 0)
         steps += live
         drafted += torch.where(live, levels, 0)

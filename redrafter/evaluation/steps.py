@@ -180,7 +180,7 @@ def replayed_steps(
                 size = min(bucket(size), drafter.max_nodes)
             found[row].append(Step(
                 1 + int(step.position[row]), int(step.emitted[row]), size, nodes - 1,
-                asked > 0 or looks, asked, int(step.levels[row]), int(step.accepted[row]),
+                bool(step.started[row]), asked, int(step.levels[row]), int(step.accepted[row]),
             ))  # fmt: skip
 
     replay(records, policy, no_prices(records), looks=looks, visit=visit)

@@ -53,8 +53,8 @@ class DiscoConfig:
     temperature: of the records it was trained on
     threshold: of the paper's rule
     rate: lambda, tokens per second, of the rule after the first level; first_rate: before it;
-        step_rate: of the rule that is asked once per step
-    added_s: seconds that level 1..K adds
+        step_rate: of the rule that is asked once per step; start_rate: of whether to look at all
+    added_s: seconds that level 1..K adds; start_s: that looking costs, of a drafter that foresees
     device: where these seconds were measured; trained_on: what the records say of themselves
     """
 
@@ -68,7 +68,9 @@ class DiscoConfig:
     rate: float = 0.0
     first_rate: float = 0.0
     step_rate: float = 0.0
+    start_rate: float = 0.0
     added_s: tuple[float, ...] = ()
+    start_s: float = 0.0
     device: dict[str, Any] = field(default_factory=dict)
     trained_on: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -91,12 +93,13 @@ class Disco(nn.Module):
         self.register_buffer("mean", torch.zeros(n))
         self.register_buffer("std", torch.ones(n))
         self.inputs = nn.Linear(n, config.hidden)
-        self.level = nn.Embedding(config.n_levels + 1, config.hidden)
+        self.level = nn.Embedding(config.n_levels + 2, config.hidden)
         self.output = nn.Linear(config.hidden, config.n_levels)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """x: (..., I) inputs; level: (...) int64, levels drafted so far. Returns (..., K) logits of
-        the chance that level j is accepted given that level j - 1 is."""
+        """x: (..., I) inputs; level: (...) int64, levels drafted so far, K + 1 before the drafter
+        has begun (its features are then zeros). Returns (..., K) logits of the chance that level j
+        is accepted given that level j - 1 is."""
         own = self.inputs((x - self.mean) / self.std)
         return self.output(torch.relu(own + self.level(level)))
 
@@ -107,7 +110,7 @@ class Disco(nn.Module):
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor, Tensor]:
         """The first layer with the standardisation inside: weights of the drafter's features
-        (F, hidden), of the rest (C, hidden), and what each level adds (K+1, hidden)."""
+        (F, hidden), of the rest (C, hidden), and what each level adds (K+2, hidden)."""
         weight = (self.inputs.weight / self.std).T
         bias = self.inputs.bias - (self.mean / self.std) @ self.inputs.weight.T
         n = len(self.config.feature_names)
@@ -161,6 +164,9 @@ class DiscoLookahead(Lookahead):
         #: lambda s_j, what level j costs in tokens, before the first level and after it
         self.first_price = added * (config.first_rate if self.when == "level" else config.step_rate)
         self.price = added * config.rate
+        #: the same before the drafter is begun, of one that foresees
+        begun = torch.nn.functional.pad(added.new_tensor([config.start_s]), (0, len(added) - 1))
+        self.start_price = (added + begun) * config.start_rate
         self.temperature = seqs.temperature
         self.planned: Tensor | None = None
 
@@ -179,9 +185,13 @@ class DiscoLookahead(Lookahead):
         return logits.sigmoid_().cumprod(-1)
 
     def plan(self) -> Tensor | None:
-        """Where nothing can be known of the first level, the decision about it is made here."""
-        if self.foresees or self.rule == "threshold":
+        """Where nothing can be known of the first level, the decision about it is made here; else
+        whether to look."""
+        if self.rule == "threshold":
             return None
+        if self.foresees:
+            before = self.p(None, self.config.n_levels + 1) - self.start_price
+            return (before.cumsum(-1).amax(-1) > 0) * self.config.n_levels
         gain = self._gain(None, 0)
         if self.when == "step":
             return best_depth(gain)

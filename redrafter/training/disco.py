@@ -35,12 +35,14 @@ from redrafter.lookahead.disco import Disco, DiscoConfig, DiscoLookahead, best_d
 
 _ROUNDS = 4  # of the fixed point; it settles within them
 _SHARES = tuple(i / 20 for i in range(6, 27))
+_NEVER = (2.0, 4.0, 16.0)
 _THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
 
 @dataclass
 class Examples:
-    """M moments at which a step began. inputs: (M, K+1, I), what would be known after level 0..K;
+    """M moments at which a step began. inputs: (M, K+2, I), what would be known after level 0..K,
+    and before the drafter has begun;
     chance: (M, K), nan where level k was not tested; accepted, judged: (M,)"""
 
     inputs: Tensor
@@ -78,18 +80,18 @@ def examples(records: Records, rollouts: int, seed: int) -> Examples:
 
 
 def inputs_of(moment: Moment) -> Tensor:
-    """(R, K+1, I): features of each level, the context, the step before."""
+    """(R, K+2, I): features of each level, at last none, with the context and the step before."""
     n_levels = moment.features.shape[1] - 1
     known = torch.cat([moment.context, moment.previous / n_levels], 1)
-    known = known[:, None].expand(-1, n_levels + 1, -1)
-    return torch.cat([moment.features, known], 2)
+    known = known[:, None].expand(-1, n_levels + 2, -1)
+    return torch.cat([torch.nn.functional.pad(moment.features, (0, 0, 0, 1)), known], 2)
 
 
 def survival_loss(logits: Tensor, chance: Tensor) -> Tensor:
     """Mean over the tested levels of the cross-entropy between the chance that a level is accepted
     given the one before it, and the predicted one.
 
-    logits: (M, K+1, K), asked after each level; chance: (M, K), nan where a level was not tested.
+    logits: (M, K+2, K), asked as in `Examples.inputs`; chance: (M, K), nan where not tested.
     Summed over a draft's levels that is minus the log-likelihood of its accepted depth. Where the
     outcome was drawn, its chance stands in for it: the same mean, less noise.
     """
@@ -130,7 +132,7 @@ def fit(
     for epoch in bar:
         model.train()
         for inputs, chance in loader:
-            level = torch.arange(disco.n_levels + 1, device=inputs.device)
+            level = torch.arange(disco.n_levels + 2, device=inputs.device)
             loss = survival_loss(model(inputs, level.expand(inputs.shape[:2])), chance)
             accelerator.backward(loss)
             optimizer.step()
@@ -155,7 +157,7 @@ def fit(
 def loss_on(network: Disco, examples: Examples) -> float:
     device = network.mean.device
     total, count = 0.0, 0
-    level = torch.arange(network.config.n_levels + 1, device=device)
+    level = torch.arange(network.config.n_levels + 2, device=device)
     for part in torch.arange(len(examples.accepted)).split(4096):
         inputs, chance = examples.inputs[part].to(device), examples.chance[part].to(device)
         n = int((~chance.isnan()).sum())
@@ -165,6 +167,11 @@ def loss_on(network: Disco, examples: Examples) -> float:
 
 
 # ------------------------------------------------------------------------------------ policies
+
+
+def begun_s(added: Tensor, start_s: float) -> Tensor:
+    """(K,) seconds that each level adds where the drafter is still to be begun."""
+    return added + torch.nn.functional.pad(added.new_tensor([start_s]), (0, len(added) - 1))
 
 
 def added_s(records: Records, prices: Prices, foresees: bool) -> Tensor:
@@ -183,9 +190,11 @@ def added_s(records: Records, prices: Prices, foresees: bool) -> Tensor:
     return draft + mean
 
 
-def level_policy(network: Disco, first_price: Tensor, price: Tensor) -> Policy:
+def level_policy(
+    network: Disco, first_price: Tensor, price: Tensor, start_price: Tensor | None = None
+) -> Policy:
     """`DiscoLookahead` with when="level", rule="cost". Prices: (K,) lambda s_j, before the first
-    level and after it."""
+    level and after it, and before the drafter is begun (None: it always is)."""
 
     def policy(moment: Moment) -> Tensor:
         p = _log_p(network, moment).exp()  # (R, K+1, K)
@@ -195,14 +204,26 @@ def level_policy(network: Disco, first_price: Tensor, price: Tensor) -> Policy:
             cost = price if level else first_price
             go_on = go_on & ((p[:, level, level:] - cost[level:]).cumsum(-1).amax(-1) > 0)
             levels += go_on
-        return levels
+        return _unless_idle(levels, p, start_price)
 
     return policy
 
 
-def step_policy(network: Disco, price: Tensor) -> Policy:
-    """`DiscoLookahead` with when="step"."""
-    return lambda moment: best_depth((_log_p(network, moment)[:, 0].exp() - price).cumsum(-1))
+def step_policy(network: Disco, price: Tensor, start_price: Tensor | None = None) -> Policy:
+    """`DiscoLookahead` with when="step". Prices: (K,)"""
+
+    def policy(moment: Moment) -> Tensor:
+        p = _log_p(network, moment).exp()
+        return _unless_idle(best_depth((p[:, 0] - price).cumsum(-1)), p, start_price)
+
+    return policy
+
+
+def _unless_idle(levels: Tensor, p: Tensor, start_price: Tensor | None) -> Tensor:
+    """-1 where the drafter is not even begun."""
+    if start_price is None:
+        return levels
+    return torch.where((p[:, -1] - start_price).cumsum(-1).amax(-1) > 0, levels, -1)
 
 
 def threshold_policy(network: Disco, threshold: float) -> Policy:
@@ -222,13 +243,16 @@ def policy_of(lookahead: DiscoLookahead) -> Policy:
     added = torch.tensor(config.added_s)
     if lookahead.rule == "threshold":
         return threshold_policy(network, lookahead.threshold)
+    start_price = None
+    if lookahead.foresees:
+        start_price = begun_s(added, config.start_s) * config.start_rate
     if lookahead.when == "step":
-        return step_policy(network, added * config.step_rate)
-    return level_policy(network, added * config.first_rate, added * config.rate)
+        return step_policy(network, added * config.step_rate, start_price)
+    return level_policy(network, added * config.first_rate, added * config.rate, start_price)
 
 
 def _log_p(network: Disco, moment: Moment) -> Tensor:
-    level = torch.arange(network.config.n_levels + 1).expand(len(moment.accepted), -1)
+    level = torch.arange(network.config.n_levels + 2).expand(len(moment.accepted), -1)
     return network.log_p(inputs_of(moment), level)
 
 
@@ -272,9 +296,18 @@ def choose(
         )
         levels[rate, first] = done
     (rate, first), by_level = max(levels.items(), key=lambda item: item[1].rate())
+    start_rate = 0.0
+    if foresees:  # whether to look: by the level rule, and the step rule takes it over
+        begun = begun_s(added, prices.start_s)
+        start_rate, by_level = best(
+            [0.0, *(x * base for x in (*_SHARES, *_NEVER))],
+            lambda x: level_policy(network, added * first, added * rate, begun * x),
+        )
+        by_step = run(step_policy(network, added * step_rate, begun * start_rate))
     config = replace(
         network.config, threshold=threshold, rate=rate, first_rate=first, step_rate=step_rate,
-        added_s=tuple(added.tolist()),
+        start_rate=start_rate, added_s=tuple(added.tolist()),
+        start_s=prices.start_s if foresees else 0.0,
     )  # fmt: skip
     return config, {"threshold": by_threshold, "step": by_step, "level": by_level}
 
@@ -349,9 +382,9 @@ def _figures(done: Replayed, base: float) -> dict[str, float]:
 def predictions(network: Disco, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
     """(M',) each: the paper's question. P_g asked after level g, whether at least g levels were
     accepted, and g; of the levels that the text is long enough for."""
-    level = torch.arange(network.config.n_levels + 1)
+    level = torch.arange(network.config.n_levels + 2)
     p = network.log_p(examples.inputs, level.expand(examples.inputs.shape[:2])).exp()
-    g = level[1:]
+    g = level[1:-1]
     own = p[:, g, g - 1]  # (M, K)
     asked = g <= examples.judged[:, None]
     right = g <= examples.accepted[:, None]
