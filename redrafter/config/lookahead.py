@@ -50,8 +50,8 @@ class DiscoTrainConfig:
     """Folder made by data/lookahead.py. Its last `validation_prompts` rows validate, choose the
     threshold and lambda; the others train."""
     costs: str
-    """JSON of eval/costs.py for the same drafter on the device that will draft, or a head's folder
-    that holds the present device's profile."""
+    """JSON of eval/costs.py for the same drafter on the device that will draft; a profile in a
+    head's folder is one."""
     out: str
     """Folder to write; HEAD/disco is found by `lookahead=disco` beside its head."""
     validation_prompts: int = 100
