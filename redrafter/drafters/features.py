@@ -26,6 +26,8 @@ _NEVER = -1e4  # a score so far below all others that its probability is 0 in an
 
 def model_features(
     scores: Tensor,
+    total: Tensor,
+    best: Tensor,
     log_q: Sequence[Tensor],
     tokens: Tensor | None = None,
     noise: Tensor | None = None,
@@ -34,6 +36,8 @@ def model_features(
 
     scores: (B, w, V) log-probabilities up to a constant per node of what follows each of the w
         nodes above, as the drafter read them: with the verifier's noise where it used that
+    total: (B, w), their logsumexp; best: (B, >= 1), where w = 1 the largest of them, in order, as
+        many as `TOP` where there are as many
     log_q: per level (B, w_level) cumulative log-scores of the nodes, the last level's own last;
         the root's 0
     tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `scores` hold it
@@ -46,12 +50,10 @@ def model_features(
         (x if x.shape[1] == 1 else x.logsumexp(-1, keepdim=True)).clamp(_LEAST, 0.0)
         for x in (above, level)
     )
-    p = scores.softmax(-1)
-    most = p.amax(-1)
-    total = scores.amax(-1) - most.log()  # logsumexp of the scores, without another pass
-    entropy = total - torch.linalg.vecdot(p, scores.clamp(min=_NEVER))  # (B, w)
+    mean = torch.linalg.vecdot(scores.softmax(-1), scores.clamp(min=_NEVER))
+    entropy = total - mean  # (B, w)
     if scores.shape[1] == 1:
-        top = p[:, 0].topk(min(TOP, p.shape[-1]), dim=-1)[0]
+        top = (best[:, :TOP] - total).exp()
     else:
         weight = above.clamp(min=_LEAST).log_softmax(-1)  # a row may have nothing but pruned nodes
         entropy = (weight.exp() * (entropy - weight)).sum(-1, keepdim=True)

@@ -23,7 +23,7 @@ from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, level_depths, level_start
 from redrafter.decode.warp import score_dtype
 from redrafter.drafters.budget import NodeBudget
-from redrafter.drafters.features import MODEL_FEATURES, model_features
+from redrafter.drafters.features import MODEL_FEATURES, TOP, model_features
 from redrafter.drafters.frontier import ModelFrontier
 from redrafter.target.model import Target
 
@@ -104,8 +104,10 @@ class DraftModel(Drafter):
         if self.noise is not None:
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
         # The best W of all children are among the best W of each parent.
-        top, ids = scores.topk(self.width, dim=-1)
-        total = top + (self.log_q[-1] - scores.logsumexp(-1))[:, :, None]
+        best, ids = scores.topk(self._looked_at(scores), dim=-1)
+        self._read = scores, scores.logsumexp(-1), best[:, 0]
+        ids = ids[:, :, : self.width]
+        total = best[:, :, : self.width] + (self.log_q[-1] - self._read[1])[:, :, None]
         best, index = total.flatten(1).topk(self.width, dim=-1)
         self.tokens.append(ids.flatten(1).gather(1, index))
         self._place = index // self.width
@@ -113,13 +115,16 @@ class DraftModel(Drafter):
         self.log_q.append(best.masked_fill((level > self._room)[:, None], float("-inf")))
         if self.budget:
             self._ended = not self.budget.go_on(self.log_q[-1])
-        self._scores = scores
+
+    def _looked_at(self, scores: Tensor) -> int:
+        """Of a single distribution as many as its features show, for nothing."""
+        return max(self.width, min(TOP, scores.shape[-1])) if scores.shape[1] == 1 else self.width
 
     def features(self) -> Tensor | None:
         if len(self.log_q) == 1:
             return None
         noise = None if self.noise is None else self.noise[:, len(self.log_q) - 2]
-        return model_features(self._scores, self.log_q, self.tokens[-1], noise)
+        return model_features(*self._read, self.log_q, self.tokens[-1], noise)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)

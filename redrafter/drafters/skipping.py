@@ -25,7 +25,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.warp import score_dtype
-from redrafter.drafters.features import MODEL_FEATURES, model_features
+from redrafter.drafters.features import MODEL_FEATURES, TOP, model_features
 from redrafter.drafters.lookup import chain_tree
 from redrafter.target.model import Target
 from redrafter.target.skipping import AttentionSkipping, Cosines
@@ -186,7 +186,11 @@ class LayerSkipping(Drafter):
         if len(self._log_q) == 1:
             return self._log_q[0].new_zeros(len(self._log_q[0]), len(self.feature_names))
         noise = None if self._noise is None else self._noise[:, len(self._log_q) - 2]
-        told = model_features(self._scores[:, None], self._log_q, self._tokens[-1], noise)
+        best = self._scores.topk(min(TOP, self._scores.shape[-1]), dim=-1)[0]
+        scores = self._scores[:, None]
+        told = model_features(
+            scores, scores.logsumexp(-1), best, self._log_q, self._tokens[-1], noise
+        )
         return torch.cat([self._p_token, told], 1)
 
     def _forward(self, level: int) -> Tensor:

@@ -18,12 +18,14 @@ def context_features(truth: Truth, temperature: float) -> Tensor:
     truth: with `logits`; temperature: what they are divided by (processors other than that one are
     left out: this only informs a guess)
     """
-    last = (truth.count - 1).clamp(min=0)[:, None]
-    root = truth.tokens.gather(1, last)
-    logits = truth.logits.gather(1, last[:, :, None].expand(-1, -1, truth.logits.shape[-1]))[:, 0]
-    logits = logits.float() / temperature
+    row = torch.arange(len(truth.count), device=truth.count.device)
+    last = (truth.count - 1).clamp(min=0)
+    logits = truth.logits[row, last].float()
+    if temperature != 1.0:
+        logits = logits / temperature
     p = logits.softmax(-1)
     top, place = p.topk(2, dim=-1)
     total = logits.gather(1, place[:, :1]) - top[:, :1].log()  # logsumexp
     entropy = total - torch.linalg.vecdot(p, logits.clamp(min=-1e4))[:, None]
-    return torch.cat([p.gather(1, root), entropy, top[:, :1] - top[:, 1:]], 1)
+    root = p.gather(1, truth.tokens[row, last][:, None])
+    return torch.cat([root, entropy, top[:, :1] - top[:, 1:]], 1)
