@@ -288,7 +288,7 @@ def counted(
     from redrafter.evaluation.speed import decoding
     from redrafter.evaluation.steps import count_steps, plain_steps, replayed_steps
     from redrafter.lookahead.disco import DiscoLookahead
-    from redrafter.training.disco import policy_of
+    from redrafter.training.stopping import policy_of
 
     wanted, records = decoding(part.speed), None
     try:
