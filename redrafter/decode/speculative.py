@@ -231,8 +231,10 @@ def _append(seqs: Sequences, tokens: Tensor, emitter: Emitter) -> None:
 def _truth(
     verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: Sequences, needs: frozenset[str]
 ) -> Truth:
+    row = torch.arange(len(verdict.path), device=verdict.path.device)[:, None]
+
     def along(x: Tensor) -> Tensor:
-        return x.gather(1, verdict.path[:, :, None].expand(-1, -1, x.shape[-1]))
+        return x[row, verdict.path]  # copies whole rows, where gather looks up every element
 
     return Truth(
         verdict.tokens,

@@ -192,6 +192,8 @@ class DiscoLookahead(Lookahead):
         if self.foresees:
             before = self.p(None, self.config.n_levels + 1) - self.start_price
             return (before.cumsum(-1).amax(-1) > 0) * self.config.n_levels
+        if self.when == "level" and self.config.first_rate == 0:
+            return None  # to begin with a draft always pays
         gain = self._gain(None, 0)
         if self.when == "step":
             return best_depth(gain)
