@@ -7,6 +7,7 @@ back; `Truth` is what it is told after each verification.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -177,10 +178,11 @@ class Drafter(ABC):
     def extend(self, level: int) -> None:
         """Draft level `level` (1, 2, ...)."""
 
-    def features(self) -> Tensor | None:
+    def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         """(B, F) float, finite: what there is to say of the level just drafted, and of a drafter
         that `foresees` the level to come; None if nothing. Called for a lookahead that decides
-        level by level, so they may cost something."""
+        level by level, so it may cost something. names: the columns wanted, of `feature_names`;
+        None: all"""
         return None
 
     @abstractmethod
@@ -209,6 +211,8 @@ class Lookahead:
     needs: frozenset[str] = frozenset()
     #: whether it decides level by level; False: `go_on` is never asked
     level_by_level: bool = True
+    #: the drafter's features that `go_on` is given, in this order; None: all
+    reads: Sequence[str] | None = None
 
     def begin(self, seqs: Sequences) -> None:
         """A new generation starts. What was learned in earlier ones may be kept."""

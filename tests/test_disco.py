@@ -19,6 +19,7 @@ from redrafter.data.lookahead import walk_texts
 from redrafter.data.replay import Prices, Records, oracle, replay, static
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
+from redrafter.drafters.features import SURE
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import SuffixDrafter
@@ -101,10 +102,10 @@ def replayed(records, policy, **more):
 # ------------------------------------------------------------------------------------ decisions
 
 
-def network_for(drafter, target, hidden=8, seed=0, **more) -> Disco:
+def network_for(drafter, target, hidden=8, seed=0, names=None, **more) -> Disco:
     torch.manual_seed(seed)
     disco = Disco(DiscoConfig(
-        drafter.identity(), target.fingerprint(), drafter.feature_names, K, hidden,
+        drafter.identity(), target.fingerprint(), names or drafter.feature_names, K, hidden,
         **{"added_s": (0.9, 0.5, 0.4, 0.3), "rate": 0.8, "first_rate": 0.5, "step_rate": 0.6,
            "threshold": 0.55, **more},
     ))  # fmt: skip
@@ -119,12 +120,15 @@ def network_for(drafter, target, hidden=8, seed=0, **more) -> Disco:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["model", "head", "suffix"])
-@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle"])
+@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle", "few"])
 def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
-    network = network_for(drafter, target)
-    options = {"threshold": dict(rule="threshold"), "idle": {}}.get(how, dict(when=how))
+    names = drafter.feature_names
+    if how == "few":  # in an order of its own, and those that cost nothing
+        names = names[::-2] if kind == "suffix" else SURE
+    network = network_for(drafter, target, names=names)
+    options = {"threshold": dict(rule="threshold"), "idle": {}, "few": {}}.get(how, dict(when=how))
     if how == "idle":  # looks only where it seems to pay
         network.config = replace(network.config, start_rate=0.7, start_s=0.8)
 
@@ -133,6 +137,7 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
 
     made = counted(target, drafter, rows, config, look)
     records = Records.of(texts, config.max_new_tokens)
+    records.features = records.features[..., [drafter.feature_names.index(n) for n in names]]
     said = replayed(records, policy_of(look()), looks=drafter.foresees)
     if how == "idle" and kind == "suffix":
         found = []

@@ -54,6 +54,9 @@ class DiscoTrainConfig:
     head's folder is one."""
     out: str
     """Folder to write; HEAD/disco is found by `lookahead=disco` beside its head."""
+    features: list[str] | None = None
+    """Which of the drafter's features to read. None: of models and heads those that cost nothing
+    (`drafters.features.SURE`), of others all."""
     validation_prompts: int = 100
     """Prompts kept from training."""
     hidden: int = 32

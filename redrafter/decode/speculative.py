@@ -142,7 +142,7 @@ def _draft(
         if not asks or level == depth:
             continue
         with timer("lookahead"):
-            answer = lookahead.go_on(drafter.features(), level)
+            answer = lookahead.go_on(drafter.features(lookahead.reads), level)
         if isinstance(answer, bool):
             if not answer:
                 break

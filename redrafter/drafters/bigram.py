@@ -235,8 +235,8 @@ class CountedBigrams(Drafter):
         self.parents.append(level_start(level - 1, self.width) + index // self.width)
         self.log_q.append(best)
 
-    def features(self) -> Tensor:
-        return best_score(self.log_q)
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
+        return best_score(self.log_q, names)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)

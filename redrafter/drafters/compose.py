@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -38,8 +38,8 @@ class Wrapped(Drafter):
     def extend(self, level: int) -> None:
         self.inner.extend(level)
 
-    def features(self) -> Tensor | None:
-        return self.inner.features()
+    def features(self, names: Sequence[str] | None = None) -> Tensor | None:
+        return self.inner.features(names)
 
     def tree(self) -> TokenTree:
         return self.inner.tree()

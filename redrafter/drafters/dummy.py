@@ -6,10 +6,13 @@ chain of K tokens, no network, no state of its own. Copy this file to write a dr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from redrafter.contracts import Drafter, TokenTree
+from redrafter.drafters.features import columns
 
 
 class DummyDrafter(Drafter):
@@ -41,9 +44,9 @@ class DummyDrafter(Drafter):
         token = self.seqs.ids.gather(1, place.clamp(max=self.seqs.ids.shape[1] - 1))[:, 0]
         self.levels.append(torch.stack([token, (self.found & inside).long()]))
 
-    def features(self) -> Tensor:
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
         """(B, F) for a lookahead to read; here the same at every level."""
-        return self.found.float()[:, None]
+        return columns(self.found.float()[:, None], self.feature_names, names)
 
     def tree(self) -> TokenTree:
         """Everything drafted in this step; node 0 is the root, parents precede children."""

@@ -18,6 +18,10 @@ MODEL_FEATURES = (
     *(f"p_{i}" for i in range(1, TOP + 1)),
     "margin", "entropy_nats", "token_noise", "p_level", "log_p_path",
 )  # fmt: skip
+#: what costs nothing to say. A classifier does as well by these as by all (gsm-stories-6m with a
+#: draft model, gain over the best static length: GSM8K greedy 1.089 and 1.085, TinyStories at T = 1
+#: 1.034 and 1.035)
+SURE = ("token_noise", "p_level", "log_p_path")
 _LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
 _NEVER = -1e4  # a score so far below all others that its probability is 0 in any dtype
 
@@ -31,8 +35,10 @@ def model_features(
     log_q: Sequence[Tensor],
     tokens: Tensor | None = None,
     noise: Tensor | None = None,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
-    """(B, F) `MODEL_FEATURES` of the last level.
+    """(B, F) `MODEL_FEATURES` of the last level, or some of them; `SURE` alone are made of what is
+    there already, without another look at the V scores.
 
     scores: (B, w, V) log-probabilities up to a constant per node of what follows each of the w
         nodes above, as the drafter read them: with the verifier's noise where it used that
@@ -50,6 +56,12 @@ def model_features(
         (x if x.shape[1] == 1 else x.logsumexp(-1, keepdim=True)).clamp(_LEAST, 0.0)
         for x in (above, level)
     )
+    own_noise = torch.zeros_like(path)
+    if noise is not None:
+        own_noise = noise.gather(1, tokens[:, :1]).to(path.dtype)
+    given = (path - before).clamp_(max=0.0).exp_()
+    if names is not None and tuple(names) == SURE:
+        return torch.cat([own_noise, given, path], 1)
     mean = torch.linalg.vecdot(scores.softmax(-1), scores.clamp(min=_NEVER))
     entropy = total - mean  # (B, w)
     if scores.shape[1] == 1:
@@ -60,19 +72,21 @@ def model_features(
         top = (level[:, :TOP] - before).exp()  # the likeliest of all are those that were taken
     if top.shape[1] < TOP:
         top = torch.nn.functional.pad(top, (0, TOP - top.shape[1]))
-    own_noise = torch.zeros_like(path)
-    if noise is not None:
-        own_noise = noise.gather(1, tokens[:, :1]).to(path.dtype)
-    given = (path - before).clamp_(max=0.0).exp_()
-    return torch.cat([top, top[:, :1] - top[:, 1:2], entropy, own_noise, given, path], 1)
+    all_of_them = [top, top[:, :1] - top[:, 1:2], entropy, own_noise, given, path]
+    return columns(torch.cat(all_of_them, 1), MODEL_FEATURES, names)
+
+
+def columns(features: Tensor, known: Sequence[str], names: Sequence[str] | None) -> Tensor:
+    """(B, F) features by name. known: those of `features`; names: those wanted, None: all"""
+    return features if names is None else features[:, [known.index(name) for name in names]]
 
 
 #: `best_log_q`: cumulative log-score of the level's best node, in nats
 TABLE_FEATURES = ("best_log_q",)
 
 
-def best_score(log_q: Sequence[Tensor]) -> Tensor | None:
+def best_score(log_q: Sequence[Tensor], names: Sequence[str] | None = None) -> Tensor | None:
     """(B, 1) `TABLE_FEATURES` of the last level; None where there is only the root's."""
     if len(log_q) == 1:
         return None
-    return log_q[-1].amax(1, keepdim=True).clamp(min=_LEAST)
+    return columns(log_q[-1].amax(1, keepdim=True).clamp(min=_LEAST), TABLE_FEATURES, names)

@@ -8,6 +8,7 @@ where the text does, soon after a recent occurrence), and the text is prompt and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.tree import bucket
+from redrafter.drafters.features import columns
 
 Occurrence = Literal["leftmost", "recent"]
 
@@ -146,11 +148,11 @@ class PromptLookup(Drafter):
     def extend(self, level: int) -> None:
         self.level = level
 
-    def features(self) -> Tensor:
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
         """`CHAIN_FEATURES`; all 0 where nothing can be drafted at the level to come."""
         if self._features is None:
             self._features = chain_features(self.tokens, self.valid, self.ngram, self.seqs.noise)
-        return self._features[:, self.level]
+        return columns(self._features[:, self.level], self.feature_names, names)
 
     def tree(self) -> TokenTree:
         """A chain, cut to the longest one of the batch: one read of the host per step, which is

@@ -14,6 +14,7 @@ Gumbel coupling (Daliri, Musco, Suresh 2024); all-levels trees, EAGLE-2; the boo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,11 +121,11 @@ class DraftModel(Drafter):
         """Of a single distribution as many as its features show, for nothing."""
         return max(self.width, min(TOP, scores.shape[-1])) if scores.shape[1] == 1 else self.width
 
-    def features(self) -> Tensor | None:
+    def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         if len(self.log_q) == 1:
             return None
         noise = None if self.noise is None else self.noise[:, len(self.log_q) - 2]
-        return model_features(*self._read, self.log_q, self.tokens[-1], noise)
+        return model_features(*self._read, self.log_q, self.tokens[-1], noise, names)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)

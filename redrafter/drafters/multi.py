@@ -134,7 +134,7 @@ class MultiCandidate(Drafter):
         self._append(tokens.flatten(1), place.expand(len(tokens), -1), fresh.flatten(1),
                      total.flatten(1), child, valid)  # fmt: skip
 
-    def features(self) -> Tensor | None:
+    def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         """Of the first drafter's q, without noise whatever the draws were made with."""
         if not self._q:
             return None
@@ -142,7 +142,8 @@ class MultiCandidate(Drafter):
         scores = [total.masked_fill(~valid, float("-inf")) for total, valid in pairs]
         log_q = self._q[-1][:, :, 0]
         best = log_q[:, 0].topk(min(TOP, log_q.shape[-1]), dim=-1)[0]
-        return model_features(log_q, torch.zeros_like(log_q[..., 0]), best, scores).float()
+        total = torch.zeros_like(log_q[..., 0])
+        return model_features(log_q, total, best, scores, names=names).float()
 
     def _choose(self, log_q: Tensor, k: int, level: int) -> tuple[Tensor, Tensor]:
         """Children (B, w, k) of every node of the level above, and which of them exist."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import bucket
 from redrafter.drafters.bigram import BigramTable
+from redrafter.drafters.features import columns
 
 SOURCES = ("context", "bigram", "unigram")
 #: the feature `source`: 1 + place in SOURCES, 0 where nothing is drafted
@@ -262,7 +263,7 @@ class NGrammys(Drafter):
     def extend(self, level: int) -> None:
         self.level = level
 
-    def features(self) -> Tensor:
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
         """Of the level to come (all are known from the start): source of the best row that reaches
         it (1 context, 2 bigram, 3 unigram, 0 none), its occurrences in the text (context, else 0),
         rows that reach it."""
@@ -271,7 +272,8 @@ class NGrammys(Drafter):
         for draft in self.drafts:
             reach = [(source, n) for row, source, n in draft if len(row) >= level]
             told.append([*reach[0], len(reach)] if reach else [0, 0, 0])
-        return torch.tensor(told, dtype=torch.float32, device=self.seqs.ids.device)
+        found = torch.tensor(told, dtype=torch.float32, device=self.seqs.ids.device)
+        return columns(found, self.feature_names, names)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The rows as they are, to the drafted level: tokens (B, k, w) int64 and which of them are

@@ -11,6 +11,7 @@ ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,11 +126,11 @@ class RecurrentDrafter(Drafter):
         if self.budget:
             self._ended = not self.budget.go_on(best)
 
-    def features(self) -> Tensor | None:
+    def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         if len(self.log_q) == 1:
             return None
         noise = None if self.noise is None else self.seqs.noise[:, len(self.log_q) - 2]
-        return model_features(*self._read, self.log_q, self.tokens[-1], noise)
+        return model_features(*self._read, self.log_q, self.tokens[-1], noise, names)
 
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)

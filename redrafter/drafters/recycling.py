@@ -205,8 +205,8 @@ class TokenRecycling(Drafter):
         self.tokens.append(tokens[:, parent, rank])
         self.log_q.append(log_q)
 
-    def features(self) -> Tensor:
-        return best_score(self.log_q)
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
+        return best_score(self.log_q, names)
 
     def _with_noise(self, tokens: Tensor, log_p: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Successors (B, n, k) in the order in which the target would choose them."""

@@ -16,7 +16,7 @@ set for a batch, and proposing with the verifier's noise.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.warp import score_dtype
-from redrafter.drafters.features import MODEL_FEATURES, TOP, model_features
+from redrafter.drafters.features import MODEL_FEATURES, TOP, columns, model_features
 from redrafter.drafters.lookup import chain_tree
 from redrafter.target.model import Target
 from redrafter.target.skipping import AttentionSkipping, Cosines
@@ -180,18 +180,19 @@ class LayerSkipping(Drafter):
         self._log_q.append(self._log_q[-1] + step)
         self._p_token, self._scores = log_p.exp(), noisy
 
-    def features(self) -> Tensor:
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
         """q of the drafted token, without noise, and `MODEL_FEATURES`; zeros where nothing is
         drafted."""
         if len(self._log_q) == 1:
-            return self._log_q[0].new_zeros(len(self._log_q[0]), len(self.feature_names))
+            n = len(self.feature_names if names is None else names)
+            return self._log_q[0].new_zeros(len(self._log_q[0]), n)
         noise = None if self._noise is None else self._noise[:, len(self._log_q) - 2]
         best = self._scores.topk(min(TOP, self._scores.shape[-1]), dim=-1)[0]
         scores = self._scores[:, None]
         told = model_features(
             scores, scores.logsumexp(-1), best, self._log_q, self._tokens[-1], noise
         )
-        return torch.cat([self._p_token, told], 1)
+        return columns(torch.cat([self._p_token, told], 1), self.feature_names, names)
 
     def _forward(self, level: int) -> Tensor:
         """Read the last drafted token behind the text. Returns (B, 1, V) logits."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.drafters.features import columns
 from redrafter.drafters.lookup import CHAIN_FEATURES, chain_features, chain_tree
 
 ROOT = 0  # the state of the empty string
@@ -284,14 +285,14 @@ class SuffixDrafter(Drafter):
     def extend(self, level: int) -> None:
         self.level = level
 
-    def features(self) -> Tensor:
+    def features(self, names: Sequence[str] | None = None) -> Tensor:
         """Where the match is (1 own text, 2 reference texts), and `CHAIN_FEATURES`; all 0 where
         nothing can be drafted at the level to come."""
         if self._features is None:
             chain = chain_features(self.tokens, self.valid, self.matched, self.seqs.noise)
             source = torch.where(self.valid, self.source[:, None], 0.0)[:, :, None]
             self._features = torch.cat([torch.nn.functional.pad(source, (0, 0, 0, 1)), chain], 2)
-        return self._features[:, self.level]
+        return columns(self._features[:, self.level], self.feature_names, names)
 
     def tree(self) -> TokenTree:
         longest = min(max(self.lengths), self.level)

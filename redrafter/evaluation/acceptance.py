@@ -56,6 +56,7 @@ class Counter(Lookahead):
         self.inner = inner
         self.needs = inner.needs if inner else frozenset()
         self.level_by_level = bool(inner and inner.level_by_level)
+        self.reads = inner.reads if inner else None
 
     def begin(self, seqs: Rows) -> None:
         self.tested = self.accepted = 0

@@ -91,6 +91,7 @@ class _Watched(Lookahead):
         self.inner, self.counted = inner or Lookahead(), drafter
         self.needs = self.inner.needs
         self.level_by_level = inner is not None and inner.level_by_level
+        self.reads = self.inner.reads
 
     def begin(self, seqs: Rows) -> None:
         self.inner.begin(seqs)

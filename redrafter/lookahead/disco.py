@@ -49,7 +49,7 @@ class DiscoConfig:
     """Everything that a classifier is valid for, and what its decisions are made from.
 
     drafter: `Drafter.identity()` of the drafter it was trained for; target: fingerprint
-    feature_names: the drafter's; n_levels: K; hidden: width of the network
+    feature_names: those of the drafter's that it reads; n_levels: K; hidden: width of the network
     temperature: of the records it was trained on
     threshold: of the paper's rule
     rate: lambda, tokens per second, of the rule after the first level; first_rate: before it;
@@ -150,6 +150,7 @@ class DiscoLookahead(Lookahead):
         self.threshold = config.threshold if threshold is None else threshold
         if not 0 <= self.threshold <= 1:
             raise InputError(f"disco: threshold {self.threshold} is not between 0 and 1")
+        self.reads = config.feature_names
         self.level_by_level = when == "level" or drafter.foresees
         self.network = network
         self.log: list[tuple[int, Tensor]] | None = None
@@ -241,7 +242,7 @@ def check_drafter(config: DiscoConfig, drafter: Drafter) -> None:
         for key in sorted(config.drafter.keys() | found.keys())
         if config.drafter.get(key) != found.get(key)
     ]
-    if tuple(config.feature_names) != tuple(drafter.feature_names):
+    if not set(config.feature_names) <= set(drafter.feature_names):
         said = ", ".join(drafter.feature_names)
         differ.append(f"features {', '.join(config.feature_names)} / {said}")
     if differ:

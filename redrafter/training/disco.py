@@ -27,6 +27,7 @@ from redrafter.data.replay import (
 )
 from redrafter.data.store import Store
 from redrafter.decode.tree import bucket
+from redrafter.drafters.features import SURE
 from redrafter.drafters.profile import StepCosts, read_costs, step_costs
 from redrafter.lookahead.disco import Disco, DiscoConfig
 from redrafter.training.stopping import choose, inputs_of
@@ -173,13 +174,17 @@ def train_disco(
     name = made["drafter"]["name"]
     costs = step_costs(config.costs, name, None, batch=1)
     _same_target(config.costs, made["target"]["weights"])
+    names = wanted_features(made["feature_names"], config.features)
+    place = [made["feature_names"].index(name) for name in names]
     train, validation = (read_records(store, r) for r in (range(n), range(n, store.n_rows)))
+    for part in (train, validation):
+        part.features = part.features[..., place]
     foresees = made["foresees"]
     largest = int(max(train.nodes.max(), validation.nodes.max()))
     prices = prices_of(costs, train.n_levels, largest, buckets=foresees)
     disco = DiscoConfig(
         drafter={k: v for k, v in made["drafter"].items() if k != "name"},
-        target=made["target"]["weights"], feature_names=tuple(made["feature_names"]),
+        target=made["target"]["weights"], feature_names=names,
         n_levels=made["levels"], hidden=config.hidden, temperature=made["temperature"],
         device=device_of(config.costs),
         trained_on={"records": store.digest, "drafter": name, "prompts": made["prompts"],
@@ -206,6 +211,17 @@ def train_disco(
         "added_s": list(disco.added_s),
     }  # fmt: skip
     return network, report, (p, y)
+
+
+def wanted_features(known: list[str], asked: list[str] | None) -> tuple[str, ...]:
+    """Raises InputError naming one that the drafter does not publish."""
+    if asked is None:
+        return SURE if set(SURE) <= set(known) else tuple(known)
+    if unknown := [name for name in asked if name not in known]:
+        raise InputError(
+            f"features: {', '.join(unknown)}: choose from what the records hold, {', '.join(known)}"
+        )
+    return tuple(asked)
 
 
 def _figures(done: Replayed, base: float) -> dict[str, float]:
