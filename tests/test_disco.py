@@ -20,7 +20,11 @@ from redrafter.data.replay import Prices, Records, oracle, replay, static
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.features import SURE
+from redrafter.drafters.frontier import ModelFrontier
+from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
+from redrafter.drafters.multi import MultiCandidate
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.lookahead.disco import (
@@ -336,6 +340,26 @@ def test_a_classifier_is_read_back_and_refused(tmp_path):
                     dict(when="step", rule="threshold")):  # fmt: skip
         with pytest.raises(InputError, match="disco: "):
             DiscoLookahead(again, drafter, **options)
+
+
+def test_drafters_that_differ_say_so():
+    """As deep and with the same features, but not the drafter that a classifier was trained for."""
+    target = tiny("llama")
+    tables = [count_bigrams([p * n for p in prompts()], VOCAB, 2) for n in (3, 9)]
+    frontier = ModelFrontier(close_draft(target, 0.1), target, 9)
+    other = ModelFrontier(close_draft(target, 0.3), target, 9)
+    families = [
+        [PromptLookup(K, 2), PromptLookup(K, 3), PromptLookup(K, 3, "recent")],
+        [CountedBigrams(tables[0], 2, K), CountedBigrams(tables[1], 2, K),
+         CountedBigrams(tables[0], 1, K)],
+        [MultiCandidate([frontier], (2, 1)), MultiCandidate([frontier], (1, 2)),
+         MultiCandidate([other], (2, 1)), MultiCandidate([frontier], (2, 1), how="iid")],
+        [Mixture({"a": suffix(target), "b": PromptLookup(K, n)}, nodes)
+         for n, nodes in ((2, 5), (3, 5), (2, 6))],
+    ]  # fmt: skip
+    for family in families:
+        said = [json.dumps(drafter.identity(), sort_keys=True) for drafter in family]
+        assert len(set(said)) == len(said)
 
 
 @pytest.mark.parametrize("damage", ["missing", "half", "shape", "nan", "config", "format", "added"])

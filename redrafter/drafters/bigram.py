@@ -19,7 +19,7 @@ from torch import Tensor
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
 from redrafter.decode.tree import level_depths, level_start
 from redrafter.drafters.features import TABLE_FEATURES, best_score
-from redrafter.files import plain_values, write_tensors
+from redrafter.files import digest_weights, plain_values, write_tensors
 
 FORMAT = 1
 _METADATA = "redrafter_bigrams"
@@ -222,6 +222,10 @@ class CountedBigrams(Drafter):
     def begin(self, seqs: Sequences) -> None:
         super().begin(seqs)
         self._zeros = torch.zeros_like(seqs.length)[:, None]
+
+    def identity(self) -> dict[str, Any]:
+        table = [("tokens", self.next_tokens), ("log_p", self.next_log_p)]
+        return super().identity() | {"width": self.width, "table": digest_weights(table)}
 
     def start(self) -> None:
         self.tokens, self.parents = [self.seqs.root[:, None]], [self._zeros]

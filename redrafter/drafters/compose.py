@@ -79,6 +79,10 @@ class Composite(Drafter):
         self.max_depth = max(m.max_depth for m in each)
         self.max_nodes = max(m.max_nodes for m in each)
 
+    def identity(self) -> dict[str, Any]:
+        members = {name: member.identity() for name, member in self.members.items()}
+        return super().identity() | {"nodes": self.max_nodes, "members": members}
+
     def watch(self, prefill: bool) -> AbstractContextManager:
         stack = ExitStack()
         for member in self.members.values():

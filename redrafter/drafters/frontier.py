@@ -30,6 +30,10 @@ class Frontier(ABC):
     #: most levels that any live row can draft in this step, known after `start`
     levels: float = math.inf
 
+    def fingerprint(self) -> str:
+        """Of the weights it reads with, where it has any."""
+        return type(self).__name__
+
     def begin(self, seqs: Sequences) -> None:
         """A new generation starts."""
         self.seqs = seqs
@@ -59,6 +63,9 @@ class HeadFrontier(Frontier):
     def __init__(self, head: RecurrentHead, target: Target):
         self.head, self.target = head, target
         self.vocab_size = target.vocab_size
+
+    def fingerprint(self) -> str:
+        return self.head.fingerprint()
 
     def observe(self, truth: Truth) -> None:
         self.context = truth.last_hidden()[:, None]
@@ -105,6 +112,9 @@ class ModelFrontier(Frontier):
         self.draft, self.max_nodes = draft, max_nodes
         self.vocab_size = target.vocab_size
         self._sees_all = list(draft.windows.values()) == [None]
+
+    def fingerprint(self) -> str:
+        return self.draft.fingerprint()
 
     def begin(self, seqs: Sequences) -> None:
         """Reads the prompts: all that is known but the root."""

@@ -9,7 +9,7 @@ where the text does, soon after a recent occurrence), and the text is prompt and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -135,6 +135,9 @@ class PromptLookup(Drafter):
             raise InputError(f"lookup: occurrence {occurrence!r} is none of {get_args(Occurrence)}")
         self.occurrence = occurrence
         self.max_depth, self.max_nodes, self.max_ngram = depth, 1 + depth, max_ngram
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"max_ngram": self.max_ngram, "occurrence": self.occurrence}
 
     def start(self) -> None:
         ids, length = self.seqs.ids, self.seqs.length

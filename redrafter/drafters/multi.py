@@ -11,7 +11,7 @@ child everywhere, speculative sampling (2211.17192, 2302.01318).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +88,12 @@ class MultiCandidate(Drafter):
     def observe(self, truth: Truth) -> None:
         for frontier in self.frontiers:
             frontier.observe(truth)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {
+            "children": list(self.children), "how": self.how, "temperature": self.temperature,
+            "sources": [frontier.fingerprint() for frontier in self.frontiers],
+        }  # fmt: skip
 
     def start(self) -> None:
         root = self.seqs.root[:, None]
