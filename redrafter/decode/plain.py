@@ -51,7 +51,6 @@ def plain(
     seqs = request.sequences(slack=1)
     cache, logits, _ = request.prefill(seqs, slack=0)
     stats.seconds = {"prefill": time.perf_counter() - emitter.started, "draft": 0.0, "verify": 0.0}
-    zeros = torch.zeros(1, 1, 1, cache.capacity, dtype=target.dtype, device=target.device)
     lengths = emitter.lengths
     while True:
         scores = request.warp.rows(logits, seqs)
@@ -69,7 +68,7 @@ def plain(
         if request.warp.processors:  # nothing else here reads it
             seqs.length = position[:, 0] + 1
         clock = time.perf_counter()
-        logits = _forward(target, chosen, position, cache, lengths, zeros)
+        logits = _forward(target, chosen, position, cache, lengths)
         stats.seconds["verify"] += time.perf_counter() - clock
         stats.forwards += 1
         stats.nodes_verified += sum(live)
@@ -86,14 +85,12 @@ def _forward(
     position: Tensor,
     cache: RowCache,
     lengths: list[int],
-    zeros: Tensor,
 ) -> Tensor:
     """One new token per row, at `position` (B, 1). Returns (B, V) logits."""
     cache.prepare(1)
     width = cache.width
-    single = len(target.windows) == 1 and None in target.windows.values()
-    if single and cache.uniform:
-        masks = zeros[..., :width]  # every row sees every key
+    if target.sees_all and cache.uniform:
+        masks = target.no_mask(width)
     else:
         keys = torch.arange(width, device=root.device)[None]
         masks = target.masks((keys <= position)[:, None], position, keys.expand(len(root), -1))

@@ -90,24 +90,25 @@ def speculative(
         seqs.noise = request.noise(emitter.lengths, depth + 1)
         with timer("draft"):
             tree = _draft(drafter, lookahead, seqs, limit, timer)
-            seen = ancestors(tree, depth)
+            deepest = depth if tree.n_nodes > 1 else 0  # nothing drafted: nothing to walk along
+            seen = ancestors(tree, deepest)
         with timer("verify"), watch(False):
             out = _forward(target, tree, seen, seqs, cache, limit)
         scores = request.warp.tree(out.logits, tree, seen, seqs)
         if rule == "seeded" or not request.sampled:
-            verdict = verify(scores, tree, seqs.noise, seen, depth)
+            noise = seqs.noise if seqs.noise is None else seqs.noise[:, : deepest + 1]
+            verdict = verify(scores, tree, noise, seen, deepest)
         else:
-            uniform = accepting_noise(seqs, tree, depth)
-            verdict = verify_ratio(scores, tree, uniform, depth, rule)
-        was_live = seqs.live
-        _accept(verdict, tree, seqs, cache, emitter, timer.stats)
+            uniform = accepting_noise(seqs, tree, deepest)
+            verdict = verify_ratio(scores, tree, uniform, deepest, rule)
+        was_live, drafted = seqs.live, torch.where(tree.valid, tree.depth, 0).amax(1)
+        _accept(verdict, drafted, tree.n_nodes, seqs, cache, emitter, timer.stats)
         truth = _truth(verdict, out, tree, seqs, needs)
         if drafter:
             with timer("draft"):
                 drafter.observe(truth)
         if lookahead:
             with timer("lookahead"):
-                drafted = torch.where(tree.valid, tree.depth, 0).amax(1)
                 lookahead.observe(drafted * was_live, verdict.count * was_live, truth)
     made = emitter.result(timer.stats)
     made.extra["drafter"] = drafter.report() if drafter else {}
@@ -177,6 +178,9 @@ def _forward(
 ) -> TargetOutput:
     """The step's one target forward, over every node of every row's tree."""
     cache.prepare(tree.n_nodes)
+    if tree.n_nodes == 1 and target.sees_all and cache.uniform:
+        position = seqs.length[:, None] - 1
+        return target.forward(tree.tokens, position, target.no_mask(cache.width), cache)
     # Invalid nodes may lie past the context: any position the model has will do for them.
     position = torch.minimum(seqs.length[:, None] - 1 + tree.depth, limit[:, None] - 1)
     keys = torch.arange(cache.width, device=position.device).expand(len(position), -1)
@@ -195,24 +199,25 @@ def _forward(
 
 def _accept(
     verdict: Verdict,
-    tree: TokenTree,
+    drafted: Tensor,
+    n_nodes: int,
     seqs: Sequences,
     cache: RowCache,
     emitter: Emitter,
     stats: StepStats,
 ) -> None:
     """Emit, stop, commit. The step's one read of the host."""
-    reached = torch.where(tree.valid, tree.depth, 0).amax(1, keepdim=True)
-    packed = torch.cat([verdict.count[:, None], reached, verdict.tokens, verdict.path], 1).tolist()
+    counts = torch.stack([verdict.count, drafted], 1)
+    packed = torch.cat([counts, verdict.tokens, verdict.path], 1).tolist()
     width = verdict.tokens.shape[1]
     in_order = True
     stats.forwards += 1
-    for row, (count, drafted, *rest) in enumerate(packed):
+    for row, (count, reached, *rest) in enumerate(packed):
         if emitter.finish[row] is not None:
             continue
-        stats.nodes_verified += tree.n_nodes
+        stats.nodes_verified += n_nodes
         kept = emitter.emit(row, rest[: count + 1])
-        count_step(stats, row, drafted, min(count, kept), kept)
+        count_step(stats, row, reached, min(count, kept), kept)
         in_order &= rest[width : width + count + 1] == list(range(count + 1))
     _append(seqs, verdict.tokens, emitter)
     # All but the new root: a finished row's cache is never looked at again.
@@ -231,9 +236,10 @@ def _append(seqs: Sequences, tokens: Tensor, emitter: Emitter) -> None:
 def _truth(
     verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: Sequences, needs: frozenset[str]
 ) -> Truth:
-    row = torch.arange(len(verdict.path), device=verdict.path.device)[:, None]
-
     def along(x: Tensor) -> Tensor:
+        if tree.n_nodes == 1:
+            return x
+        row = torch.arange(len(x), device=x.device)[:, None]
         return x[row, verdict.path]  # copies whole rows, where gather looks up every element
 
     return Truth(

@@ -44,8 +44,11 @@ def verify(
     scores: (B, N, V) processed target logits at every node
     noise:  (B, K+1, V), row d is the noise of the choice made at depth d; None when greedy
     seen:   (B, N, N) bool from `tree.ancestors`
-    max_depth: K
+    max_depth: K, 0 of a tree that is its root alone
     """
+    if tree.n_nodes == 1:  # a step that drafts nothing pays for no walk
+        tokens = choose(scores, noise)
+        return Verdict(torch.zeros_like(tokens), torch.zeros_like(tokens[:, 0]), tokens)
     if noise is not None:
         noise = noise.to(scores.dtype).gather(
             1, tree.depth[:, :, None].expand(-1, -1, noise.shape[-1])

@@ -111,7 +111,6 @@ class ModelFrontier(Frontier):
         check_vocabulary(target, draft)
         self.draft, self.max_nodes = draft, max_nodes
         self.vocab_size = target.vocab_size
-        self._sees_all = list(draft.windows.values()) == [None]
 
     def fingerprint(self) -> str:
         return self.draft.fingerprint()
@@ -126,7 +125,6 @@ class ModelFrontier(Frontier):
         self._context = capacity if context is None else min(context, capacity)
         slots = self._context + self.max_nodes
         self._cache = RowCache(self.draft.n_layers, batch, slots, device)
-        self._zeros = torch.zeros(1, 1, 1, slots, dtype=self.draft.dtype, device=device)
         self._arange = torch.arange(slots, device=device)
         #: of the last tree, per level that was read: tokens, and the parent's place above
         self._tokens: list[Tensor] = []
@@ -228,8 +226,8 @@ class ModelFrontier(Frontier):
 
     def _causal(self, position: Tensor):
         """Masks for keys that lie in the order of the text. position: (B, N)"""
-        if position.shape[1] == 1 and self._sees_all and self._cache.uniform:
-            return self._zeros[..., : self._cache.width]  # as in plain decoding: all keys
+        if position.shape[1] == 1 and self.draft.sees_all and self._cache.uniform:
+            return self.draft.no_mask(self._cache.width)  # as in plain decoding
         keys = self._arange[: self._cache.width]
         allowed = keys <= position[:, :, None]
         return self.draft.masks(allowed, position, keys.expand(len(position), -1))

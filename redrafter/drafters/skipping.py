@@ -91,7 +91,6 @@ class LayerSkipping(Drafter):
         first, last = protect
         self.candidates = range(first, self.skipping.n_layers - last)
         self.max_depth, self.max_nodes = depth, 1 + depth
-        self._sees_all = list(target.windows.values()) == [None]
         self._seen: Cosines | None = None
 
     # -- choosing --------------------------------------------------------------------------
@@ -109,7 +108,6 @@ class LayerSkipping(Drafter):
         self.cosine: list[float] | None = None  # per layer, those that the set was chosen by
         device, capacity = seqs.ids.device, seqs.cache.capacity
         self._keys = torch.arange(capacity, device=device)
-        self._zeros = torch.zeros(1, 1, 1, capacity, dtype=self.target.dtype, device=device)
         if self.fixed is not None:
             self.skipped = self.fixed
             return
@@ -201,8 +199,8 @@ class LayerSkipping(Drafter):
         try:
             cache.prepare(1)
             position = (self._root_at + level - 1)[:, None]
-            if self._sees_all and cache.uniform:
-                masks = self._zeros[..., : cache.width]  # as in plain decoding: all keys
+            if target.sees_all and cache.uniform:
+                masks = target.no_mask(cache.width)  # as in plain decoding
             else:
                 keys = self._keys[: cache.width].expand(len(position), -1)
                 masks = target.masks(keys[:, None] <= position[..., None], position, keys)

@@ -65,6 +65,8 @@ class Target:
                 "a token tree cannot be verified on it"
             )
         self.windows = self._windows(kinds)
+        #: whether a query may look at every key before it, however far
+        self.sees_all = list(self.windows.values()) == [None]
         self.device = self.lm_head.weight.device
         self.dtype = self.lm_head.weight.dtype
         self.vocab_size = self.lm_head.weight.shape[0]
@@ -75,6 +77,7 @@ class Target:
         granite = getattr(self.config, "logits_scaling", None) or 1.0
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
+        self._no_mask = torch.empty(1, 1, 1, 0)
         self._check_project()
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
@@ -159,6 +162,13 @@ class Target:
         """
         masks = additive_masks(allowed, query_position, key_position, self.windows, self.dtype)
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def no_mask(self, width: int) -> Tensor:
+        """(1, 1, 1, width): every query sees every key, which needs `sees_all`. Made once."""
+        if self._no_mask.shape[-1] < width:
+            shape = (1, 1, 1, 2 * width)
+            self._no_mask = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self._no_mask[..., :width]
 
     @torch.inference_mode()
     def states(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
