@@ -67,7 +67,8 @@ def test_the_bar_starts_by_mode_and_anew():
 def test_it_goes_on_iff_the_token_reaches_the_bar():
     exit_ = DraftExit(("other", "q"), K, name="q", threshold=0.5)
     exit_.begin(rows(3))
-    features = torch.tensor([[0.0, 0.5], [1.0, 0.49], [0.0, 0.9]])
+    assert exit_.reads == ("q",)
+    features = torch.tensor([[0.5], [0.49], [0.9]])
     assert exit_.go_on(features, 1).tolist() == [True, False, True]
 
 

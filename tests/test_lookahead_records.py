@@ -43,7 +43,7 @@ def test_replayed_lengths_are_those_of_decoding(kind, mode):
 class Watching(Lookahead):
     """Keeps what a lookahead is given: at which length, after which level."""
 
-    needs = frozenset({"logits"})
+    needs = frozenset({"last_logits"})
 
     def __init__(self):
         self.features, self.context = {}, {}

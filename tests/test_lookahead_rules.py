@@ -63,7 +63,8 @@ def test_heuristic_bounds_and_generations():
 
 def test_confidence_by_hand():
     stop = begun(ConfidenceLookahead(("other", "p_level"), 0.5), 3)
-    features = torch.tensor([[0.0, 0.5], [1.0, 0.49], [0.0, 0.9]])
+    assert stop.reads == ("p_level",)
+    features = torch.tensor([[0.5], [0.49], [0.9]])
     assert stop.go_on(features, 1).tolist() == [True, False, True]
     assert stop.go_on(None, 2) is False, "nothing was drafted"
     both = ConfidenceLookahead(("p_level", "p_token"))
@@ -84,10 +85,9 @@ def test_confidence_in_what_is_said_of_the_level_to_come():
     stop = begun(ConfidenceLookahead(CHAIN_FEATURES, 0.5), 3)
 
     def said(*scores):
-        features = torch.zeros(3, len(CHAIN_FEATURES))
-        features[:, CHAIN_FEATURES.index("chain_score")] = torch.tensor(scores)
-        return features
+        return torch.tensor(scores)[:, None]
 
+    assert stop.reads == ("chain_score",)
     assert stop.go_on(said(-0.1, -0.8, 0.0), 0) is True  # of level 1; in row 2 there is none
     assert stop.go_on(said(-0.6, -0.9, 0.0), 1).tolist() == [True, False, False]
     assert stop.go_on(said(-0.8, -1.0, 0.0), 2).tolist() == [True, False, False]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -313,8 +313,7 @@ def counted(
             lookahead = make(batches[0].texts).lookahead
             if records is not None and isinstance(lookahead, DiscoLookahead):
                 looks = drafter.foresees and lookahead.level_by_level
-                place = [drafter.feature_names.index(name) for name in lookahead.reads]
-                read = replace(records, features=records.features[..., place])
+                read = records.reading(drafter.feature_names, lookahead.reads)
                 found[label] = replayed_steps(read, drafter, policy_of(lookahead), looks)
             else:
                 found[label] = count_steps(target, make, wanted, batches)

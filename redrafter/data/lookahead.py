@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ class _Walk:
     def run(self) -> list[Text]:
         drafter, seqs = self.drafter, self.seqs
         steps: list[dict[str, Tensor]] = []
-        for s in range(int(self.n_answer.max()) - 1):
+        for s in range(max(1, int(self.n_answer.max()) - 1)):
             truth = self._move(s)
             if s == 0:
                 drafter.begin(seqs)
@@ -119,16 +118,10 @@ class _Walk:
             seqs.noise = self.request.noise(seqs.length.tolist(), self.n_levels + 1)
             steps.append(self._draft() | {"context": context_features(truth, seqs.temperature),
                                           "tokens": seqs.root})  # fmt: skip
-        texts = []
-        for b, answer in enumerate(self.answers):
-            n = max(0, len(answer) - 1)
-            columns = {c: torch.stack([step[c][b] for step in steps[:n]]) if n else None
-                       for c in COLUMNS}  # fmt: skip
-            if n:
-                texts.append(Text(**columns))
-            else:
-                texts.append(_no_text(self.n_levels, drafter))
-        return texts
+        columns = {c: torch.stack([step[c] for step in steps], 1) for c in COLUMNS}
+        # Behind its root, an answer's last token begins no step.
+        ends = [max(0, len(answer) - 1) for answer in self.answers]
+        return [Text(**{c: columns[c][b, :n] for c in COLUMNS}) for b, n in enumerate(ends)]
 
     def _move(self, s: int) -> Truth:
         """Token s of every answer is known now; what the target's forward told."""
@@ -138,7 +131,8 @@ class _Walk:
         token = self.text.gather(1, place)
         seqs.ids.scatter_(1, place, token)
         seqs.length, seqs.live = self.start + s + 1, live
-        return Truth(token, live.long(), self.hidden[:, s : s + 1], self.logits[:, s : s + 1])
+        hidden, logits = self.hidden[:, s : s + 1], self.logits[:, s : s + 1]
+        return Truth(token, live.long(), hidden, logits, last_logits=logits[:, 0])
 
     def _draft(self) -> dict[str, Tensor]:
         drafter, seqs = self.drafter, self.seqs
@@ -199,15 +193,3 @@ def acceptance_chance(
     best = (own + noise.gather(1, tokens).to(own.dtype)).amax(1)
     chance = torch.exp(-(1 - p).clamp(min=0) * torch.exp(-best))
     return torch.where(siblings.any(1), chance, 0.0)
-
-
-def _no_text(n_levels: int, drafter: Drafter) -> Text:
-    """Of an answer of one token: no step begins there."""
-    shape: dict[str, Any] = {
-        "tokens": (0,), "features": (0, n_levels + 1, len(drafter.feature_names)),
-        "context": (0, 3), "nodes": (0, n_levels + 1), "accepted": (0,), "judged": (0,),
-        "chance": (0, n_levels),
-    }  # fmt: skip
-    whole = ("tokens", "nodes", "accepted", "judged")
-    return Text(**{c: torch.zeros(shape[c], dtype=torch.long if c in whole else torch.float32)
-                   for c in COLUMNS})  # fmt: skip

@@ -22,6 +22,7 @@ from redrafter.data.lookahead import COLUMNS, Text, walk_texts
 from redrafter.data.prompts import Prompt
 from redrafter.data.replay import Records
 from redrafter.data.store import Job, Store
+from redrafter.drafters.features import columns
 from redrafter.lookahead.context import CONTEXT_FEATURES
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
@@ -97,9 +98,11 @@ def _columns(texts: Sequence[Text], first: int, rows: Sequence[int]) -> dict[str
     }
 
 
-def read_records(store: Store, rows: Sequence[int] | None = None) -> Records:
-    """Records of some rows, None: all; each is checked as it is read. Raises InputError for a store
-    of another kind or one that is damaged."""
+def read_records(
+    store: Store, rows: Sequence[int] | None = None, features: Sequence[str] | None = None
+) -> Records:
+    """Records of some rows, None: all; each is checked as it is read. features: by name, None: all.
+    Raises InputError for a store of another kind or one that is damaged."""
     if store.identity["kind"] != KIND:
         raise InputError(
             f"{store.name} holds {store.identity['kind']}: make records with data/lookahead.py"
@@ -115,4 +118,7 @@ def read_records(store: Store, rows: Sequence[int] | None = None) -> Records:
         Text(**{name: found[name][begin:end] for name in COLUMNS})
         for begin, end in pairwise(ends)
     ]
-    return Records.of(texts, store.identity["max_new_tokens"])
+    made = store.identity
+    records = Records.of(texts, made["max_new_tokens"]).reading(made["feature_names"], features)
+    records.context = columns(records.context, made["context_features"], CONTEXT_FEATURES)
+    return records

@@ -8,12 +8,13 @@ would have been drafted wherever a step may begin. Ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from redrafter.data.lookahead import Text
+from redrafter.drafters.features import columns
 
 
 @dataclass
@@ -50,8 +51,10 @@ class Records:
     def n_levels(self) -> int:
         return self.nodes.shape[2] - 1
 
-    def __getitem__(self, rows) -> Records:
-        return Records(**{name: value[rows] for name, value in vars(self).items()})
+    def reading(self, known: Sequence[str], names: Sequence[str] | None) -> Records:
+        """These records as one sees them who reads some features only, in that order. known: those
+        here"""
+        return replace(self, features=columns(self.features, known, names))
 
 
 @dataclass

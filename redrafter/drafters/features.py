@@ -26,24 +26,20 @@ _LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier 
 _NEVER = -1e4  # a score so far below all others that its probability is 0 in any dtype
 
 
-
-
 def model_features(
     scores: Tensor,
     total: Tensor,
-    best: Tensor,
     log_q: Sequence[Tensor],
     tokens: Tensor | None = None,
     noise: Tensor | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """(B, F) `MODEL_FEATURES` of the last level, or some of them; `SURE` alone are made of what is
-    there already, without another look at the V scores.
+    """(B, F) `MODEL_FEATURES` of the last level, or some of them; those in `SURE` are made of what
+    is there already, without another look at the V scores.
 
     scores: (B, w, V) log-probabilities up to a constant per node of what follows each of the w
         nodes above, as the drafter read them: with the verifier's noise where it used that
-    total: (B, w), their logsumexp; best: (B, >= 1), where w = 1 the largest of them, in order, as
-        many as `TOP` where there are as many
+    total: (B, w), their logsumexp
     log_q: per level (B, w_level) cumulative log-scores of the nodes, the last level's own last;
         the root's 0
     tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `scores` hold it
@@ -56,29 +52,32 @@ def model_features(
         (x if x.shape[1] == 1 else x.logsumexp(-1, keepdim=True)).clamp(_LEAST, 0.0)
         for x in (above, level)
     )
-    own_noise = torch.zeros_like(path)
-    if noise is not None:
-        own_noise = noise.gather(1, tokens[:, :1]).to(path.dtype)
-    given = (path - before).clamp_(max=0.0).exp_()
-    if names is not None and tuple(names) == SURE:
-        return torch.cat([own_noise, given, path], 1)
+    sure = {"p_level": (path - before).exp_().clamp_(max=1.0), "log_p_path": path}
+    if names is None or "token_noise" in names:
+        sure["token_noise"] = torch.zeros_like(path)
+        if noise is not None:
+            sure["token_noise"] = noise.gather(1, tokens[:, :1]).to(path.dtype)
+    if names is not None and sure.keys() >= set(names):
+        return torch.cat([sure[name] for name in names], 1)
     mean = torch.linalg.vecdot(scores.softmax(-1), scores.clamp(min=_NEVER))
     entropy = total - mean  # (B, w)
     if scores.shape[1] == 1:
-        top = (best[:, :TOP] - total).exp()
+        best = scores[:, 0].topk(min(TOP, scores.shape[-1]), dim=-1).values
+        top = (best - total).exp()
     else:
         weight = above.clamp(min=_LEAST).log_softmax(-1)  # a row may have nothing but pruned nodes
         entropy = (weight.exp() * (entropy - weight)).sum(-1, keepdim=True)
         top = (level[:, :TOP] - before).exp()  # the likeliest of all are those that were taken
     if top.shape[1] < TOP:
         top = torch.nn.functional.pad(top, (0, TOP - top.shape[1]))
-    all_of_them = [top, top[:, :1] - top[:, 1:2], entropy, own_noise, given, path]
+    own_noise = sure.get("token_noise", torch.zeros_like(path))
+    all_of_them = [top, top[:, :1] - top[:, 1:2], entropy, own_noise, sure["p_level"], path]
     return columns(torch.cat(all_of_them, 1), MODEL_FEATURES, names)
 
 
 def columns(features: Tensor, known: Sequence[str], names: Sequence[str] | None) -> Tensor:
-    """(B, F) features by name. known: those of `features`; names: those wanted, None: all"""
-    return features if names is None else features[:, [known.index(name) for name in names]]
+    """(..., F) features by name. known: those of `features`; names: those wanted, None: all"""
+    return features if names is None else features[..., [known.index(name) for name in names]]
 
 
 #: `best_log_q`: cumulative log-score of the level's best node, in nats

@@ -24,7 +24,7 @@ from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, level_depths, level_start
 from redrafter.decode.warp import score_dtype
 from redrafter.drafters.budget import NodeBudget
-from redrafter.drafters.features import MODEL_FEATURES, TOP, model_features
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import ModelFrontier
 from redrafter.target.model import Target
 
@@ -105,10 +105,9 @@ class DraftModel(Drafter):
         if self.noise is not None:
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
         # The best W of all children are among the best W of each parent.
-        best, ids = scores.topk(self._looked_at(scores), dim=-1)
-        self._read = scores, scores.logsumexp(-1), best[:, 0]
-        ids = ids[:, :, : self.width]
-        total = best[:, :, : self.width] + (self.log_q[-1] - self._read[1])[:, :, None]
+        best, ids = scores.topk(self.width, dim=-1)
+        self._read = scores, scores.logsumexp(-1)
+        total = best + (self.log_q[-1] - self._read[1])[:, :, None]
         best, index = total.flatten(1).topk(self.width, dim=-1)
         self.tokens.append(ids.flatten(1).gather(1, index))
         self._place = index // self.width
@@ -116,10 +115,6 @@ class DraftModel(Drafter):
         self.log_q.append(best.masked_fill((level > self._room)[:, None], float("-inf")))
         if self.budget:
             self._ended = not self.budget.go_on(self.log_q[-1])
-
-    def _looked_at(self, scores: Tensor) -> int:
-        """Of a single distribution as many as its features show, for nothing."""
-        return max(self.width, min(TOP, scores.shape[-1])) if scores.shape[1] == 1 else self.width
 
     def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         if len(self.log_q) == 1:

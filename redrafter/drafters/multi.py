@@ -18,7 +18,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, Draws, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.noise import DRAWING, draw, private_uniform
-from redrafter.drafters.features import MODEL_FEATURES, TOP, model_features
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import Frontier, log_probabilities
 
 How = Literal["iid", "without", "top", "seeded"]
@@ -147,9 +147,8 @@ class MultiCandidate(Drafter):
         pairs = zip(self._total, self._valid, strict=True)
         scores = [total.masked_fill(~valid, float("-inf")) for total, valid in pairs]
         log_q = self._q[-1][:, :, 0]
-        best = log_q[:, 0].topk(min(TOP, log_q.shape[-1]), dim=-1)[0]
         total = torch.zeros_like(log_q[..., 0])
-        return model_features(log_q, total, best, scores, names=names).float()
+        return model_features(log_q, total, scores, names=names).float()
 
     def _choose(self, log_q: Tensor, k: int, level: int) -> tuple[Tensor, Tensor]:
         """Children (B, w, k) of every node of the level above, and which of them exist."""

@@ -16,7 +16,7 @@ that unigram rows go on by bigrams: ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import bucket
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.features import columns
+from redrafter.files import digest_weights
 
 SOURCES = ("context", "bigram", "unigram")
 #: the feature `source`: 1 + place in SOURCES, 0 where nothing is drafted
@@ -201,6 +202,15 @@ class NGrammys(Drafter):
         self.index = [ContextIndex(self.query, self.w) for _ in range(len(seqs.ids))]
         prompts = zip(seqs.ids.tolist(), seqs.prompt_length.tolist(), strict=True)
         self._feed([ids[:length] for ids, length in prompts])
+
+    def identity(self) -> dict[str, Any]:
+        table = [("tokens", self.next_tokens), ("log_p", self.next_log_p),
+                 ("unigram", self.unigram)]  # fmt: skip
+        return super().identity() | {
+            "k": self.k, "query": self.query, "allocation": list(self.allocation),
+            "spill": self.spill, "by_first": self.by_first, "seeded": self.seeded,
+            "table": digest_weights(table),
+        }  # fmt: skip
 
     def observe(self, truth: Truth) -> None:
         """One read of the host per step."""

@@ -21,7 +21,7 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.drafters.budget import NodeBudget
-from redrafter.drafters.features import MODEL_FEATURES, TOP, model_features
+from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
@@ -102,12 +102,8 @@ class RecurrentDrafter(Drafter):
             scores = scores / self.seqs.temperature
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
         # The best W of all children are among the best W of each parent.
-        k = self.width
-        if frontier.shape[1] == 1:  # of a single distribution as many as its features show
-            k = max(k, min(TOP, scores.shape[-1]))
-        top, ids = scores.topk(k, dim=-1)
-        self._read = scores, scores.logsumexp(-1), top[:, 0]
-        top, ids = top[:, :, : self.width], ids[:, :, : self.width]
+        top, ids = scores.topk(self.width, dim=-1)
+        self._read = scores, scores.logsumexp(-1)
         total = top + (self.log_q[-1] - self._read[1])[:, :, None]
         if frontier.shape[1] > 1:
             best, index = total.flatten(1).topk(self.width, dim=-1)

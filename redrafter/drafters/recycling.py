@@ -14,6 +14,7 @@ What differs from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.drafters.bigram import BigramTable, PairCounts
 from redrafter.drafters.features import TABLE_FEATURES, best_score
+from redrafter.files import digest_weights
 
 #: The paper's 80 guesses, depth 6, k = 8 (its repository's template 2.2.2).
 PAPER_TREE = "8/84321111/8321111121001001011/52111000100100000010011/3110010000101/2001"
@@ -125,6 +127,16 @@ class TokenRecycling(Drafter):
             self.next_tokens[:-1, :width] = self.warm.tokens[:, :width].to(self.said.device)
             self.next_log_p[:-1, :width] = self.warm.log_p[:, :width].to(self.said.device)
             self.said[:-1] = self.next_log_p[:-1, 0] > float("-inf")
+
+    def identity(self) -> dict[str, Any]:
+        warm = []
+        if self.warm is not None:
+            warm = [("tokens", self.warm.tokens), ("log_p", self.warm.log_p)]
+        return super().identity() | {
+            "k": self.k, "tree": self._parent.tolist(), "fill_prompt": self.fill_prompt,
+            "reset": self.reset, "all_nodes": self.all_nodes, "seeded": self.seeded,
+            "warm": digest_weights(warm),
+        }  # fmt: skip
 
     def begin(self, seqs: Sequences) -> None:
         """Reads the prompts on the host where `fill_prompt` is on, once per generation."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.warp import score_dtype
-from redrafter.drafters.features import MODEL_FEATURES, TOP, columns, model_features
+from redrafter.drafters.features import MODEL_FEATURES, columns, model_features
 from redrafter.drafters.lookup import chain_tree
 from redrafter.target.model import Target
 from redrafter.target.skipping import AttentionSkipping, Cosines
@@ -92,6 +92,11 @@ class LayerSkipping(Drafter):
         self.candidates = range(first, self.skipping.n_layers - last)
         self.max_depth, self.max_nodes = depth, 1 + depth
         self._seen: Cosines | None = None
+
+    def identity(self) -> dict[str, Any]:
+        names = ("threshold", "max_skipped", "positions", "refresh", "fixed", "seeded")
+        told = {name: getattr(self, name) for name in names}
+        return super().identity() | told | {"candidates": list(self.candidates)}
 
     # -- choosing --------------------------------------------------------------------------
 
@@ -185,11 +190,10 @@ class LayerSkipping(Drafter):
             n = len(self.feature_names if names is None else names)
             return self._log_q[0].new_zeros(len(self._log_q[0]), n)
         noise = None if self._noise is None else self._noise[:, len(self._log_q) - 2]
-        best = self._scores.topk(min(TOP, self._scores.shape[-1]), dim=-1)[0]
+        if names is not None and tuple(names) == ("p_token",):
+            return self._p_token
         scores = self._scores[:, None]
-        told = model_features(
-            scores, scores.logsumexp(-1), best, self._log_q, self._tokens[-1], noise
-        )
+        told = model_features(scores, scores.logsumexp(-1), self._log_q, self._tokens[-1], noise)
         return columns(torch.cat([self._p_token, told], 1), self.feature_names, names)
 
     def _forward(self, level: int) -> Tensor:

@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, Lookahead, Truth
+from redrafter.contracts import Drafter, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
 from redrafter.evaluation.optimum import best_acceptance
 from redrafter.evaluation.plans import Plan
+from redrafter.lookahead.wrapped import WrappedLookahead
 from redrafter.target.model import Target
 
 
@@ -45,35 +46,19 @@ class Acceptance:
     nodes: float
 
 
-class Counter(Lookahead):
+class Counter(WrappedLookahead):
     """Counts what was tested, before any stop: the steps that end texts are long ones, and leaving
     them or what they accepted out would flatter no one.
-
-    inner: the lookahead that decides; None lets all levels stand
     """
 
-    def __init__(self, inner: Lookahead | None = None):
-        self.inner = inner
-        self.needs = inner.needs if inner else frozenset()
-        self.level_by_level = bool(inner and inner.level_by_level)
-        self.reads = inner.reads if inner else None
-
     def begin(self, seqs: Rows) -> None:
+        super().begin(seqs)
         self.tested = self.accepted = 0
-        if self.inner:
-            self.inner.begin(seqs)
-
-    def plan(self) -> Tensor | int | None:
-        return self.inner.plan() if self.inner else None
-
-    def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
-        return self.inner.go_on(features, level)
 
     def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
         self.accepted += int(accepted.sum())
         self.tested += int(torch.minimum(accepted + 1, drafted).sum())
-        if self.inner:
-            self.inner.observe(drafted, accepted, truth)
+        super().observe(drafted, accepted, truth)
 
 
 class Watcher(Wrapped):

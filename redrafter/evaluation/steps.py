@@ -20,6 +20,7 @@ from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.profile import StepCosts
 from redrafter.evaluation.plans import Plan, foreseen
 from redrafter.evaluation.runs import Batch
+from redrafter.lookahead.wrapped import WrappedLookahead
 from redrafter.target.model import Target
 
 
@@ -84,29 +85,18 @@ class _Counted(Wrapped):
         self._now = Step(self._made())
 
 
-class _Watched(Lookahead):
+class _Watched(WrappedLookahead):
     """A lookahead (None: to full depth), asked as ever; what became of a step is noted."""
 
     def __init__(self, inner: Lookahead | None, drafter: _Counted):
-        self.inner, self.counted = inner or Lookahead(), drafter
-        self.needs = self.inner.needs
-        self.level_by_level = inner is not None and inner.level_by_level
-        self.reads = self.inner.reads
-
-    def begin(self, seqs: Rows) -> None:
-        self.inner.begin(seqs)
-
-    def plan(self) -> Tensor | int | None:
-        return self.inner.plan()
-
-    def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
-        return self.inner.go_on(features, level)
+        super().__init__(inner)
+        self.counted = drafter
 
     def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
         if truth.tree is not None:
             step = self.counted.steps[-1]
             step.drafted, step.accepted = int(drafted), int(accepted)
-        self.inner.observe(drafted, accepted, truth)
+        super().observe(drafted, accepted, truth)
 
 
 class _Shadow(_Watched):

@@ -42,7 +42,7 @@ class ConfidenceLookahead(Lookahead):
         if not 0 <= threshold <= 1:
             raise InputError(f"confidence: threshold {threshold} is not between 0 and 1")
         self.name, self.threshold = known[0], threshold
-        self.column = list(feature_names).index(self.name)
+        self.reads = (self.name,)
 
     @classmethod
     def of(cls, drafter: Drafter, **options):
@@ -57,7 +57,7 @@ class ConfidenceLookahead(Lookahead):
         where a draft model has no room in its context. Called once per level."""
         if features is None:
             return None
-        q = features[:, self.column]
+        q = features[:, 0]
         if self.name in _OF_THE_PATH:
             score, q = q, q.exp()
         if self.name == "chain_score":  # said of the level to come; 0 where nothing comes

@@ -36,7 +36,7 @@ from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
 from redrafter.files import plain_values, write_json, write_tensors
 from redrafter.lookahead.context import CONTEXT_FEATURES, context_features
 
-FORMAT = 1
+FORMAT = 2  # 1 read more of the target's distribution
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Rule = Literal["cost", "threshold"]
 When = Literal["level", "step"]
@@ -78,6 +78,18 @@ class DiscoConfig:
     @property
     def inputs(self) -> tuple[str, ...]:
         return (*self.feature_names, *CONTEXT_FEATURES, *PREVIOUS_FEATURES)
+
+    def prices(self, when: When) -> tuple[Tensor, Tensor, Tensor]:
+        """(K,) each, lambda s_j: what level j costs in tokens before the first level, after it,
+        and before a drafter that foresees has begun."""
+        added = torch.tensor(self.added_s)
+        first = added * (self.first_rate if when == "level" else self.step_rate)
+        return first, added * self.rate, begun_s(added, self.start_s) * self.start_rate
+
+
+def begun_s(added: Tensor, start_s: float) -> Tensor:
+    """(K,) seconds that each level adds where the drafter is still to be begun."""
+    return added + nn.functional.pad(added.new_tensor([start_s]), (0, len(added) - 1))
 
 
 class Disco(nn.Module):
@@ -129,7 +141,7 @@ class DiscoLookahead(Lookahead):
     Raises InputError where the drafter is not the one that the network was trained for.
     """
 
-    needs = frozenset({"logits"})
+    needs = frozenset({"last_logits"})
 
     def __init__(
         self,
@@ -158,16 +170,12 @@ class DiscoLookahead(Lookahead):
     def begin(self, seqs: Sequences) -> None:
         device = seqs.length.device
         network = self.network.to(device)
-        self.own, self.rest, self.bias = (x.clone() for x in network.folded())
-        self.out_weight = network.output.weight.detach().T.contiguous()
-        self.out_bias = network.output.bias.detach()
-        config, added = self.config, torch.tensor(self.config.added_s, device=device)
-        #: lambda s_j, what level j costs in tokens, before the first level and after it
-        self.first_price = added * (config.first_rate if self.when == "level" else config.step_rate)
-        self.price = added * config.rate
-        #: the same before the drafter is begun, of one that foresees
-        begun = torch.nn.functional.pad(added.new_tensor([config.start_s]), (0, len(added) - 1))
-        self.start_price = (added + begun) * config.start_rate
+        self.own, self.rest, self.bias = network.folded()
+        self.out_weight = network.output.weight.T.contiguous()
+        self.out_bias = network.output.bias
+        first, later, self.start_price = (x.to(device) for x in self.config.prices(self.when))
+        #: after level g, of the levels still to come
+        self.price = [(later if g else first)[g:] for g in range(len(first))]
         self.temperature = seqs.temperature
         self.planned: Tensor | None = None
 
@@ -175,14 +183,15 @@ class DiscoLookahead(Lookahead):
         """What is known of the next step before it begins goes through the first layer here."""
         share = torch.stack([drafted, accepted], 1) / self.config.n_levels
         known = torch.cat([context_features(truth, self.temperature), share], 1)
-        self.base = known @ self.rest  # (B, hidden)
+        #: per level (B, hidden)
+        self.base = ((known @ self.rest)[:, None] + self.bias).unbind(1)
 
     def p(self, features: Tensor | None, level: int) -> Tensor:
         """(B, K) P_j after `level` levels."""
-        hidden = self.base + self.bias[level]
-        if features is not None:  # else zeros, which the bias has
+        hidden = self.base[level]
+        if features is not None:  # else zeros
             hidden = torch.addmm(hidden, features.to(hidden.dtype), self.own)
-        logits = torch.addmm(self.out_bias, hidden.relu_(), self.out_weight)
+        logits = torch.addmm(self.out_bias, hidden.relu(), self.out_weight)
         return logits.sigmoid_().cumprod(-1)
 
     def plan(self) -> Tensor | None:
@@ -219,8 +228,7 @@ class DiscoLookahead(Lookahead):
         costs, in tokens."""
         p = self.p(features, level)[:, level:]
         self._note(level + 1, p[:, 0])
-        price = self.price if level else self.first_price
-        return (p - price[level:]).cumsum(-1)
+        return (p - self.price[level]).cumsum(-1)
 
     def _note(self, level: int, p: Tensor) -> None:
         if self.log is not None:

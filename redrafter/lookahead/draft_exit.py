@@ -55,7 +55,7 @@ class DraftExit(Lookahead):
         for option, value in (*given.items(), ("threshold", threshold)):
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"draft exit: {option} {value} is not between 0 and 1")
-        self.column, self.max_depth, self.start = feature_names.index(name), max_depth, threshold
+        self.reads, self.max_depth, self.start = (name,), max_depth, threshold
         self.alpha, self.beta1, self.beta2, self.eps = alpha, beta1, beta2, eps
 
     @classmethod
@@ -72,7 +72,7 @@ class DraftExit(Lookahead):
         self.threshold = torch.full_like(self.accepted, start)  # th (B,)
 
     def go_on(self, features: Tensor, level: int) -> Tensor:
-        return features[:, self.column] >= self.threshold
+        return features[:, 0] >= self.threshold
 
     def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
         told = drafted > 0

@@ -175,10 +175,9 @@ def train_disco(
     costs = step_costs(config.costs, name, None, batch=1)
     _same_target(config.costs, made["target"]["weights"])
     names = wanted_features(made["feature_names"], config.features)
-    place = [made["feature_names"].index(name) for name in names]
-    train, validation = (read_records(store, r) for r in (range(n), range(n, store.n_rows)))
-    for part in (train, validation):
-        part.features = part.features[..., place]
+    train, validation = (
+        read_records(store, rows, names) for rows in (range(n), range(n, store.n_rows))
+    )
     foresees = made["foresees"]
     largest = int(max(train.nodes.max(), validation.nodes.max()))
     prices = prices_of(costs, train.n_levels, largest, buckets=foresees)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from redrafter.data.replay import Moment, Policy, Prices, Records, Replayed, replay, static
-from redrafter.lookahead.disco import Disco, DiscoConfig, DiscoLookahead, best_depth
+from redrafter.lookahead.disco import Disco, DiscoConfig, DiscoLookahead, begun_s, best_depth
 
 _ROUNDS = 4  # of the fixed point; it settles within them
 _SHARES = tuple(i / 20 for i in range(6, 27))
@@ -25,11 +25,6 @@ def inputs_of(moment: Moment) -> Tensor:
     known = torch.cat([moment.context, moment.previous / n_levels], 1)
     known = known[:, None].expand(-1, n_levels + 2, -1)
     return torch.cat([torch.nn.functional.pad(moment.features, (0, 0, 0, 1)), known], 2)
-
-
-def begun_s(added: Tensor, start_s: float) -> Tensor:
-    """(K,) seconds that each level adds where the drafter is still to be begun."""
-    return added + torch.nn.functional.pad(added.new_tensor([start_s]), (0, len(added) - 1))
 
 
 def added_s(records: Records, prices: Prices, foresees: bool) -> Tensor:
@@ -97,16 +92,14 @@ def threshold_policy(network: Disco, threshold: float) -> Policy:
 
 def policy_of(lookahead: DiscoLookahead) -> Policy:
     """The policy that a lookahead follows."""
-    network, config = lookahead.network, lookahead.config
-    added = torch.tensor(config.added_s)
+    network = lookahead.network
     if lookahead.rule == "threshold":
         return threshold_policy(network, lookahead.threshold)
-    start_price = None
-    if lookahead.foresees:
-        start_price = begun_s(added, config.start_s) * config.start_rate
+    first, later, start = lookahead.config.prices(lookahead.when)
+    start_price = start if lookahead.foresees else None
     if lookahead.when == "step":
-        return step_policy(network, added * config.step_rate, start_price)
-    return level_policy(network, added * config.first_rate, added * config.rate, start_price)
+        return step_policy(network, first, start_price)
+    return level_policy(network, first, later, start_price)
 
 
 def _log_p(network: Disco, moment: Moment) -> Tensor:
