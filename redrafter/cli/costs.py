@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
-from redrafter.cli.models import load_both
+from redrafter.cli.models import load_both, load_draft
 from redrafter.config import CostsConfig
 from redrafter.contracts import InputError
 
@@ -91,15 +91,8 @@ def check_drafters(config: CostsConfig) -> dict[str, str]:
 
 def build_drafters(config: CostsConfig, names: dict[str, str], target: Any, head: Any) -> dict:
     from redrafter.drafters.build import Partners, build_drafter
-    from redrafter.target.model import load_target
 
-    draft = None
-    if config.draft is not None:  # it computes as the target does
-        from redrafter.hub.fetch import fetch
-
-        path = fetch(config.draft, "draft")
-        draft = load_target(replace(config.target, path=path, revision=None))
-    partners = Partners(head=head, draft=draft, tree=config.tree)
+    partners = Partners(head=head, draft=load_draft(config), tree=config.tree)
     return {label: build_drafter(name, target, partners) for label, name in names.items()}
 
 

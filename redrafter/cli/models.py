@@ -31,6 +31,17 @@ def load_both(config: Any) -> tuple[Any, Any]:
     return target, load_head(path, target, config.allow_other_target)
 
 
+def load_draft(config: Any) -> Any:
+    """The draft model as a Target, None where none is given; it computes as the target does."""
+    from redrafter.hub.fetch import fetch
+    from redrafter.target.model import load_target
+
+    if config.draft is None:
+        return None
+    path = fetch(config.draft, "draft")
+    return load_target(replace(config.target, path=path, revision=None))
+
+
 def prompts_to_count(names: Sequence[str], config: Any) -> int:
     """How many prompts besides the evaluated ones the methods need: bigrams are counted on plain
     answers to them where no table is given."""
@@ -56,7 +67,6 @@ def load_partners(
     from redrafter.data.reference import reference_texts
     from redrafter.evaluation.methods import Partners, needed
     from redrafter.hub.fetch import fetch
-    from redrafter.target.model import load_target
 
     wanted = needed(names)
     found: dict[str, Any] = {"head": head, "tree": config.tree}
@@ -68,8 +78,8 @@ def load_partners(
         found["probed"] = open_probed(fetch(config.probed, "probed"), target)
     if "reference" in wanted:
         found["reference"] = reference_texts(config.reference, target, progress=True)
-    if "draft" in wanted:  # it computes as the target does
-        found["draft"] = load_target(replace(config.target, path=config.draft, revision=None))
+    if "draft" in wanted:
+        found["draft"] = load_draft(config)
     if "price" in wanted:
         batch_size = getattr(config, "batch_size", 1)
         found["price"] = lambda drafter: _price(target, drafter, batch_size)

@@ -4,11 +4,11 @@ and, where asked for, measured."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
-from redrafter.cli.models import load_both
+from redrafter.cli.models import load_both, load_draft
 from redrafter.config import StaticConfig
 from redrafter.contracts import InputError
 
@@ -76,15 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(config: StaticConfig) -> tuple[Any, Any]:
     """(target, Partners with the head or the draft model)."""
     from redrafter.drafters.build import Partners
-    from redrafter.hub.fetch import fetch
-    from redrafter.target.model import load_target
 
     target, head = load_both(config)
-    draft = None
-    if config.draft is not None:  # it computes as the target does
-        path = fetch(config.draft, "draft")
-        draft = load_target(replace(config.target, path=path, revision=None))
-    return target, Partners(head=head, draft=draft)
+    return target, Partners(head=head, draft=load_draft(config))
 
 
 def find_costs(config: StaticConfig, target: Any) -> Any:

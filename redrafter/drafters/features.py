@@ -22,7 +22,7 @@ MODEL_FEATURES = (
 #: draft model, gain over the best static length: GSM8K greedy 1.089 and 1.085, TinyStories at T = 1
 #: 1.034 and 1.035)
 SURE = ("token_noise", "p_level", "log_p_path")
-_LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
+LEAST = -30.0  # in nats; what is no longer drafted is -inf, and no classifier can read that
 _NEVER = -1e4  # a score so far below all others that its probability is 0 in any dtype
 
 
@@ -49,7 +49,7 @@ def model_features(
     """
     above, level = log_q[-2].to(scores.dtype), log_q[-1].to(scores.dtype)
     before, path = (
-        (x if x.shape[1] == 1 else x.logsumexp(-1, keepdim=True)).clamp(_LEAST, 0.0)
+        (x if x.shape[1] == 1 else x.logsumexp(-1, keepdim=True)).clamp(LEAST, 0.0)
         for x in (above, level)
     )
     sure = {"p_level": (path - before).exp_().clamp_(max=1.0), "log_p_path": path}
@@ -65,7 +65,7 @@ def model_features(
         best = scores[:, 0].topk(min(TOP, scores.shape[-1]), dim=-1).values
         top = (best - total).exp()
     else:
-        weight = above.clamp(min=_LEAST).log_softmax(-1)  # a row may have nothing but pruned nodes
+        weight = above.clamp(min=LEAST).log_softmax(-1)  # a row may have nothing but pruned nodes
         entropy = (weight.exp() * (entropy - weight)).sum(-1, keepdim=True)
         top = (level[:, :TOP] - before).exp()  # the likeliest of all are those that were taken
     if top.shape[1] < TOP:
@@ -88,4 +88,4 @@ def best_score(log_q: Sequence[Tensor], names: Sequence[str] | None = None) -> T
     """(B, 1) `TABLE_FEATURES` of the last level; None where there is only the root's."""
     if len(log_q) == 1:
         return None
-    return columns(log_q[-1].amax(1, keepdim=True).clamp(min=_LEAST), TABLE_FEATURES, names)
+    return columns(log_q[-1].amax(1, keepdim=True).clamp(min=LEAST), TABLE_FEATURES, names)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.tree import bucket
-from redrafter.drafters.features import columns
+from redrafter.drafters.features import LEAST, columns
 
 Occurrence = Literal["leftmost", "recent"]
 
@@ -110,7 +110,7 @@ def chain_features(tokens: Tensor, valid: Tensor, matched: Tensor, noise: Tensor
     own = torch.zeros_like(left)
     if noise is not None:
         own = noise[:, : tokens.shape[1]].gather(2, tokens[:, :, None])[:, :, 0].float()
-    score = chain_scores(tokens, matched, noise)[:, 1:].clamp(min=-30.0)
+    score = chain_scores(tokens, matched, noise)[:, 1:].clamp(min=LEAST)
     told = torch.stack([matched[:, None].float().expand_as(left), left, own, score], 2)
     return torch.nn.functional.pad(told * valid[:, :, None], (0, 0, 0, 1))
 
