@@ -164,7 +164,8 @@ def _plan(lookahead: Lookahead, seqs: Sequences, depth: int) -> tuple[int, Tenso
     Reads the host once where they may."""
     plan = lookahead.plan()
     if isinstance(plan, Tensor):
-        return min(depth, int((plan * seqs.live).max())), plan
+        planned = set(torch.where(seqs.live, plan, -1).tolist()) - {-1}
+        return min(depth, max(planned)), plan if len(planned) > 1 else None
     return depth if plan is None else min(depth, plan), None
 
 
