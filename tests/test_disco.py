@@ -30,7 +30,6 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.lookahead.context import CONTEXT_FEATURES
 from redrafter.lookahead.disco import (
     Disco,
     DiscoConfig,
@@ -202,9 +201,8 @@ def test_nothing_reads_the_host_per_level():
         look = DiscoLookahead(network, drafter, **options)
         count = torch.ones(3, dtype=torch.long, device="meta")
         look.begin(type("S", (), {"length": count, "temperature": 1.0})())
-        logits = torch.zeros(3, VOCAB, device="meta")
         tokens = torch.zeros(3, K + 1, dtype=torch.long, device="meta")
-        look.observe(count, count, Truth(tokens, count, last_logits=logits))
+        look.observe(count, count, Truth(tokens, count))
         look.plan()
         for level in range(1, K):
             features = torch.zeros(3, len(drafter.feature_names), device="meta")
@@ -231,7 +229,6 @@ def made_up(n: int, seed: int) -> Records:
     random = torch.Generator().manual_seed(seed)
     shape = (n, 40)
     features = torch.rand(*shape, K + 1, 2, generator=random)
-    context = torch.rand(*shape, len(CONTEXT_FEATURES), generator=random)
     chance = features[:, :, :K, 0]  # of level k: what is known after level k - 1
     drawn = torch.rand(*shape, K, generator=random) < chance
     accepted = drawn.long().cumprod(-1).sum(-1)
@@ -239,7 +236,7 @@ def made_up(n: int, seed: int) -> Records:
     hard = (level <= accepted[..., None]).float()
     hard = hard.masked_fill(level > accepted[..., None] + 1, float("nan"))
     nodes = torch.arange(1, K + 2).expand(*shape, -1)
-    return Records(features, context, nodes, accepted, torch.full(shape, K), hard,
+    return Records(features, nodes, accepted, torch.full(shape, K), hard,
                    torch.full((n,), 40), torch.full(shape, K))  # fmt: skip
 
 
@@ -402,8 +399,7 @@ def test_damaged_files_are_refused(damage, tmp_path):
 def test_inputs_are_in_the_order_of_their_names():
     from redrafter.data.replay import Moment
 
-    moment = Moment(torch.arange(10.0).view(1, 5, 2), torch.tensor([[0.5]]),
-                    torch.tensor([[4.0, 2.0]]), torch.tensor([0]))  # fmt: skip
+    moment = Moment(torch.arange(10.0).view(1, 5, 2), torch.tensor([[4.0, 2.0]]), torch.tensor([0]))
     config = DiscoConfig({}, "", ("a", "b"), K)
     assert len(config.inputs) == inputs_of(moment).shape[-1]
-    assert inputs_of(moment)[0, 2].tolist() == pytest.approx([4, 5, 0.5, 1.0, 0.5])
+    assert inputs_of(moment)[0, 2].tolist() == pytest.approx([4, 5, 1.0, 0.5])

@@ -22,8 +22,6 @@ from redrafter.data.lookahead import COLUMNS, Text, walk_texts
 from redrafter.data.prompts import Prompt
 from redrafter.data.replay import Records
 from redrafter.data.store import Job, Store
-from redrafter.drafters.features import columns
-from redrafter.lookahead.context import CONTEXT_FEATURES
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
 
@@ -72,7 +70,6 @@ def records_identity(target: Target, drafter: Drafter, config: RecordsConfig) ->
         "target": target_identity(target),
         "drafter": {"name": config.drafter, **drafter.identity()},
         "feature_names": list(drafter.feature_names),
-        "context_features": list(CONTEXT_FEATURES),
         "levels": drafter.max_depth,
         "foresees": drafter.foresees,
         "sees_noise": drafter.sees_noise,
@@ -119,6 +116,4 @@ def read_records(
         for begin, end in pairwise(ends)
     ]
     made = store.identity
-    records = Records.of(texts, made["max_new_tokens"]).reading(made["feature_names"], features)
-    records.context = columns(records.context, made["context_features"], CONTEXT_FEATURES)
-    return records
+    return Records.of(texts, made["max_new_tokens"]).reading(made["feature_names"], features)

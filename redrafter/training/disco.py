@@ -65,8 +65,7 @@ def examples(records: Records, rollouts: int, seed: int) -> Examples:
     for _ in range(rollouts):
         replay(records, policy, no_prices(records), visit=visit)
     row, place, previous = (torch.cat(x) for x in zip(*found, strict=True))
-    moment = Moment(records.features[row, place], records.context[row, place], previous,
-                    records.accepted[row, place])  # fmt: skip
+    moment = Moment(records.features[row, place], previous, records.accepted[row, place])
     return Examples(
         inputs_of(moment), records.chance[row, place],
         records.accepted[row, place], records.judged[row, place],

@@ -20,10 +20,9 @@ _THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
 
 def inputs_of(moment: Moment) -> Tensor:
-    """(R, K+2, I): features of each level, at last none, with the context and the step before."""
+    """(R, K+2, I): features of each level, at last none, with the step before."""
     n_levels = moment.features.shape[1] - 1
-    known = torch.cat([moment.context, moment.previous / n_levels], 1)
-    known = known[:, None].expand(-1, n_levels + 2, -1)
+    known = (moment.previous / n_levels)[:, None].expand(-1, n_levels + 2, -1)
     return torch.cat([torch.nn.functional.pad(moment.features, (0, 0, 0, 1)), known], 2)
 
 
