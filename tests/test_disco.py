@@ -403,3 +403,33 @@ def test_inputs_are_in_the_order_of_their_names():
     config = DiscoConfig({}, "", ("a", "b"), K)
     assert len(config.inputs) == inputs_of(moment).shape[-1]
     assert inputs_of(moment)[0, 2].tolist() == pytest.approx([4, 5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("rule", ["cost", "threshold"])
+def test_a_bar_decides_as_its_network_does(rule):
+    """One feature: where the network goes on from a bar on, that is found; else there is none."""
+    target = tiny("llama")
+    drafter = model(target)
+    random = torch.Generator().manual_seed(0)
+    network = network_for(drafter, target, names=SURE, rate=0.9)
+    network.inputs.weight[:, 0].abs_()
+    network.output.weight.abs_()  # the surer, the better
+    network.output.bias.fill_(0.5 if rule == "cost" else -1.0)
+    look = DiscoLookahead(network, drafter, rule=rule)
+    rows = torch.ones(400, dtype=torch.long)
+    drafted = torch.randint(K + 1, (400,), generator=random)
+    accepted = (drafted * torch.rand(400, generator=random)).long()
+    look.begin(type("S", (), {"length": rows, "temperature": 1.0})())
+    look.observe(drafted, accepted, Truth(rows[:, None], rows))
+    assert look.bars is not None
+    base, answers = look.known[drafted, accepted], []
+    for level in range(1, K):
+        features = -4 * torch.rand(400, 1, generator=random)
+        answers.append(look.go_on(features, level))
+        assert torch.equal(answers[-1], look._goes(look.p(base, features, level), level))
+    assert 100 < int(torch.stack(answers).sum()) < 1100, "both answers occur"
+
+    network.inputs.weight[:, 0].neg_()  # the surer, the worse
+    other = DiscoLookahead(network, drafter, rule=rule)
+    other.begin(type("S", (), {"length": rows, "temperature": 1.0})())
+    assert other.bars is None

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file
@@ -40,7 +39,7 @@ FORMAT = 2  # 1 read the target's distribution as well
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Rule = Literal["cost", "threshold"]
 When = Literal["level", "step"]
-Array = Tensor | np.ndarray
+_RANGE, _GRID, _HALVINGS = 8.0, 257, 20  # of a bar: standard deviations, points, refinements
 #: of the step before: levels drafted and accepted, as shares of K. What the target said of the
 #: root (its chance, the entropy, the margin) was tried and is worth less than reading it costs: by
 #: the prices of gsm-stories-6m, over the best static length, with it and without 1.089 and 1.089
@@ -135,8 +134,11 @@ class Disco(nn.Module):
 
 class DiscoLookahead(Lookahead):
     """Decides by a `Disco` network. Reads the host once per step, never per level on an
-    accelerator. On a CPU it computes with numpy's arrays, whose small operations cost less than a
-    tensor's (a level of K = 8 on one x86-64 thread: 18 us for 31).
+    accelerator.
+
+    What follows from the step before alone is tabulated when a generation begins on a device: there
+    are (K+1)^2 of those. Where the network reads one feature besides, and goes on wherever it is
+    large enough, so is that bar, and then a level costs one comparison (ours).
 
     when: "level" decides after each level (and before the first), "step" once per step up front
     rule: "cost" or the paper's "threshold"
@@ -168,8 +170,8 @@ class DiscoLookahead(Lookahead):
         self.reads = config.feature_names
         self.level_by_level = when == "level" or drafter.foresees
         self.network = network
-        self._device: torch.device | None = None
         self.log: list[tuple[int, Tensor]] | None = None
+        self._device: torch.device | None = None
 
     def begin(self, seqs: Sequences) -> None:
         if self._device != seqs.length.device:
@@ -177,91 +179,115 @@ class DiscoLookahead(Lookahead):
         self.planned: Tensor | None = None
 
     def _prepare(self, device: torch.device) -> None:
-        """Weights and prices as this device computes with them, and what follows from the step
-        before alone: there are (K+1)^2 of those."""
         self._device = device
-        self._array, self._exp = (
-            (torch.Tensor.numpy, np.exp) if device.type == "cpu" else (_as_it_is, torch.exp)
-        )
-        network = self.network.to(device)
-        own, rest, bias = network.folded()
-        output = network.output.weight.T.contiguous(), network.output.bias
-        self.own, self.bias, self.out_weight, self.out_bias = (
-            self._array(x.detach()) for x in (own, bias, *output)
-        )
-        first, later, start = (self._array(x.to(device)) for x in self.config.prices(self.when))
+        network, n = self.network.to(device), self.config.n_levels
+        self.own, rest, self.bias = network.folded()
+        self.out_weight = network.output.weight.detach().T.contiguous()
+        self.out_bias = network.output.bias.detach()
+        first, later, start = (x.to(device) for x in self.config.prices(self.when))
         #: after level g, of the levels still to come
-        self.price = [(later if g else first)[g:] for g in range(len(first))]
-        n = self.config.n_levels
+        self.price = [(later if g else first)[g:] for g in range(n)]
         share = torch.arange(n + 1, device=device) / n
         previous = torch.stack(torch.meshgrid(share, share, indexing="ij"), -1)
-        self.known = self._array(previous @ rest)  # (K+1, K+1, hidden), drafted and accepted
+        self.known = previous @ rest  # (K+1, K+1, hidden), by levels drafted and accepted before
         self.plans = self._plans(start)
+        self.bars = self._bars()
 
-    def _plans(self, start_price: Array) -> Tensor | None:
-        """(K+1, K+1) int64 levels by what the step before drafted and accepted: where nothing can
-        be known of the first level, the decision about it; else whether to look."""
+    def _plans(self, start_price: Tensor) -> Tensor | None:
+        """(K+1, K+1) int64 levels: where nothing can be known of the first level, the decision
+        about it; else whether to look."""
         n = self.config.n_levels
         if self.rule == "threshold":
             return None
         if self.foresees:
             before = self.p(self.known, None, n + 1) - start_price
-            return torch.as_tensor((before.cumsum(-1) > 0).any(-1)) * n
+            return (before.cumsum(-1).amax(-1) > 0) * n
         if self.when == "level" and self.config.first_rate == 0:
             return None  # to begin with a draft always pays
-        gain = self._gain(self.known, None, 0)
-        if self.when == "step":
-            return best_depth(torch.as_tensor(gain))
+        gain = self._gain(self.p(self.known, None, 0), 0)
         # Level by level it only matters whether anything pays.
-        return torch.as_tensor((gain > 0).any(-1)) * n
+        return best_depth(gain) if self.when == "step" else (gain.amax(-1) > 0) * n
+
+    def _bars(self) -> Tensor | None:
+        """(K+1, K+1, K): the feature from which on drafting goes on after level 0 .. K-1; None
+        where the network does not decide by a bar. It is looked for in the range that training
+        met, and beyond it taken as found at its ends."""
+        n, device = self.config.n_levels, self.known.device
+        if len(self.reads) != 1 or self.when == "step" or self.foresees or device.type == "meta":
+            return None
+        mean, std = self.network.mean[0], self.network.std[0]
+        grid = mean + std * torch.linspace(-_RANGE, _RANGE, _GRID, device=device)
+        bars = [torch.zeros_like(self.known[..., 0])]
+        for level in range(1, n):
+
+            def goes(x: Tensor, level: int = level) -> Tensor:
+                return self._goes(self.p(self.known, x[..., None], level), level)
+
+            found = goes(grid[:, None, None].expand(-1, n + 1, n + 1))
+            if bool((found[:-1] & ~found[1:]).any()):
+                return None
+            at = (~found).sum(0)  # the first grid point that goes on
+            high, low = grid[at.clamp(max=_GRID - 1)], grid[(at - 1).clamp(min=0)]
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                on = goes(middle)
+                low, high = torch.where(on, low, middle), torch.where(on, middle, high)
+            bar = high.masked_fill(at == 0, float("-inf")).masked_fill(at == _GRID, float("inf"))
+            bars.append(bar)
+        return torch.stack(bars, -1)
 
     def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:
         self.previous = drafted, accepted
-        self.base = self.known[self._array(drafted), self._array(accepted)]  # (B, hidden)
+        if self.bars is not None:
+            self.bar = self.bars[self.previous].unbind(1)
+        if self.bars is None or self.log is not None:
+            self.base = self.known[self.previous]  # (B, hidden)
 
-    def p(self, base: Array, features: Tensor | None, level: int) -> Array:
+    def p(self, base: Tensor, features: Tensor | None, level: int) -> Tensor:
         """(..., K) P_j after `level` levels. base: (..., hidden) what the step before adds"""
         hidden = base + self.bias[level]
         if features is not None:  # else zeros
-            hidden = hidden + self._array(features.to(torch.float32)) @ self.own
-        logits = hidden.clip(0.0, None) @ self.out_weight + self.out_bias
-        return 1.0 / (1.0 + self._exp(-logits)).cumprod(-1)
+            hidden = hidden + features.to(hidden.dtype) @ self.own
+        return (hidden.relu() @ self.out_weight + self.out_bias).sigmoid().cumprod(-1)
 
     def plan(self) -> Tensor | None:
         if self.plans is None:
             return None
         if self.log is not None and not self.foresees:
-            self._note(1, self.p(self.base, None, 0)[:, 0])
+            self.log.append((1, self.p(self.base, None, 0)[:, 0]))
         return self.plans[self.previous]
 
     def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
+        if level == 0 and self.rule == "threshold":
+            return True
         if self.when == "step":  # the drafter foresees: the plan could not be made before
             if level == 0:
-                self.planned = best_depth(torch.as_tensor(self._gain(self.base, features, 0)))
+                self.planned = best_depth(self._gain(self._noted(features, 0), 0))
             return self.planned > level
-        if self.rule == "cost":
-            return torch.as_tensor((self._gain(self.base, features, level) > 0).any(-1))
-        if level == 0:
-            return True
-        p = self.p(self.base, features, level)[:, level - 1]
-        self._note(level, p)
-        return torch.as_tensor(p >= self.threshold)
+        if self.bars is None:
+            return self._goes(self._noted(features, level), level)
+        if self.log is not None:
+            self._noted(features, level)
+        return features[:, 0] >= self.bar[level]
 
-    def _gain(self, base: Array, features: Tensor | None, level: int) -> Array:
+    def _goes(self, p: Tensor, level: int) -> Tensor:
+        """(...) bool. p: (..., K) after this level"""
+        if self.rule == "threshold":
+            return p[..., level - 1] >= self.threshold
+        return self._gain(p, level).amax(-1) > 0
+
+    def _gain(self, p: Tensor, level: int) -> Tensor:
         """(..., K - level): what drafting to depth level + 1, level + 2, ... gives, less what it
         costs, in tokens."""
-        p = self.p(base, features, level)[..., level:]
-        if base is not self.known:
-            self._note(level + 1, p[:, 0])
-        return (p - self.price[level]).cumsum(-1)
+        return (p[..., level:] - self.price[level]).cumsum(-1)
 
-    def _note(self, level: int, p: Array) -> None:
+    def _noted(self, features: Tensor | None, level: int) -> Tensor:
+        """(B, K) `p`, with what decides kept in the log."""
+        p = self.p(self.base, features, level)
         if self.log is not None:
-            self.log.append((level, torch.as_tensor(p)))
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+            asked = level if self.rule == "threshold" else level + 1
+            self.log.append((asked, p[:, asked - 1]))
+        return p
 
 
 def best_depth(gain: Tensor) -> Tensor:
