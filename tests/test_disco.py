@@ -411,7 +411,7 @@ def test_a_bar_decides_as_its_network_does(rule):
     target = tiny("llama")
     drafter = model(target)
     random = torch.Generator().manual_seed(0)
-    network = network_for(drafter, target, names=SURE, rate=0.9)
+    network = network_for(drafter, target, names=SURE, rate=0.9, threshold=0.3)
     network.inputs.weight[:, 0].abs_()
     network.output.weight.abs_()  # the surer, the better
     network.output.bias.fill_(0.5 if rule == "cost" else -1.0)
