@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 # A fingerprint samples at most this many values of each weight, so it is quick at any size.
 _SAMPLED_VALUES = 4096
+#: in the names of files being written: the processes of other machines have the same numbers
+_MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
+#: no single file takes longer to write
+_ABANDONED_S = 24 * 3600.0
 _PACKAGES = ("redrafter", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -93,7 +98,7 @@ def write_tensors(
 
 def _part(path: Path) -> Path:
     """Where this process writes what becomes `path`; see `remove_leftovers`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{os.getpid()}@{_MACHINE}.part")
 
 
 def write_config(path: str | Path, config: Any) -> None:
@@ -141,16 +146,28 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove what interrupted writes left in a folder, but not what another process of this machine
-    is writing there right now."""
+    """Remove what interrupted writes left in a folder, but not what another process is writing
+    there right now: one of this machine that runs, or, on another machine that shares the folder,
+    any that wrote within a day."""
     for part in Path(folder).glob(".*.part"):
-        writer = part.name.split(".")[-2]
-        if writer.isdigit() and int(writer) != os.getpid() and _is_running(int(writer)):
+        writer, _, machine = part.name.split(".")[-2].partition("@")
+        if machine not in ("", _MACHINE):
+            if _age_s(part) < _ABANDONED_S:
+                continue
+        elif writer.isdigit() and int(writer) != os.getpid() and _is_running(int(writer)):
             continue
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    """Since it was last written to, 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_running(process: int) -> bool:

@@ -120,7 +120,7 @@ MAY_IMPORT = {
     "losses": set(),
     "files": {"config"},
     "processes": {"contracts"},
-    "target": BASE,
+    "target": BASE | {"processes"},  # of several processes each has its own device
     "heads": BASE,
     "lookahead": BASE,
     "decode": BASE | {"target"},

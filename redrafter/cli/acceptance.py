@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Acceptance of drafts by rule, beside 1 - TV and the best that any rule could do. Trees of "
         "independent draws (multi:...:how=iid) have both oracles.",
         known.describe_drafting(),
+        alone=True,
     )
     from redrafter.data.answers import generation_config
     from redrafter.drafters.options import parse_name

@@ -8,6 +8,7 @@ from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both
 from redrafter.config import MakeAnswersConfig
 from redrafter.contracts import InputError
+from redrafter.processes import say
 
 _DESCRIPTION = """\
 Second stage of the data: the target's own answers, which is what a draft head should learn from.
@@ -41,5 +42,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         target, prompts, config.answers, config.output_dir,
         seed=config.seed, drafter=makers[config.drafter],
     )  # fmt: skip
-    print(report(store))
+    say(report(store))
     return 0

@@ -18,7 +18,7 @@ holds. (Reading for training checks each row it reads; this checks all.)
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(CheckConfig, argv, "data/check.py", _DESCRIPTION)
+    config = parse(CheckConfig, argv, "data/check.py", _DESCRIPTION, alone=True)
     from redrafter.data.build_rows import report
     from redrafter.data.rows import TokenRow
     from redrafter.data.show import show_rows

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/costs.py",
         "Seconds that the target needs for n new tokens, and a drafter for its levels; with "
         "--slowdown also which rows of guesses are worth verifying on this device.",
+        alone=True,
     )
     from redrafter.evaluation.costs import CostMeter
     from redrafter.evaluation.prompts import number_list

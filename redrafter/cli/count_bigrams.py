@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import BigramsConfig
+from redrafter.processes import by_main
 
 _DESCRIPTION = """\
 Count which tokens follow each token in the supervised text of a store: a draft table that needs no
@@ -24,12 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.drafters.bigram import save_bigrams
     from redrafter.target.model import load_model_config
 
-    store = Store(config.store)
-    vocab_size = load_model_config(config.target).get_text_config().vocab_size
-    table = bigrams_of_store(store, vocab_size, config.width, progress=True)
-    save_bigrams(config.out, table, table_identity(store))
-    print(
-        f"{config.out}: successors of {table.n_seen} of {vocab_size} tokens, at most "
-        f"{config.width} each"
-    )
+    def count() -> None:
+        store = Store(config.store)
+        vocab_size = load_model_config(config.target).get_text_config().vocab_size
+        table = bigrams_of_store(store, vocab_size, config.width, progress=True)
+        save_bigrams(config.out, table, table_identity(store))
+        print(
+            f"{config.out}: successors of {table.n_seen} of {vocab_size} tokens, at most "
+            f"{config.width} each"
+        )
+
+    by_main(count)  # quicker than processes could tell each other what they counted
     return 0

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/lookahead.py",
         "When to stop drafting: lookaheads beside every static length and the oracle.",
         known.describe_drafting(),
+        alone=True,
     )
     from redrafter.evaluation.pictures import new_figure
     from redrafter.evaluation.report import read_result, write_result

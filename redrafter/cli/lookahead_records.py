@@ -8,6 +8,7 @@ from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both, load_partners, prompts_to_count
 from redrafter.config import RecordsConfig
 from redrafter.contracts import InputError
+from redrafter.processes import say
 
 _DESCRIPTION = """\
 Walk a drafter over the target's own answers, at every position and with all its levels: what it
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drafter = build_plan(names[0], target, partners).drafter
     store = build_records(target, drafter, prompts, config)
     n = int(store.lengths.sum())
-    print(f"{config.out}: {store.n_rows} texts, {n} positions of {drafter.max_depth} levels")
+    say(f"{config.out}: {store.n_rows} texts, {n} positions of {drafter.max_depth} levels")
     return 0
 
 

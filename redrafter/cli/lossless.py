@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/lossless.py",
         "Speculative against plain decoding, token by token; every difference must be a near-tie.",
         known.describe_drafting(),
+        alone=True,
     )
     from redrafter.data.answers import generation_config
     from redrafter.evaluation.lossless import ragged

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import PrepareConfig
 from redrafter.contracts import InputError
+from redrafter.processes import is_main, say
 
 _DESCRIPTION = """\
 First stage of the data: read text, apply the target's own chat template, write rows of tokens.
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_tokens = config.max_tokens
     if max_tokens is None:
         max_tokens = context_of(load_model_config(config.target).get_text_config())
-    if config.show:
+    if config.show and is_main():
         renderer = Renderer(tokenizer, config.source)
         source = read_source(config.source)
         found = prepared(source, renderer, config.source, config.keep, max_tokens)
@@ -45,5 +46,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         store = build_rows(
             config.source, tokenizer, config.keep, config.output_dir, max_tokens=max_tokens
         )
-        print(report(store))
+        say(report(store))
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import ProbeConfig
+from redrafter.processes import say
 
 _DESCRIPTION = """\
 Ask the target what follows every single token of its vocabulary: a draft table that needs neither
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=config.batch_size, part_tokens=config.part_tokens, progress=True,
     )  # fmt: skip
     _, about = load_bigrams(config.out, target.vocab_size)
-    print(
+    say(
         f"{config.out}: {config.width} successors of each of {target.vocab_size} tokens, probed "
         f"{'with' if about['bos'] else 'without'} BOS"
     )

@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/regret.py",
         "What a selector of drafters loses, or gains, against the best arm in hindsight.",
         known.describe_drafting(),
+        alone=True,
     )
     from redrafter.evaluation.pictures import new_figure, save_figure
     from redrafter.evaluation.prompts import evaluation_prompts

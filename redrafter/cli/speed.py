@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/speed.py",
         "Tokens per step and speed of drafting, beside stock and plain decoding.",
         known.describe_methods(),
+        alone=True,
     )
     from redrafter.evaluation.report import write_result
 

@@ -8,6 +8,7 @@ from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both
 from redrafter.config import MakeStatesConfig
 from redrafter.contracts import InputError
+from redrafter.processes import say
 
 _DESCRIPTION = """\
 Third stage of the data: the target's last hidden state at every position, for train/redrafter.py.
@@ -36,5 +37,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = build_states(
         target, rows, config.states, config.output_dir, continuation=config.continuation
     )
-    print(report(store))
+    say(report(store))
     return 0

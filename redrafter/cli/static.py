@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/static.py",
         "Which fixed width W and depth K of drafts pays best on this device, predicted from "
         "recorded acceptance and measured costs; with --measure beside what the clock says.",
+        alone=True,
     )
     from redrafter.evaluation.pictures import new_figure, save_figure
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval/table.py",
         "The table of all methods: what eval/speed.py measures, over prompt sets and temperatures.",
         known.describe_methods(),
+        alone=True,
     )
     from redrafter.evaluation import charts
     from redrafter.evaluation.pictures import new_figure, save_figure

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from redrafter.config import AnswersConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.data.build_rows import columns_of
+from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import Store, open_job
 from redrafter.decode.plain import plain
@@ -37,7 +38,8 @@ def build_answers(
     drafter: makes a drafter; answers are then made by speculative decoding, which is faster and
         changes none of them
     named: use a folder in `folder` that is named after the content
-    One shard is `config.shard_prompts` prompts at one temperature; a kill loses the one being made.
+    One shard is `config.shard_prompts` prompts at one temperature; a kill loses the one being made,
+    and several processes share them out (`filling.py`).
     """
     check_same_text(prompts, target)
     identity = {
@@ -51,29 +53,24 @@ def build_answers(
     }
     job = open_job(folder, "answers", identity, named)
     if job.complete:
-        return Store(job.folder)
+        return open_filled(job)
     passes = [
         (float(t), sample)
         for t in config.temperatures
         for sample in range(config.samples_per_prompt if t > 0 else 1)
     ]
-    starts = range(0, prompts.n_rows, config.shard_prompts)
-    total = len(passes) * prompts.n_rows
-    with tqdm(total=total, desc="answers", unit="row", disable=not progress) as bar:
-        for number, (temperature, sample) in enumerate(passes):
-            for group, first in enumerate(starts):
-                index = number * len(starts) + group
-                chosen = range(first, min(first + config.shard_prompts, prompts.n_rows))
-                if index not in job.receipts:
-                    rows, rejected = _answer(
-                        target, prompts, chosen, temperature, sample, config, seed, drafter, bar
-                    )
-                    numbers = [number * prompts.n_rows + i for i in rows]
-                    job.write(index, columns_of(rows.values(), numbers), rejected)
-                else:
-                    bar.update(len(chosen))
-    job.finish(len(passes) * len(starts), input=total)
-    return Store(job.folder)
+    step, n = config.shard_prompts, prompts.n_rows
+    groups = [range(first, min(first + step, n)) for first in range(0, n, step)]
+
+    def make(index: int, bar: tqdm) -> Shard:
+        number, group = divmod(index, len(groups))
+        rows, rejected = _answer(
+            target, prompts, groups[group], *passes[number], config, seed, drafter, bar
+        )
+        return columns_of(rows.values(), [number * n + i for i in rows]), rejected
+
+    sizes = [len(group) for _ in passes for group in groups]
+    return fill(job, sizes, make, what="answers", unit="row", progress=progress, input=sum(sizes))
 
 
 def check_same_text(store: Store, target: Target) -> None:

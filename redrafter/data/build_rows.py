@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
+from redrafter.data.filling import open_filled
 from redrafter.data.prepare import prepared
 from redrafter.data.rows import RejectedRow, TokenRow
 from redrafter.data.sources import read_source
-from redrafter.data.store import Store, open_job
+from redrafter.data.store import Job, Store, open_job
 from redrafter.files import plain_values
+from redrafter.processes import by_main, main_first
 from redrafter.target.identity import text_identity
 
 _SHARD_ROWS = 4096
@@ -48,7 +50,7 @@ def build_rows(
     Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
     and failed ones add up to the rows read.
     """
-    source = read_source(config)
+    source = main_first(lambda: read_source(config))
     identity = {
         "source": source.digest,
         "read_as": {k: v for k, v in plain_values(config).items() if k not in _FREE},
@@ -74,15 +76,22 @@ def write_rows(
     named: bool = False,
     total: int | None = 0,
 ) -> Store:
-    """Rows into a store, or what was written before.
+    """Rows into a store, or what was written before. Text is read in order and only once, so the
+    main process writes it all while others wait.
 
     read: called only if there is something to do
     total: rows to expect, for the progress bar (None: unknown; 0: no bar)
     """
     job = open_job(folder, kind, identity, named)
-    if job.complete:
-        return Store(job.folder)
-    bar = tqdm(read(), total=total, desc=kind, unit="row", disable=total == 0)
+    if not job.complete:
+        by_main(lambda: _write(job, read(), kind, total))
+    return open_filled(job)
+
+
+def _write(
+    job: Job, items: Iterable[TokenRow | RejectedRow], kind: str, total: int | None
+) -> None:
+    bar = tqdm(items, total=total, desc=kind, unit="row", disable=total == 0)
     row = shards = n = 0
     for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):
         kept = [item for item in chunk if isinstance(item, TokenRow)]
@@ -91,7 +100,6 @@ def write_rows(
             job.write(index, columns_of(kept, range(row, row + len(kept))), left_out)
         row, shards, n = row + len(kept), index + 1, n + len(chunk)
     job.finish(shards, input=n)
-    return Store(job.folder)
 
 
 def _total(source: Any) -> int | None:

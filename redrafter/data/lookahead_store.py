@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from redrafter.config.lookahead import RecordsConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.data.answers import generation_config
+from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.lookahead import COLUMNS, Text, walk_texts
 from redrafter.data.prompts import Prompt
 from redrafter.data.replay import Records
@@ -39,29 +40,30 @@ def build_records(
     progress: bool = True,
 ) -> Store:
     """Walk the drafter over the target's answers to every prompt, or go on where an earlier run
-    stopped. Raises InputError where the folder holds other records."""
+    stopped; several processes share the shards out (`filling.py`). Raises InputError where the
+    folder holds other records."""
     identity = records_identity(target, drafter, config)
     identity["rows"] = [p.row for p in prompts]
     job = Job(config.out, KIND, identity)
     if job.complete:
-        return Store(job.folder)
+        return open_filled(job)
     generation = generation_config(config.temperature, config.max_new_tokens)
     starts = range(0, len(prompts), config.shard_prompts)
-    with tqdm(total=len(prompts), desc="records", unit="text", disable=not progress) as bar:
-        for index, start in enumerate(starts):
-            chosen = prompts[start : start + config.shard_prompts]
-            if index in job.receipts:
-                bar.update(len(chosen))
-                continue
-            texts: list[Text] = []
-            for i in range(0, len(chosen), config.batch_size):
-                batch = chosen[i : i + config.batch_size]
-                seeds = [config.seed + p.row for p in batch]
-                texts += walk_texts(target, drafter, [p.ids for p in batch], generation, seeds)
-                bar.update(len(batch))
-            job.write(index, _columns(texts, start, [p.row for p in chosen]))
-    job.finish(len(starts), input=len(prompts))
-    return Store(job.folder)
+
+    def make(index: int, bar: tqdm) -> Shard:
+        chosen = prompts[starts[index] : starts[index] + config.shard_prompts]
+        texts: list[Text] = []
+        for i in range(0, len(chosen), config.batch_size):
+            batch = chosen[i : i + config.batch_size]
+            seeds = [config.seed + p.row for p in batch]
+            texts += walk_texts(target, drafter, [p.ids for p in batch], generation, seeds)
+            bar.update(len(batch))
+        return _columns(texts, starts[index], [p.row for p in chosen]), ()
+
+    sizes = [min(config.shard_prompts, len(prompts) - start) for start in starts]
+    return fill(
+        job, sizes, make, what="records", unit="text", progress=progress, input=len(prompts)
+    )
 
 
 def records_identity(target: Target, drafter: Drafter, config: RecordsConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ gsm8k and 40 tinystories prompts by gsm-stories-6m, 20 tinystories prompts by st
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
@@ -26,8 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from redrafter.contracts import InputError
-from redrafter.drafters.bigram import BigramTable, save_bigrams
+from redrafter.drafters.bigram import BigramTable, load_bigrams, save_bigrams
 from redrafter.files import plain_values, remove_leftovers, write_json, write_tensors
+from redrafter.processes import by_main, everyone, is_main, mine, share_of, wait_to_see
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
 
@@ -115,7 +117,8 @@ def probe_bigrams(
     """Probe every token of the vocabulary and write the table to `out`.
 
     Parts of `part_tokens` tokens are written to a folder `<out>.parts` beside it, and taken from
-    there when an interrupted build is started again; a finished table removes them.
+    there when an interrupted build is started again; a finished table removes them. Several
+    processes share the parts out, and the main one joins them; each gets the table.
     bos: put BOS before the token
     unigram: how tokens are ranked without context: by the table itself, by the rows of lm_head, or
         by what follows BOS
@@ -134,30 +137,33 @@ def probe_bigrams(
         raise InputError(f"{name}: {target.name} has no BOS token; use {off}")
     about = probed_identity(target, bos, unigram)
     parts = out.with_name(out.name + ".parts")
-    _open_parts(parts, {**about, "width": width, "part_tokens": part_tokens})
+    by_main(lambda: _open_parts(parts, {**about, "width": width, "part_tokens": part_tokens}))
 
-    found = []
-    with tqdm(total=target.vocab_size, desc="probe", unit="token", disable=not progress) as bar:
-        for tokens in torch.arange(target.vocab_size).split(part_tokens):
-            path = parts / f"{int(tokens[0]):09d}.safetensors"
-            part = _read_part(path, (len(tokens), width))
-            if part is None:
+    pieces = torch.arange(target.vocab_size).split(part_tokens)
+    own = [pieces[i] for i in mine(len(pieces))]
+    with tqdm(total=sum(map(len, own)), desc=share_of("probe"), unit="token",
+              disable=not (progress and is_main())) as bar:  # fmt: skip
+        for tokens in own:
+            if _read_part(parts, tokens, width) is None:
                 part = _probe_part(target, tokens, width, bos_id if bos else None, batch_size)
-                write_tensors(path, part)
-            found.append(part)
+                write_tensors(_part_file(parts, tokens), part)
             bar.update(len(tokens))
-    tokens, log_p = (torch.cat([part[name] for part in found]) for name in ("tokens", "log_p"))
-    table = BigramTable(tokens, log_p)
-    if unigram == "weights":
-        ranked = unigram_of_weights(target, width)
-    elif unigram == "bos":
-        ranked = unigram_after_bos(target, width, bos_id)
-    else:
-        ranked = unigram_of_table(table, width)
-    table = replace(table, unigram=ranked)
-    save_bigrams(out, table, about)
-    rmtree(parts)
-    return table
+    everyone(None)
+
+    def finish() -> None:
+        table = _joined_parts(parts, pieces, width)
+        if unigram == "weights":
+            ranked = unigram_of_weights(target, width)
+        elif unigram == "bos":
+            ranked = unigram_after_bos(target, width, bos_id)
+        else:
+            ranked = unigram_of_table(table, width)
+        save_bigrams(out, replace(table, unigram=ranked), about)
+        rmtree(parts)
+
+    by_main(finish)
+    wait_to_see(out)
+    return load_bigrams(out, target.vocab_size)[0]
 
 
 def bos_of(target: Target) -> int | None:
@@ -224,8 +230,13 @@ def _probe_part(
     return {"tokens": ids, "log_p": log_p}
 
 
-def _read_part(path: Path, shape: tuple[int, int]) -> dict[str, Tensor] | None:
-    """A part written before; None where it must be made."""
+def _part_file(folder: Path, tokens: Tensor) -> Path:
+    return folder / f"{int(tokens[0]):09d}.safetensors"
+
+
+def _read_part(folder: Path, tokens: Tensor, width: int) -> dict[str, Tensor] | None:
+    """The part of some tokens, written before; None where it must be made."""
+    path, shape = _part_file(folder, tokens), (len(tokens), width)
     if not path.is_file():
         return None
     try:
@@ -234,3 +245,15 @@ def _read_part(path: Path, shape: tuple[int, int]) -> dict[str, Tensor] | None:
         return None
     whole = set(part) == {"tokens", "log_p"} and all(x.shape == shape for x in part.values())
     return part if whole else None
+
+
+def _joined_parts(folder: Path, pieces: Sequence[Tensor], width: int) -> BigramTable:
+    """Of all tokens, whichever process wrote them."""
+    found = []
+    for tokens in pieces:
+        wait_to_see(_part_file(folder, tokens))
+        part = _read_part(folder, tokens, width)
+        if part is None:
+            raise InputError(f"{_part_file(folder, tokens)} is damaged: run the command again")
+        found.append(part)
+    return BigramTable(*(torch.cat([part[name] for part in found]) for name in ("tokens", "log_p")))

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from redrafter.contracts import InputError
+from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.rows import offsets_of
 from redrafter.data.states import StateMaker, estimate, facts_of, state_columns, unique_rows
 from redrafter.data.store import Store, open_job
+from redrafter.processes import by_main, everyone, mine
 
 #: columns of a store that are not read into a buffer
 _UNREAD = ("row", "source_row", "length", "check")
@@ -54,6 +57,8 @@ class Hybrid(Fresh):
 
     buffers: the first epoch's rows, buffer by buffer
     identity: what those depend on (the seed and the buffers' size)
+    Of several processes each may load any buffers of the first epoch; one of them writes a shard.
+    `begin`, `end` and the first `load` of the second epoch are for all processes together.
     `begin` raises InputError where config.max_bytes or the disk is too small for it.
     """
 
@@ -67,12 +72,14 @@ class Hybrid(Fresh):
         self.buffers = buffers
         self.job = open_job(self.folder, "states", whole, self.named)
         if self.job.complete:
-            self.stored = Stored(Store(self.job.folder))
+            self.stored = Stored(open_filled(self.job))
             return
         lengths = self.rows.lengths[self.kept]
-        todo = [b for i, b in enumerate(buffers) if i not in self.job.receipts]
-        left = sum(int(lengths[b].sum()) for b in todo)
-        estimate(self.maker, self.job, self.rows, self.kept, int(lengths.sum()), left, show=False)
+        sizes = self.sizes = [int(lengths[b].sum()) for b in buffers]
+        left = sum(size for i, size in enumerate(sizes) if i not in self.job.receipts)
+        by_main(
+            lambda: estimate(self.maker, self.job, self.rows, self.kept, sum(sizes), left, False)
+        )
 
     def load(self, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
         epoch, buffer = place
@@ -82,35 +89,36 @@ class Hybrid(Fresh):
             return self.stored.load(rows, place)
         if buffer in self.job.receipts:
             return _columns(self.job.read(buffer))
-        made = self._make(buffer, rows)
-        if len(self.job.receipts) == len(self.buffers):
-            self._complete()
-        return _columns(made)
-
-    def _make(self, buffer: int, rows: Tensor) -> dict[str, Tensor]:
         made = state_columns(self.maker, self.rows, self.kept[rows])
-        self.job.write(buffer, made)
-        return made
+        if buffer in mine(len(self.buffers)):
+            self.job.write(buffer, made)
+        return _columns(made)
 
     def end(self, whole_epoch: bool) -> str | None:
         """A run ends. Makes the store complete if an epoch was trained, else says what is there."""
-        if whole_epoch and self.stored is None:
-            self._complete()
         if self.stored is not None:
             return None
+        written = len(set().union(*everyone(set(self.job.receipts))))
+        if whole_epoch or written == len(self.buffers):
+            self._complete()
+            return None
         return (
-            f"{self.job.folder}: {len(self.job.receipts)} of {len(self.buffers)} shards of hidden "
+            f"{self.job.folder}: {written} of {len(self.buffers)} shards of hidden "
             "states are written, as the run was shorter than an epoch; a longer one with this "
             "data.folder and seed writes the rest"
         )
 
     def _complete(self) -> None:
         """Also what no step of the first epoch needed: the starts that fill no batch."""
-        for buffer, rows in enumerate(self.buffers):
-            if buffer not in self.job.receipts:
-                self._make(buffer, rows)
-        self.job.finish(len(self.buffers), **facts_of(self.rows, self.kept))
-        self.stored = Stored(Store(self.job.folder))
+
+        def make(buffer: int, bar: tqdm) -> Shard:
+            return state_columns(self.maker, self.rows, self.kept[self.buffers[buffer]], bar), ()
+
+        facts = facts_of(self.rows, self.kept)
+        store = fill(
+            self.job, self.sizes, make, what="hidden states", unit="token", progress=False, **facts
+        )
+        self.stored = Stored(store)
 
 
 Part = Stored | Fresh | Hybrid

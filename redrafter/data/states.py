@@ -26,9 +26,11 @@ from tqdm.auto import tqdm
 from redrafter.config import StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import check_same_text
+from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.local import continue_greedily
 from redrafter.data.rows import Rows, batches_by_length, right_padded, row_digest
 from redrafter.data.store import Job, Store, open_job
+from redrafter.processes import by_main, launched
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
 
@@ -174,6 +176,7 @@ def build_states(
 
     continuation: n, greedy tokens per position; 0 for none
     named: use a folder in `folder` that is named after the content
+    Several processes share the shards out (`filling.py`).
     Raises InputError before any work where config.max_bytes or the disk is too small for it.
     """
     check_same_text(rows, target)
@@ -182,20 +185,20 @@ def build_states(
     identity = {**maker.identity(), "rows": rows.digest, "shard_bytes": config.shard_bytes}
     job = open_job(folder, "states", identity, named)
     if job.complete:
-        return Store(job.folder)
+        return open_filled(job)
     kept = unique_rows(rows)
     groups = groups_of(rows.lengths[kept] * maker.bytes_per_token(), config.shard_bytes)
-    todo = [g for i, g in enumerate(groups) if i not in job.receipts]
-    left = int(sum(rows.lengths[kept[g]].sum() for g in todo))
-    total = int(rows.lengths[kept].sum())
-    estimate(maker, job, rows, kept, total, left, progress)
-    with tqdm(total=total, initial=total - left, desc="hidden states", unit="token",
-              disable=not progress, unit_scale=True) as bar:  # fmt: skip
-        for index, group in enumerate(groups):
-            if index not in job.receipts:
-                job.write(index, state_columns(maker, rows, kept[group], bar))
-    job.finish(len(groups), **facts_of(rows, kept))
-    return Store(job.folder)
+    sizes = [int(rows.lengths[kept[group]].sum()) for group in groups]
+    left = sum(size for i, size in enumerate(sizes) if i not in job.receipts)
+    by_main(lambda: estimate(maker, job, rows, kept, sum(sizes), left, progress))
+
+    def make(index: int, bar: tqdm) -> Shard:
+        return state_columns(maker, rows, kept[groups[index]], bar), ()
+
+    return fill(
+        job, sizes, make, what="hidden states", unit="token", progress=progress,
+        **facts_of(rows, kept),
+    )  # fmt: skip
 
 
 def state_columns(maker: StateMaker, rows: Store, chosen: Tensor, bar: tqdm | None = None) -> dict:
@@ -274,7 +277,7 @@ def estimate(
     probe = rows.rows([middle] * max(1, tokens // int(rows.lengths[middle])))
     clock = time.perf_counter()
     maker.columns(probe)
-    seconds = (time.perf_counter() - clock) / len(probe.tokens) * left
+    seconds = (time.perf_counter() - clock) / len(probe.tokens) * left / launched()
     print(
         f"hidden states: {len(kept)} rows ({rows.n_rows - len(kept)} duplicates left out), "
         f"{total} tokens, {readable(size)} in {dtype}, about {minutes(seconds)}"

@@ -42,6 +42,7 @@ from redrafter.files import (
     write_json,
     write_tensors,
 )
+from redrafter.processes import by_main, wait_to_see
 
 FORMAT = 1
 _PER_ROW = ("row", "source_row", "length", "check")
@@ -57,21 +58,32 @@ def shard_name(index: int) -> str:
 class Job:
     """A store being written; the same call after an interruption goes on where it stopped.
 
-    folder: where it lies or will lie
+    folder: where it lies or will lie, the same for all processes of a launch
     identity: JSON-able; everything that the content depends on. Another identity in the same
         folder is refused, so two jobs never mix; unless it has written nothing yet
+    complete, receipts: what the main process found, so that all processes agree on what there is
+        to do; every process opens a job, and each may write shards that no other one writes
     Raises InputError naming the folder and the values that differ.
     """
 
     def __init__(self, folder: str | Path, kind: str, identity: dict[str, Any]):
         self.folder = Path(folder)
         self.identity = plain_values({**identity, "format": FORMAT, "kind": kind})
+        self.receipts: dict[int, dict[str, Any]]
+        self.complete, self.receipts = by_main(self._begin)
+        wait_to_see(self.folder / "job.json")
+        # Of the main process it is checked already; others may have been given other settings.
+        _check_identity(_read_json(self.folder / "job.json"), self.identity, self.folder)
+
+    def _begin(self) -> tuple[bool, dict[int, dict[str, Any]]]:
+        """Make the folder, or look at what an earlier run left: (`complete`, `receipts`)."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder} cannot be made a folder ({error})") from None
         found = self.folder / "job.json"
-        begun = any(self.folder.glob("shard-*")) or self.complete
+        complete = (self.folder / "manifest.json").exists()
+        begun = any(self.folder.glob("shard-*")) or complete
         if begun and not found.exists():
             raise InputError(f"{found} is missing, but {self.folder} holds shards: remove them")
         if begun:
@@ -80,16 +92,13 @@ class Job:
             with disk_errors(self.folder):
                 write_json(found, self.identity)
         remove_leftovers(self.folder)
-        self.receipts: dict[int, dict[str, Any]] = {}
+        receipts = {}
         for path in sorted(self.folder.glob("shard-*.json")):
             receipt = _read_json(path)
             shard = self.folder / receipt["file"] if receipt.get("file") else None
             if shard is None or (shard.exists() and shard.stat().st_size == receipt["bytes"]):
-                self.receipts[int(path.stem.split("-")[1])] = receipt
-
-    @property
-    def complete(self) -> bool:
-        return (self.folder / "manifest.json").exists()
+                receipts[int(path.stem.split("-")[1])] = receipt
+        return complete, receipts
 
     def write(
         self, index: int, columns: dict[str, Tensor], rejected: Sequence[dict[str, Any]] = ()

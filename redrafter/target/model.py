@@ -15,6 +15,7 @@ from torch import Tensor
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_weights
+from redrafter.processes import join, launched, on_cpu
 from redrafter.target.masks import additive_masks
 
 if TYPE_CHECKING:
@@ -195,12 +196,22 @@ class Target:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the accelerator torch knows of, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    """`auto` is the accelerator torch knows of, of several processes the one that accelerate gives
+    to this process; else the CPU. Raises InputError for one device that all would share."""
+    if launched() == 1:
+        if name != "auto":
+            return torch.device(name)
+        if torch.accelerator.is_available() and not on_cpu():
+            return torch.accelerator.current_accelerator()
+        return torch.device("cpu")
+    own = join(cpu=name == "cpu").device
+    wanted = own if name == "auto" else torch.device(name)
+    if wanted.type != own.type or (wanted.type != "cpu" and wanted.index not in (None, own.index)):
+        raise InputError(
+            f"target.device {name}, but accelerate gave {own} to process {join().process_index} of "
+            f"{launched()}: set target.device auto, each process then takes its own"
+        )
+    return own
 
 
 def device_name(device: torch.device) -> str:
