@@ -189,10 +189,11 @@ def everyone(value: T) -> list[T]:
     try:
         dist.all_gather_object(found, value, group=_meeting())
     except RuntimeError as error:
+        known = "onnection" in str(error)  # closed, or reset, by the peer
         raise InputError(
             "another process of this launch has ended before its work was done: its own message "
             "says why, here or in the log of its machine. What is written is whole; the same "
-            f"command goes on from there ({str(error).splitlines()[0]})"
+            f"command goes on from there{'' if known else f' ({error})'}"
         ) from error
     return found
 
