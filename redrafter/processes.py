@@ -45,6 +45,9 @@ def launched() -> int:
 
 def is_main() -> bool:
     """Whether this process speaks for the launch; known before `join`."""
+    accelerate = sys.modules.get("accelerate")
+    if accelerate is not None and accelerate.PartialState._shared_state:
+        return accelerate.PartialState().is_main_process
     return _number(_RANKS, 0) == 0
 
 
@@ -87,11 +90,26 @@ def _options(cpu: bool, n: int) -> dict[str, Any]:
         return {"cpu": cpu}
     options: dict[str, Any] = {"timeout": _PATIENCE}
     nothing_else = not torch.accelerator.is_available()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        # With cpu DeepSpeed would be dropped; without a backend it would connect nothing.
-        return options | ({"backend": "gloo"} if nothing_else else {})
+    if asked_for("DEEPSPEED"):
+        # Told of a CPU, accelerate drops DeepSpeed; told nothing, it finds no way to communicate.
+        return options | (_gloo_for_deepspeed() if nothing_else else {})
     # Without it accelerate connects nothing on a machine that has no accelerator.
     return options | {"cpu": cpu or nothing_else}
+
+
+def _gloo_for_deepspeed() -> dict[str, str]:
+    """Without the operator that DeepSpeed would compile for the processes of one CPU (a minute, and
+    a compiler): gloo alone does."""
+    import deepspeed
+
+    if (operators := getattr(deepspeed.ops, "__compatible_ops__", None)) is not None:
+        operators["deepspeed_shm_comm"] = False
+    return {"backend": "gloo"}
+
+
+def asked_for(engine: str) -> bool:
+    """Whether the launch asked accelerate for DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
 def on_cpu() -> bool:
@@ -113,7 +131,7 @@ def mine(n: int) -> range:
 def check_launch() -> None:
     """Raises InputError where `accelerate launch` started fewer processes than it was asked for,
     which it does without a word (`--cpu`, `use_cpu` or MULTI_CPU without MPI: one)."""
-    wanted, n = asked_for(), launched()
+    wanted, n = requested(), launched()
     if wanted is not None and wanted != n:
         raise InputError(
             f"accelerate launch was asked for {wanted} processes and started {n} (it does so with "
@@ -124,7 +142,7 @@ def check_launch() -> None:
 
 def check_alone(command: str) -> None:
     """Raises InputError where several processes run a command that works in one."""
-    n = max(launched(), asked_for() or 1)
+    n = max(launched(), requested() or 1)
     if n > 1:
         raise InputError(
             f"{command} works in one process, and {n} were launched, which would all write the "
@@ -132,7 +150,7 @@ def check_alone(command: str) -> None:
         )
 
 
-def asked_for() -> int | None:
+def requested() -> int | None:
     """Processes that `accelerate launch` was asked for, by its command line or its configuration
     file, if it is our parent; None where that is not so, or not known."""
     try:

@@ -88,9 +88,7 @@ def write_rows(
     return open_filled(job)
 
 
-def _write(
-    job: Job, items: Iterable[TokenRow | RejectedRow], kind: str, total: int | None
-) -> None:
+def _write(job: Job, items: Iterable[TokenRow | RejectedRow], kind: str, total: int | None) -> None:
     bar = tqdm(items, total=total, desc=kind, unit="row", disable=total == 0)
     row = shards = n = 0
     for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):

@@ -114,8 +114,7 @@ def read_records(
         assert found[name].dtype == dtype
         found[name] = found[name].long()
     texts = [
-        Text(**{name: found[name][begin:end] for name in COLUMNS})
-        for begin, end in pairwise(ends)
+        Text(**{name: found[name][begin:end] for name in COLUMNS}) for begin, end in pairwise(ends)
     ]
     made = store.identity
     return Records.of(texts, made["max_new_tokens"]).reading(made["feature_names"], features)

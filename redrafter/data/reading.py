@@ -57,8 +57,10 @@ class Hybrid(Fresh):
 
     buffers: the first epoch's rows, buffer by buffer
     identity: what those depend on (the seed and the buffers' size)
-    Of several processes each may load any buffers of the first epoch; one of them writes a shard.
-    `begin`, `end` and the first `load` of the second epoch are for all processes together.
+    Of several processes one writes a shard, and only if it loads the whole buffer; what is missing
+    after the first epoch is then made by all, each its share: where every process loads its own
+    rows of each buffer, the states are made twice. `begin`, `end` and the first `load` of the
+    second epoch are for all processes together.
     `begin` raises InputError where config.max_bytes or the disk is too small for it.
     """
 
@@ -87,10 +89,11 @@ class Hybrid(Fresh):
             self._complete()
         if self.stored is not None:
             return self.stored.load(rows, place)
-        if buffer in self.job.receipts:
+        whole = torch.equal(rows, self.buffers[buffer])
+        if whole and buffer in self.job.receipts:
             return _columns(self.job.read(buffer))
         made = state_columns(self.maker, self.rows, self.kept[rows])
-        if buffer in mine(len(self.buffers)):
+        if whole and buffer in mine(len(self.buffers)):
             self.job.write(buffer, made)
         return _columns(made)
 

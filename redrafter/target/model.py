@@ -205,8 +205,10 @@ def pick_device(name: str) -> torch.device:
             return torch.accelerator.current_accelerator()
         return torch.device("cpu")
     own = join(cpu=name == "cpu").device
+    if own.type == "cpu":  # accelerate numbers these, too
+        own = torch.device("cpu")
     wanted = own if name == "auto" else torch.device(name)
-    if wanted.type != own.type or (wanted.type != "cpu" and wanted.index not in (None, own.index)):
+    if wanted.type != own.type or wanted.index not in (None, own.index):
         raise InputError(
             f"target.device {name}, but accelerate gave {own} to process {join().process_index} of "
             f"{launched()}: set target.device auto, each process then takes its own"
