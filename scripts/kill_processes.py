@@ -148,6 +148,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def is_complete(folder: Path) -> bool:
+    return (folder / "states" / "manifest.json").exists()
+
+
 def is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -178,11 +182,11 @@ def attempt(
         ready = [scratch / f"ready-{rank}" for rank in range(n)]
         while not all(path.exists() for path in ready) or len(finished(folder)) < wanted:
             # All that was left may have been fewer shards.
-            if (folder / "states" / "manifest.json").exists() or time.monotonic() > deadline:
+            if is_complete(folder) or time.monotonic() > deadline:
                 break
             time.sleep(0.002)
         time.sleep(kill.after_s)
-        if is_running(ids[kill.rank]):  # a forked one that has ended is still waited for
+        if not is_complete(folder):  # else it would be killed while it takes its leave
             os.kill(ids[kill.rank], signal.SIGKILL)
             killed = True
     fine = how.wait(ids)
@@ -215,7 +219,7 @@ def disturb(how, given, base: Path, wanted: dict[str, str], say) -> list[str]:
             if killed:
                 kills += 1
                 say(f"kill {kills:3d} of process {kill.rank} of {n}, {kill.after_s:.3f} s after "
-                    f"{kill.shards} more: folder {folders}, {len(now)} shards finished")  # fmt: skip
+                    f"{kill.shards} more: folder {folders}, {len(now)} shards")  # fmt: skip
         found = content(folder)
         differing = sorted(f for f in wanted | found if wanted.get(f) != found.get(f))
         if differing:

@@ -3,10 +3,12 @@ and launches that did not give what was asked for."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -17,15 +19,18 @@ from safetensors.torch import load_file
 
 from redrafter import processes
 from redrafter.cli import check_store, count_bigrams, speed
+from redrafter.cli.args import reports_input_errors
 from redrafter.config import AnswersConfig, RecordsConfig, SourceConfig, StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
+from redrafter.data.filling import fill
 from redrafter.data.lookahead_store import build_records
 from redrafter.data.probed import probe_bigrams
 from redrafter.data.prompts import load_prompts
 from redrafter.data.reading import Hybrid
 from redrafter.data.states import StateMaker, build_states
+from redrafter.data.store import Job
 from redrafter.drafters.bigram import CountedBigrams
 from redrafter.drafters.bigram import count_bigrams as count
 from redrafter.files import _MACHINE, digest_file, remove_leftovers
@@ -135,95 +140,98 @@ def test_work_is_shared_out(tmp_path):
 
 # ------------------------------------------------------------------------------------ faults
 
-# Two processes that no launcher looks after, as on two machines. What the second one does differs.
-_PAIR = """
-import os, sys, time
-from pathlib import Path
-from redrafter import processes
-from redrafter.cli.args import reports_input_errors
-from redrafter.contracts import InputError
-from redrafter.data.filling import fill
-from redrafter.data.store import Job
-import torch
-rank, what, folder = int(os.environ["RANK"]), *sys.argv[1:]
-processes._LATE_S, processes._LINGER_S = 1.0, 0.3
 
-def make(index, bar):
-    if rank == 1 and what == "fails":
-        raise InputError("no luck here")
-    if rank == 1 and what == "dies":
-        os._exit(9)
-    rows = torch.tensor([1])
-    return dict(row=rows * index, source_row=rows, length=rows.int(), tokens=rows.int(),
-                supervised=rows.bool()), ()
+def small_job(what, folder):
+    """Four shards. what: the second process does otherwise."""
+    rank = join().process_index
+    other = rank == 1
 
-@reports_input_errors
-def main(argv):
-    processes.join()
-    mine = Path(folder) / (str(rank) if what == "not_shared" else "0")
-    job = Job(mine, "texts", {"n": rank if what == "differs" else 0})
-    store = fill(job, [1] * 4, make, what="texts", unit="row")
-    assert store.n_rows == 4
+    def make(index, bar):
+        if other and what == "fails":
+            raise InputError("no luck here")
+        if other and what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        one = torch.tensor([1])
+        return {"row": one * index, "source_row": one, "length": one.int(), "tokens": one.int(),
+                "supervised": one.bool()}, ()  # fmt: skip
+
+    place = folder / "elsewhere" if other and what == "shares_no_folder" else folder / "job"
+    job = Job(place, "texts", {"n": int(other and what == "has_other_settings")})
+    assert fill(job, [1] * 4, make, what="texts", unit="row").n_rows == 4
     processes.say("done")
-main(None)
-"""
 
 
-def pair(what, tmp_path, **environment):
-    """(exit status, what it wrote) of both processes."""
-    script = tmp_path / "pair.py"
-    script.write_text(_PAIR)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), what, str(tmp_path)],
-            env={**env, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
+def pair(what, folder):
+    """(exit status, what it wrote) of two processes that no launcher looks after, as if each were
+    on a machine of its own."""
+    (folder / "meeting").unlink(missing_ok=True)
+    ids = []
+    for rank in range(2):
+        ids.append(os.fork())
+        if ids[-1] == 0:
+            try:
+                _run(rank, what, folder)
+            finally:
+                os._exit(99)
+    deadline, codes = time.monotonic() + 100, {}
+    while len(codes) < 2 and time.monotonic() < deadline:
+        for rank, process in enumerate(ids):
+            if rank not in codes:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for rank in {0, 1} - set(codes):
+        os.kill(ids[rank], signal.SIGKILL)
+        os.waitpid(ids[rank], 0)
+    assert len(codes) == 2, "a process hangs"
+    return [(codes[rank], (folder / f"said-{rank}").read_text()) for rank in range(2)]
+
+
+def _run(rank, what, folder):
+    said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT)
+    sys.stdout, sys.stderr = (os.fdopen(said, "w", buffering=1) for _ in range(2))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    store = torch.distributed.FileStore(str(folder / "meeting"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    processes._LATE_S, processes._LINGER_S = 1.0, 0.3
     try:
-        texts = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(p.returncode, text) for p, text in zip(started, texts, strict=True)]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def test_processes_without_accelerates_environment_join(tmp_path):
-    """torchrun alone: accelerate would make unsynchronised copies of them."""
-    (main, said), (other, silent) = pair("works", tmp_path)
-    assert (main, other) == (0, 0), (said, silent)
-    assert "done" in said and "1 of 2 processes" in said
-    assert "done" not in silent and "processes" not in silent, "one bar, one message"
+        reports_input_errors(lambda argv: small_job(what, folder))()
+        os._exit(0)
+    except SystemExit as end:
+        os._exit(end.code)
+    except BaseException:
+        traceback.print_exc()
 
 
 @pytest.mark.parametrize(
-    ("what", "main_says", "other_says"),
+    ("what", "says"),
     [
-        ("fails", "error: another process of this launch has ended", "error: no luck here"),
-        ("dies", "error: another process of this launch has ended", None),
-        ("differs", "error: another process", r"holds another job (n 0 -> 1)"),
-        ("not_shared", "error: another process", "on a shared file system"),
+        ("fails", "error: no luck here"),
+        ("dies", None),
+        ("has_other_settings", "holds another job (n 0 -> 1)"),
+        ("shares_no_folder", "job.json, which another process of this launch wrote: all machines "
+         "need the same folder"),
     ],
-)
-def test_a_process_that_fails_ends_the_others(what, main_says, other_says, tmp_path):
+)  # fmt: skip
+def test_a_process_that_fails_ends_the_others(what, says, tmp_path):
     (main, said), (other, told) = pair(what, tmp_path)
-    assert main == 2 and main_says in said, said
-    assert "Traceback" not in said + told
-    if other_says is None:
-        assert other == 9
-    else:
-        assert other == 2 and other_says in told, told
-    assert not (tmp_path / "0" / "manifest.json").exists()
+    assert (main, other) == (2, -9 if says is None else 2), said + told
+    assert said.count("error: another process of this launch has ended") == 1, said
+    if says is not None:
+        assert told.count("error: ") == 1 and says in told
+    assert not (tmp_path / "job" / "manifest.json").exists()
+
+
+def test_processes_speak_once(tmp_path):
+    (main, said), (other, told) = pair("works", tmp_path)
+    assert (main, other) == (0, 0), said + told
+    assert "done" in said and "texts, 1 of 2 processes" in said and told == ""
+    # All have the same to report: the launcher ends the second one while it waits.
+    (tmp_path / "job" / "shard-00002.safetensors").unlink()
+    (main, said), (other, told) = pair("works", tmp_path)
+    assert (main, other) == (2, 2) and "shard-00002.safetensors is missing" in said + told
 
 
 def test_leftovers_of_another_machine_stay_for_a_day(tmp_path):
@@ -291,6 +299,28 @@ def test_a_parent_that_cannot_be_read_stops_nothing(monkeypatch):
     monkeypatch.setattr(psutil.Process, "parent", refuse)
     assert processes.requested() is None
     processes.check_launch()
+
+
+def test_processes_without_accelerates_environment_join():
+    """As torchrun alone starts them; accelerate by itself makes copies that know of no other."""
+    code = "from redrafter.processes import everyone, join; join(); print(everyone(7))"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")}
+    env |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port())}  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**env, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    assert [process.communicate(timeout=120)[0] for process in started] == ["[7, 7]\n"] * 2
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def test_the_silent_one_process_is_refused_for_real(tiny_target, tmp_path):
