@@ -15,6 +15,9 @@ Second stage of the data: the target's own answers, which is what a draft head s
 
   python data/answers.py --target.path MODEL --prompts runs/prompts --output_dir runs/answers
 
+  accelerate launch --multi_gpu --num_processes 8 data/answers.py ...
+      the same answers, made by eight processes (of one or several machines that share the folder)
+
 Goes on where it stopped after an interruption. An answer depends on its prompt, the temperature
 and the seed, not on the batch or on how it was drafted.
 """

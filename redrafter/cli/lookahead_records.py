@@ -19,7 +19,7 @@ says of each level, and how many would be accepted. From that train/disco.py lea
   accelerate launch train/disco.py --records runs/records --costs COSTS.json --out HEAD/disco
 
 The last --skip_rows rows are left out: measure on them. The same command goes on after an
-interruption.
+interruption, and `accelerate launch --multi_gpu --num_processes 8` shares the work out.
 """
 
 

@@ -10,7 +10,8 @@ from redrafter.processes import say
 
 _DESCRIPTION = """\
 Ask the target what follows every single token of its vocabulary: a draft table that needs neither
-training nor text, made once per target. The same command goes on after an interruption.
+training nor text, made once per target. The same command goes on after an interruption, and
+`accelerate launch --multi_gpu --num_processes 8 data/probe.py ...` shares the work out.
 
   python data/probe.py --target.path MODEL --out runs/probed.safetensors
   python eval/speed.py --methods plain,bigram:4x4 --bigrams runs/probed.safetensors ...

@@ -16,6 +16,9 @@ Third stage of the data: the target's last hidden state at every position, for t
   python data/states.py --target.path MODEL --rows runs/answers --output_dir runs/states
   accelerate launch train/redrafter.py --data.stores '["runs/states"]' ...
 
+The same by several processes, each with its own shards:
+  accelerate launch --multi_gpu --num_processes 8 data/states.py ...
+
 Says how large and how long before it writes, and goes on where it stopped after an interruption.
 """
 
