@@ -7,7 +7,7 @@ what they leave with an undisturbed run by one process.
 The stages and checks are those of kill_pipeline.py: equal bytes at the end, no finished shard
 written again. Each attempt is a launch of several processes (of the numbers given, one at random),
 of which one gets SIGKILL, up to 0.3 s after up to 8 more shards were finished (on a busy machine
-seconds alone say little). The others must then end by themselves, within a minute: under
+seconds alone say little). The others must then end by themselves: under
 `accelerate launch`, which ends them; or, with `--start fork`, without any launcher, by noticing.
 """
 
@@ -36,8 +36,8 @@ from redrafter.processes import everyone, join
 from redrafter.target.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
-#: for the processes that were not killed to end in, and for all to start in
-_LIMIT_S = 60.0
+#: for all processes to start in, and to end in: a busy machine takes its time, a hang takes for ever
+_LIMIT_S = 600.0
 
 
 class Forked:
