@@ -36,7 +36,7 @@ from redrafter.processes import everyone, join
 from redrafter.target.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
-#: for all processes to start in, and to end in: a busy machine takes its time, a hang takes for ever
+#: for all processes to start in, and to end in: a busy machine is slow, a hang lasts for ever
 _LIMIT_S = 600.0
 
 
