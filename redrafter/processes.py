@@ -82,7 +82,7 @@ def join(cpu: bool = False) -> PartialState:
 
 
 def _options(cpu: bool, n: int) -> dict[str, Any]:
-    """How accelerate is to connect n processes."""
+    """How accelerate is to connect n processes. Raises InputError where one has no device."""
     import torch
 
     cpu = cpu or on_cpu()
@@ -90,6 +90,13 @@ def _options(cpu: bool, n: int) -> dict[str, Any]:
         return {"cpu": cpu}
     options: dict[str, Any] = {"timeout": _PATIENCE}
     nothing_else = not torch.accelerator.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if not (cpu or nothing_else) and local >= torch.accelerator.device_count():
+        raise InputError(
+            f"process {local} of this machine has no accelerator to itself, there are "
+            f"{torch.accelerator.device_count()}: launch as many processes a machine, or set "
+            "ACCELERATE_USE_CPU=true"
+        )
     if asked_for("DEEPSPEED"):
         # Told of a CPU, accelerate drops DeepSpeed; told nothing, it finds no way to communicate.
         return options | (_gloo_for_deepspeed() if nothing_else else {})

@@ -24,7 +24,7 @@ from redrafter.config import AnswersConfig, RecordsConfig, SourceConfig, StatesC
 from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
-from redrafter.data.filling import fill
+from redrafter.data.filling import fill, open_filled
 from redrafter.data.lookahead_store import build_records
 from redrafter.data.probed import probe_bigrams
 from redrafter.data.prompts import load_prompts
@@ -160,7 +160,11 @@ def small_job(what, folder):
 
     place = folder / "elsewhere" if other and what == "shares_no_folder" else folder / "job"
     job = Job(place, "texts", {"n": int(other and what == "has_other_settings")})
-    assert fill(job, [1] * 4, make, what="texts", unit="row").n_rows == 4
+    if job.complete:
+        store = open_filled(job)
+    else:
+        store = fill(job, [1] * 4, make, what="texts", unit="row")
+    assert store.n_rows == 4
     processes.say("done")
 
 
@@ -296,6 +300,22 @@ def test_what_a_launch_was_asked_for(line, wanted, tmp_path, monkeypatch):
         processes.check_launch()
     elif wanted is None:
         processes.check_launch()
+
+
+def test_more_processes_than_accelerators(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not processes._options(False, 4)["cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match=r"process 2 of this machine has no accelerator .* are 2:"):
+        processes._options(False, 4)
+    assert processes._options(True, 4)["cpu"], "CPUs can be shared"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert processes._options(False, 4)["cpu"]
+    assert pick_device("auto") == torch.device("cpu")
 
 
 def test_a_parent_that_cannot_be_read_stops_nothing(monkeypatch):
