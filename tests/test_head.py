@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from redrafter.contracts import InputError
 from redrafter.heads.apple import load_apple, save_apple
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_head
+from redrafter.target.adapters import Parts
 
 
 class FakeTarget:
@@ -28,6 +29,12 @@ class FakeTarget:
 
     def fingerprint(self):
         return self._fingerprint
+
+    def parts(self):
+        return Parts(self._fingerprint)
+
+    def probe(self):
+        return {"hidden": [1.0], "logits": [1.0]}
 
     def embed(self, tokens):
         return self.table[tokens]

@@ -33,6 +33,7 @@ from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
     HeadConfig,
+    LoraSettings,
     LossConfig,
     OptimConfig,
     TrainConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "DiscoTrainConfig",
     "HeadConfig",
     "LookaheadEvalConfig",
+    "LoraSettings",
     "LossConfig",
     "LosslessConfig",
     "MakeAnswersConfig",

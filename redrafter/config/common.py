@@ -26,7 +26,10 @@ class TargetConfig:
     """The frozen language model."""
 
     path: str
-    """Folder or Hub id of a Hugging Face causal language model."""
+    """Folder or Hub id of a Hugging Face causal language model, or of a peft adapter, which is
+    merged into its base when loaded."""
+    base: str | None = None
+    """For an adapter: its base's folder or Hub id, where adapter_config.json names another."""
     device: str = "auto"
     """`auto` takes an accelerator if there is one; else e.g. `cpu`, `cuda:0`."""
     dtype: DType = "auto"

@@ -128,8 +128,9 @@ class MakeAnswersConfig:
     """Folder of the head, for drafter `head`."""
     tree: TreeConfig = TreeConfig()
     """What the head drafts."""
-    allow_other_target: bool = False
-    """Accept a head that was trained for another target."""
+    allow_other_target: bool | Literal["merged"] = False
+    """Accept a head that was trained for another target: `merged` one that computes the same, as a
+    merged copy of base and adapter does (compared on fixed tokens), `true` any."""
     seed: int = 0
     """Fixes every sampled answer."""
     threads: int | None = None

@@ -28,8 +28,9 @@ class DraftingConfig:
     """Bigrams probed from the target: a table made by data/probe.py, here or on the Hub."""
     reference: str | None = None
     """Folder or URL of answers, texts or states that `suffix:reference=true` copies from."""
-    allow_other_target: bool = False
-    """Accept a head that was trained for another target."""
+    allow_other_target: bool | Literal["merged"] = False
+    """Accept a head that was trained for another target: `merged` one that computes the same, as a
+    merged copy of base and adapter does (compared on fixed tokens), `true` any."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class CostsConfig:
     """Of a plain answer, in tokens."""
     plot: str | None = None
     """Draw the map of `slowdown` to PLOT.png and PLOT.svg; needs matplotlib."""
-    allow_other_target: bool = False
-    """Accept a head that was trained for another target."""
+    allow_other_target: bool | Literal["merged"] = False
+    """Accept a head that was trained for another target: `merged` one that computes the same, as a
+    merged copy of base and adapter does (compared on fixed tokens), `true` any."""
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
     out: str | None = None

@@ -49,8 +49,9 @@ class StaticConfig:
     """Times that every prompt is decoded by every configuration; the median counts."""
     plot: str | None = None
     """Draw the map to PLOT.png and PLOT.svg; needs matplotlib."""
-    allow_other_target: bool = False
-    """Accept a head that was trained for another target."""
+    allow_other_target: bool | Literal["merged"] = False
+    """Accept a head that was trained for another target: `merged` one that computes the same, as a
+    merged copy of base and adapter does (compared on fixed tokens), `true` any."""
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
     out: str | None = None

@@ -31,6 +31,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from redrafter import __version__
 from redrafter.contracts import InputError
 from redrafter.files import digest_weights
+from redrafter.heads.lora import effective_weight
+from redrafter.heads.owner import AllowOther, check_target, describe
 
 _CHOICES = {
     "first_state": ("code", "paper"),
@@ -54,7 +56,8 @@ class RecurrentHeadConfig(PreTrainedConfig):
     output: "own" matrix (V, E), or "target": E -> H, then the target's frozen lm_head (not saved)
     draft_vocab_size: Vd, size of a pruned draft vocabulary (None = full); the buffer `draft_ids`
         (Vd,) then holds the target's id of each drafted id
-    target_fingerprint, target_name: which target it was trained for ("" = unknown)
+    target_fingerprint, target_name, target_base, target_adapter, target_probe: which target it was
+        trained for ("" or None = unknown); see `redrafter/heads/owner.py`
     trained_depth: depths it was trained on (None = unknown)
     """
 
@@ -72,6 +75,9 @@ class RecurrentHeadConfig(PreTrainedConfig):
     draft_vocab_size: int | None = None
     target_fingerprint: str = ""
     target_name: str = ""
+    target_base: str = ""
+    target_adapter: str = ""
+    target_probe: dict[str, list[float]] | None = None
     trained_depth: int | None = None
     redrafter_version: str = __version__
 
@@ -141,17 +147,16 @@ class RecurrentHead(PreTrainedModel):
     def for_target(cls, target: Any, **fields: Any) -> RecurrentHead:
         """A new head of the target's shape, on its device, in float32, bound where needed.
 
-        target: anything with hidden_size, vocab_size, name, device, fingerprint(), embed(),
-            lm_head_weight
+        target: anything with hidden_size, vocab_size, name, device, fingerprint(), parts(),
+            probe(), embed(), lm_head_weight
         fields: of RecurrentHeadConfig; `draft_ids` (Vd,) int64 tensor prunes the draft vocabulary
         """
         draft_ids = fields.pop("draft_ids", None)
         config = RecurrentHeadConfig(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
-            target_fingerprint=target.fingerprint(),
-            target_name=str(target.name),
             draft_vocab_size=None if draft_ids is None else len(draft_ids),
+            **describe(target),
             **fields,
         )
         head = cls(config)
@@ -232,7 +237,7 @@ class RecurrentHead(PreTrainedModel):
     def vocab_matrix(self) -> Tensor:
         """(Vd, E) trained, or (Vd, H) frozen: what `features` are multiplied with."""
         if not self.draws_on_target:
-            return self.lm_head[-1].weight
+            return effective_weight(self.lm_head[-1])
         if self._frozen_matrix is None:
             raise InputError(
                 "this head draws on the target's lm_head: call head.bind(target) before using it"
@@ -345,12 +350,14 @@ def read_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, 
 
 
 def load_head(
-    path: str | Path, target: Any = None, allow_other_target: bool = False
+    path: str | Path, target: Any = None, allow_other_target: AllowOther = False
 ) -> RecurrentHead:
     """Read a head (ours or Apple's) from a folder; nothing is unpickled.
 
-    target: if given, the head must have its width and vocabulary and, unless
-        `allow_other_target`, its fingerprint; the head is then moved to its device and bound
+    target: if given, the head must have its width and vocabulary and its fingerprint; the head is
+        then moved to its device and bound
+    allow_other_target: "merged" takes a target that computes the same, too (compared with what was
+        recorded in training: a base merged with its adapter); True takes any
     Raises InputError naming the file for anything that does not fit.
     """
     path = Path(path)
@@ -378,24 +385,3 @@ def load_head(
         head = head.to(target.device).bind(target)
     head.name_or_path = str(path)  # what was trained for it may lie beside it
     return head.eval()
-
-
-def check_target(
-    head: RecurrentHead, target: Any, path: Path, allow_other_target: bool = False
-) -> None:
-    """Raises InputError where the head in `path` was made for another target."""
-    for name in ("hidden_size", "vocab_size"):
-        have, want = getattr(head.config, name), getattr(target, name)
-        if have != want:
-            raise InputError(
-                f"{path}: the head's {name} is {have}, that of the target {target.name} is {want}; "
-                "use the target that it was trained for"
-            )
-    trained_for = head.config.target_fingerprint
-    if trained_for and trained_for != target.fingerprint() and not allow_other_target:
-        raise InputError(
-            f"{path}: the head was trained for another target ({head.config.target_name or '?'}, "
-            f"fingerprint {trained_for[:12]}; this one, {target.name}, is "
-            f"{target.fingerprint()[:12]}). Load its own target, or set allow_other_target: "
-            "output stays correct, but few drafted tokens will be accepted"
-        )

@@ -14,8 +14,18 @@ from torch import Tensor
 
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
-from redrafter.files import digest_weights
+from redrafter.files import digest_json, digest_weights
 from redrafter.processes import join, launched, on_cpu
+from redrafter.target.adapters import (
+    CONFIG,
+    Adapter,
+    Parts,
+    apply_adapter,
+    find_adapter,
+    parts_of,
+    plain_model,
+    probe_tokens,
+)
 from redrafter.target.masks import additive_masks
 
 if TYPE_CHECKING:
@@ -39,6 +49,9 @@ class Target:
 
     Tree verification needs attention whose keys can be masked one by one: models with recurrent
     or linear-attention layers, or with ALiBi, are refused when loaded.
+
+    model: a transformers model, or a PeftModel, whose adapter is then kept as it is
+    parts: what it was made from, where an adapter has been merged (`load_target` does that)
     """
 
     def __init__(
@@ -46,8 +59,11 @@ class Target:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
+        parts: Parts | None = None,
     ):
+        model = plain_model(model)
         self.model = model.eval().requires_grad_(False)
+        self._parts = parts
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
@@ -55,6 +71,11 @@ class Target:
         self.lm_head = model.get_output_embeddings()
         if self.lm_head is None:
             raise InputError(f"{self.name}: {type(model).__name__} has no lm_head; not a causal LM")
+        if hasattr(self.lm_head, "base_layer"):
+            raise InputError(
+                f"{self.name}: its adapter changes the lm_head, which only a merged model shows as "
+                "one matrix: call merge_and_unload() first, or save the adapter and load its folder"
+            )
         kinds = set(getattr(self.config, "layer_types", None) or ())
         unknown = kinds - {"full_attention", "sliding_attention"}
         alibi = getattr(self.config, "alibi", False)  # Falcon's first ones
@@ -186,13 +207,39 @@ class Target:
 
     def fingerprint(self) -> str:
         """sha256 over shapes, a sample of every weight (in bfloat16, so that the same checkpoint
-        loaded in float32 agrees) and the tokenizer's vocabulary. 16 hex digits."""
+        loaded in float32 agrees) and the tokenizer's vocabulary. 16 hex digits. With an adapter:
+        over base, adapter and vocabulary, see `redrafter.target.adapters`."""
         if not hasattr(self, "_fingerprint"):
             texts = []
             if self.tokenizer is not None:
                 texts = [json.dumps(sorted(self.tokenizer.get_vocab().items()))]
-            self._fingerprint = digest_weights(self.model.named_parameters(), *texts)
+            if self._parts is not None or getattr(self.model, "peft_config", None):
+                parts = self.parts()
+                self._fingerprint = digest_json([parts.base, parts.adapter, *texts])[:16]
+            else:
+                self._fingerprint = digest_weights(self.model.named_parameters(), *texts)
         return self._fingerprint
+
+    def parts(self) -> Parts:
+        """Digests of the base's weights and of the adapter, if there is one."""
+        if self._parts is None:
+            self._parts = parts_of(self.model)
+        return self._parts
+
+    @torch.inference_mode()
+    def probe(self) -> dict[str, list[float]]:
+        """A few numbers that tell whether two models compute the same: of the last 4 of 16 fixed
+        tokens, 8 values of the hidden state and 8 logits, less their mean. Source: ours."""
+        n = min(16, self.max_positions or 16)
+        ids = probe_tokens(self.vocab_size, n).to(self.device)
+        hidden = self.states(ids)[0, -4:]
+        logits = self.project(hidden)
+        logits = logits[:, :: max(1, self.vocab_size // 8)][:, :8]
+        some = {
+            "hidden": hidden[:, :: max(1, self.hidden_size // 8)][:, :8],
+            "logits": logits - logits.mean(-1, keepdim=True),
+        }
+        return {k: [float(f"{x:.5g}") for x in v.flatten().tolist()] for k, v in some.items()}
 
 
 def pick_device(name: str) -> torch.device:
@@ -232,11 +279,14 @@ def device_name(device: torch.device) -> str:
 
 
 def load_target(config: TargetConfig | str) -> Target:
-    """Load a target and its tokenizer. Raises InputError naming the path when it is not one."""
+    """Load a target and its tokenizer; an adapter's folder gives its base with the adapter merged
+    (see `redrafter.target.adapters`). Raises InputError naming the path when it is not one."""
     from transformers import AutoModelForCausalLM
 
     config = TargetConfig(path=config) if isinstance(config, str) else config
-    path = check_path(config)
+    adapter = find_adapter(config)
+    whole = config if adapter is None else adapter.base_config(config)
+    path = check_path(whole)
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto":  # half precision has no fast path on most CPUs
@@ -244,20 +294,38 @@ def load_target(config: TargetConfig | str) -> Target:
     kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, revision=config.revision, **kwargs
+            path, dtype=dtype, revision=whole.revision, **kwargs
         )
     except Exception as error:
         # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
         # own class, KeyError, ...): the folder's name is what all of them lack.
-        raise InputError(f"target.path: cannot load {path!r} as a causal LM: {error}") from error
-    return Target(model.to(device), load_tokenizer(config), name=path)
+        raise InputError(
+            f"target.path: cannot load {path!r}{_named_by(adapter)} as a causal LM: {error}"
+        ) from error
+    model = model.to(device)
+    parts = None
+    if adapter is not None:
+        model, parts = apply_adapter(model, adapter)
+    return Target(model, load_tokenizer(config), name=config.path, parts=parts)
+
+
+def _named_by(adapter: Adapter | None) -> str:
+    if adapter is None:
+        return ""
+    file = adapter.folder / CONFIG
+    return f", the base of {file} (correct base_model_name_or_path there, or give target.base),"
 
 
 def load_tokenizer(config: TargetConfig) -> Any:
     """A target's tokenizer, or None where it has none: token ids still work, and commands that
-    read text say what is missing."""
+    read text say what is missing. An adapter may bring its own; else its base's is taken."""
     from transformers import AutoTokenizer
 
+    adapter = find_adapter(config)
+    if adapter is not None:
+        if (adapter.folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(str(adapter.folder))
+        config = adapter.base_config(config)
     try:
         return AutoTokenizer.from_pretrained(check_path(config), revision=config.revision)
     except (OSError, ValueError, KeyError):
@@ -265,13 +333,20 @@ def load_tokenizer(config: TargetConfig) -> Any:
 
 
 def load_model_config(config: TargetConfig) -> Any:
-    """A target's transformers configuration, without its weights."""
+    """A target's transformers configuration, without its weights; with an adapter, the base's."""
     from transformers import AutoConfig
 
+    adapter = find_adapter(config)
+    whole = config if adapter is None else adapter.base_config(config)
     try:
-        return AutoConfig.from_pretrained(check_path(config), revision=config.revision)
+        found = AutoConfig.from_pretrained(check_path(whole), revision=whole.revision)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"target.path: {config.path!r} cannot be read ({error})") from None
+        raise InputError(
+            f"target.path: {whole.path!r}{_named_by(adapter)} cannot be read ({error})"
+        ) from None
+    if adapter is not None and adapter.vocab_rows is not None:
+        found.get_text_config().vocab_size = adapter.vocab_rows
+    return found
 
 
 def context_of(config: Any) -> int | None:

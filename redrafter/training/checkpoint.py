@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON only, whole or absent, and exact on resume.
 
     checkpoints/step-N/config.json, model.safetensors   the head after N optimiser steps
+                       adapter_config.json, adapter_model.safetensors   in their place: head.lora
                        optimizer.safetensors            AdamW's averages and step, by parameter name
                        rng.safetensors                  torch's generators
                        state.json                       progress, configuration, what was measured
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.files import new_folder, write_json
+from redrafter.heads import lora
 from redrafter.heads.recurrent import RecurrentHead, read_tensors
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "step")
@@ -41,7 +44,7 @@ def save(
         if parameter in optimizer.state
     }
     with new_folder(path) as part:
-        head.save_pretrained(part)
+        save_weights(part, head)
         save_file(averages, part / "optimizer.safetensors")
         save_file(_generators(), part / "rng.safetensors")
         write_json(part / "state.json", {"step": step, **state})
@@ -68,7 +71,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def load(path: Path, head: RecurrentHead, optimizer: torch.optim.Optimizer) -> None:
     """Put weights, AdamW's state and generators back. Raises InputError naming a bad file."""
     load_weights(path, head)
-    parameters = dict(head.named_parameters())
+    parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
     expected: dict[str, tuple[int, ...]] = {}
     for name, parameter in parameters.items():
         expected |= {f"{name}.{key}": tuple(parameter.shape) for key in _AVERAGES[:2]}
@@ -97,10 +100,38 @@ def _device_of(key: str, parameter: Tensor, optimizer: torch.optim.Optimizer) ->
     return torch.device("cpu") if key == "step" and not fused else parameter.device
 
 
+def save_weights(path: Path, head: RecurrentHead) -> None:
+    """The head's weights, or those of its LoRA alone."""
+    if lora.is_adapted(head):
+        lora.save(head, path)
+    else:
+        head.save_pretrained(path)
+
+
 def load_weights(path: Path, head: RecurrentHead) -> None:
     """Weights of a checkpoint into a head of the same configuration."""
+    if lora.is_adapted(head):
+        lora.load(path, head)
+        return
     expected = {name: tuple(t.shape) for name, t in head.state_dict().items()}
     head.load_state_dict(read_tensors(path / "model.safetensors", expected))
+
+
+def export(path: Path, head: RecurrentHead, out: Path) -> None:
+    """The head of a checkpoint as `load_head` reads it, into `out`. With LoRA it is merged, and the
+    adapter is kept in out/adapter; `head` then has the checkpoint's weights afterwards."""
+    if lora.is_adapted(head):
+        load_weights(path, head)
+        with new_folder(out / "adapter") as part:
+            lora.save(head, part)
+        with new_folder(out / ".merged") as part:
+            lora.merged(head).save_pretrained(part)
+        path = out / ".merged"
+    for name in ("config.json", "model.safetensors"):
+        part = out / f".{name}.part"
+        shutil.copyfile(path / name, part)
+        os.replace(part, out / name)
+    shutil.rmtree(out / ".merged", ignore_errors=True)
 
 
 def all_steps(folder: Path) -> list[int]:

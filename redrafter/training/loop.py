@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from redrafter.config import OptimConfig, TrainConfig
+from redrafter.config import HeadConfig, OptimConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.reading import Part
 from redrafter.files import (
@@ -25,6 +24,8 @@ from redrafter.files import (
     write_config,
     write_json,
 )
+from redrafter.heads import lora
+from redrafter.heads.owner import belong_to
 from redrafter.heads.recurrent import RecurrentHead, load_head
 from redrafter.target.model import Target, load_target, pick_device
 from redrafter.training import checkpoint
@@ -42,7 +43,7 @@ from redrafter.training.step import batch_loss, needed_teacher, total_weight
 _FREE = frozenset(
     {
         "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
-        "target.path", "target.device", "target.revision", "loss.chunk_rows",
+        "target.path", "target.base", "target.device", "target.revision", "loss.chunk_rows",
         # The digest of the data tells whether these changed anything.
         "data.stores", "data.source.", "data.text", "data.answers.", "data.states.", "data.mode",
         "data.folder", "data.source",
@@ -87,8 +88,9 @@ def check_device(accelerator: Accelerator, device: torch.device) -> None:
 
 def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW; decay on matrices only."""
-    matrices = [p for p in head.parameters() if p.dim() > 1]
-    others = [p for p in head.parameters() if p.dim() <= 1]
+    trained = [p for p in head.parameters() if p.requires_grad]  # LoRA freezes the others
+    matrices = [p for p in trained if p.dim() > 1]
+    others = [p for p in trained if p.dim() <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -98,13 +100,18 @@ def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.Adam
     )
 
 
+def head_to_go_on_from(config: HeadConfig, target: Target) -> RecurrentHead:
+    """`head.init_from` for this target, in float32, with LoRA where that is asked for."""
+    head = load_head(config.init_from, target, allow_other_target=True).float()
+    belong_to(head, target)
+    return head if config.lora is None else lora.adapt(head, config.lora, config.init_from)
+
+
 def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> RecurrentHead:
     """A new head for the target, or the one to go on from; float32."""
     wanted = config.head
     if wanted.init_from is not None:
-        head = load_head(wanted.init_from, target, allow_other_target=True).float()
-        head.config.target_fingerprint = target.fingerprint()
-        head.config.target_name = target_name(target)
+        head = head_to_go_on_from(wanted, target)
     else:
         draft_ids = None
         if wanted.draft_vocab_size is not None:
@@ -115,14 +122,8 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> Recurre
                          "input_norm", "output")
         }  # fmt: skip
         head = RecurrentHead.for_target(target, draft_ids=draft_ids, **fields)
-        head.config.target_name = target_name(target)
     head.config.trained_depth = config.optim.depth
     return head
-
-
-def target_name(target: Target) -> str:
-    """The last part of the target's path: a head that is shared should not tell of folders."""
-    return Path(str(target.name)).name
 
 
 class Run:
@@ -144,7 +145,7 @@ class Run:
         # What can be refused is refused before the data is made, which may take days.
         check_settings(config)
         if config.head.init_from is not None:
-            load_head(config.head.init_from, self.target, allow_other_target=True)
+            head_to_go_on_from(config.head, self.target)
         folder, held_out = data_folder(config), None
         if config.eval.prompts > 0:
             held_out = held_out_prompts(config, self.target, folder)
@@ -258,7 +259,7 @@ class Run:
     def _evaluate(self, bar: tqdm) -> bool:
         """Measure the head; True if it is the best so far."""
         self.model.eval()
-        found = {"step": self.done, **self.measure(self.head)}
+        found = {"step": self.done, **self.measure(lora.merged(self.head))}
         self.history.append(found)
         first = found["tokens_per_step"][self.measure.names[0]]
         self._track({f"eval/{k}": v for k, v in checkpoint.flat(_scalars(found)).items()})
@@ -300,11 +301,7 @@ class Run:
     def _export(self) -> None:
         """The best head, as `load_head` reads it, with where it came from."""
         step = self.best["step"] if self.best else self.done
-        source = self.checkpoints / f"step-{step}"
-        for name in ("config.json", "model.safetensors"):
-            part = self.out / f".{name}.part"
-            shutil.copyfile(source / name, part)
-            os.replace(part, self.out / name)
+        checkpoint.export(self.checkpoints / f"step-{step}", self.head, self.out)
         facts = provenance(**self._facts(), step=step, best=self.best, history=self.history)
         write_json(self.out / "provenance.json", facts)
 
