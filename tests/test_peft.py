@@ -137,6 +137,9 @@ def test_a_fingerprint_is_the_same_however_it_is_loaded(
     ]  # fmt: skip
     assert len({t.fingerprint() for t in [target, *others]}) == 5
     assert target.parts().base == read(base).parts().base != read(merged).parts().base
+    plain = read(base)
+    plain.parts()
+    assert plain.fingerprint() == others[0].fingerprint() == tiny("llama").fingerprint()
     dropped = read(save_adapter(base, tmp_path / "dropout", lora_dropout=0.5))
     assert dropped.fingerprint() == target.fingerprint(), "dropout is no part of the model"
 

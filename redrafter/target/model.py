@@ -64,6 +64,7 @@ class Target:
         model = plain_model(model)
         self.model = model.eval().requires_grad_(False)
         self._parts = parts
+        self._adapted = parts is not None or bool(getattr(model, "peft_config", None))
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
@@ -213,7 +214,7 @@ class Target:
             texts = []
             if self.tokenizer is not None:
                 texts = [json.dumps(sorted(self.tokenizer.get_vocab().items()))]
-            if self._parts is not None or getattr(self.model, "peft_config", None):
+            if self._adapted:
                 parts = self.parts()
                 self._fingerprint = digest_json([parts.base, parts.adapter, *texts])[:16]
             else:
