@@ -16,6 +16,12 @@ Fit a ReDrafter head to a frozen language model, on the model's own answers to y
 makes the answers and their hidden states (kept in OUT/data), trains on them, measures tokens per
 step on held-out prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an
 interruption.
+
+  accelerate launch train/redrafter.py --config configs/retune-lora.yaml \
+--target.path MODEL --head.init_from HEAD --output_dir OUT
+
+retunes a head, by LoRA, for a fine-tuned MODEL (an adapter's folder, too) or for other text; HEAD
+itself is not changed.
 """
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,11 @@ def apply_adapter(model: Any, adapter: Adapter) -> tuple[Any, Parts]:
         raise InputError(_misfit(weights, adapter, why))
     parts = parts_of(adapted)
     if getattr(model, "is_quantized", False):
+        warnings.warn(
+            f"{weights}: the base {adapter.base!r} is quantised, so the adapter is kept beside it "
+            "instead of being merged: every forward pays for it",
+            stacklevel=2,
+        )
         return adapted.get_base_model(), parts
     return _merge(adapted, weights), parts
 
