@@ -30,6 +30,7 @@ from redrafter.losses import chunked, cross_entropy
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target, load_model_config, load_target
 from redrafter.target.skipping import AttentionSkipping
+from redrafter.training import checkpoint
 from redrafter.training.loop import Run
 
 
@@ -368,6 +369,10 @@ def test_lora_starts_as_the_head_trains_alone_and_merges(fields, tmp_path):
     }
     assert all(torch.equal(t, before[n]) for n, t in kept.items()), "the original was trained"
 
+    for tensor in whole.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(said_by(head), after), "a merged head shares its tensors"
+
     lora.save(head, tmp_path)
     again = lora.adapt(new_head(**fields), LoraSettings(r=3, alpha=5.0), "head")
     lora.load(tmp_path, again)
@@ -470,7 +475,7 @@ def test_a_head_is_retuned_by_lora_for_an_adapted_target(tiny_target, trained, f
     }  # fmt: skip
 
 
-def test_a_retuning_goes_on_where_it_stopped(tiny_target, trained, first):
+def test_a_retuning_goes_on_where_it_stopped(tiny_target, trained, first, tmp_path):
     """Bit for bit, from the adapter's checkpoint; with another original it is refused."""
     options = {"head.init_from": first, "head.lora.r": 3, "keep_checkpoints": 9}
     straight = Run(parse(TrainConfig, trained(tiny_target, "straight", **options), "test"))
@@ -485,11 +490,18 @@ def test_a_retuning_goes_on_where_it_stopped(tiny_target, trained, first):
                  "checkpoints/step-8/optimizer.safetensors"):  # fmt: skip
         one, two = (safetensors.torch.load_file(r.out / name) for r in (straight, resumed))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
+    half = straight.out / "checkpoints" / "step-4"
+    for step in (half, straight.out / "checkpoints" / "step-8"):  # either may be the best one
+        checkpoint.export(step, resumed.head, tmp_path / step.name)
+        files = (step, tmp_path / step.name / "adapter")
+        one, two = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in files)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    exported = [load_head(tmp_path / f"step-{n}").rnn_w.weight for n in (4, 8)]
+    assert not torch.equal(*exported)
     moved = shutil.copytree(first, straight.out.parent / "moved")
     weights = safetensors.torch.load_file(moved / "model.safetensors")
     weights["rnn_u.bias"] += 1
     safetensors.torch.save_file(weights, moved / "model.safetensors")
-    half = straight.out / "checkpoints" / "step-4"
     state = half / "state.json"
     state.write_text(state.read_text().replace(json.dumps(str(first)), json.dumps(str(moved))))
     changed = trained(tiny_target, "x", resume=half, **{**options, "head.init_from": moved})
