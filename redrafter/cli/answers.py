@@ -25,7 +25,9 @@ and the seed, not on the batch or on how it was drafted.
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(MakeAnswersConfig, argv, "data/answers.py", _DESCRIPTION)
+    config = parse(
+        MakeAnswersConfig, argv, "data/answers.py", _DESCRIPTION, plan="data_jobs:plan_answers"
+    )
     from redrafter.data.answers import build_answers
     from redrafter.data.build_rows import report
     from redrafter.data.store import Store

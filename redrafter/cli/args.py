@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from redrafter.config import PlanConfig
 from redrafter.contracts import InputError
 from redrafter.processes import check_alone, check_launch, join, launched, linger, one_voice
 
@@ -31,6 +33,7 @@ def parse(
     description: str | None = None,
     epilog: str | None = None,
     alone: bool = False,
+    plan: str | None = None,
 ) -> Config:
     """Build a frozen configuration dataclass from the command line.
 
@@ -42,6 +45,8 @@ def parse(
     epilog: stands as it is below the options in the help
     alone: the command works in one process and refuses more; others join those of the launch here,
         before any work. Raises InputError where the launch is not what was asked for
+    plan: "module:function" of `redrafter.planning` that plans such a job. Adds `--plan`, which
+        prints the plan and ends the program instead of returning; InputError where it cannot fit
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -49,14 +54,24 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if plan is not None:
+        parser.add_argument("--plan", action="store_true", help=_PLAN_HELP)
+        parser.add_class_arguments(PlanConfig, "plan_for")
+        if "--plan" in words:  # paths may be left out; what comes later wins
+            words = [f"--{name}=" for name in _required_texts(cls)] + words
     with one_voice():
-        given = parser.parse_args(None if argv is None else list(argv))
+        given = parser.parse_args(words)
         try:
             values = parser.instantiate(given)
             values.pop("config", None)
+            planned, wanted = values.pop("plan", False), values.pop("plan_for", None)
             config = cls(**vars(values))
         except ValueError as error:  # of a dataclass that does not like its values
             parser.error(str(error))
+    if planned:
+        show_plan(plan, config, wanted)
+        raise SystemExit(0)
     if alone:
         check_alone(prog)
     elif launched() == 1:
@@ -65,6 +80,33 @@ def parse(
         target = getattr(config, "target", None)
         join(cpu=getattr(target, "device", "auto") == "cpu")
     return config
+
+
+_PLAN_HELP = (
+    "Say what the job needs on this device with this launch (memory, disk, hours by a short probe, "
+    "and what a draft may gain), refuse what cannot fit, and stop there. Paths of data and output "
+    "may be left out, and a target that is only a config.json will do."
+)
+
+
+def _required_texts(cls: type) -> list[str]:
+    return [
+        f.name for f in dataclasses.fields(cls)
+        if f.default is f.default_factory is dataclasses.MISSING and f.type in (str, "str")
+    ]  # fmt: skip
+
+
+def show_plan(plan: str, config: object, wanted: PlanConfig) -> None:
+    """Print the plan, on the first process of a launch. Raises InputError where it cannot fit."""
+    from importlib import import_module
+
+    from redrafter.planning.machine import is_first_process
+
+    module, function = plan.split(":")
+    made = getattr(import_module(f"redrafter.planning.{module}"), function)(config, wanted)
+    if is_first_process():
+        print(made.show(), flush=True)
+    made.check()
 
 
 def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:

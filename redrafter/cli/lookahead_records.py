@@ -28,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.evaluation import methods as known
 
     config = parse(
-        RecordsConfig, argv, "data/lookahead.py", _DESCRIPTION + "\n" + known.describe_drafting()
-    )
+        RecordsConfig, argv, "data/lookahead.py", _DESCRIPTION + "\n" + known.describe_drafting(),
+        plan="data_jobs:plan_records",
+    )  # fmt: skip
     from redrafter.data.answers import generation_config
     from redrafter.data.lookahead_store import build_records
     from redrafter.drafters.options import parse_name

@@ -25,7 +25,9 @@ Says how large and how long before it writes, and goes on where it stopped after
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(MakeStatesConfig, argv, "data/states.py", _DESCRIPTION)
+    config = parse(
+        MakeStatesConfig, argv, "data/states.py", _DESCRIPTION, plan="data_jobs:plan_states"
+    )
     from redrafter.data.build_rows import report
     from redrafter.data.states import build_states
     from redrafter.data.store import Store

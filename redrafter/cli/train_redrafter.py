@@ -28,7 +28,9 @@ itself is not changed.
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """argv: arguments without the program's name; None takes those of this process."""
-    config = parse(TrainConfig, argv, "train/redrafter.py", _DESCRIPTION)
+    config = parse(
+        TrainConfig, argv, "train/redrafter.py", _DESCRIPTION, plan="training_job:plan_training"
+    )
     from transformers.utils import logging  # heavy: not needed for --help
 
     from redrafter.training.loop import train

@@ -29,6 +29,7 @@ from redrafter.config.evaluation import (
 )
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
+from redrafter.config.plan import PlanConfig
 from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
@@ -57,6 +58,7 @@ __all__ = [
     "MakeAnswersConfig",
     "MakeStatesConfig",
     "OptimConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ProbeConfig",
     "RecordsConfig",

@@ -40,8 +40,8 @@ DTYPES = {
 }  # fmt: skip
 
 
-# Rows of logits held at once, where the lm_head is needed.
-_LOGIT_ROWS = 512
+#: rows of logits held at once, where the lm_head is needed
+LOGIT_ROWS = 512
 
 
 class StateMaker:
@@ -92,11 +92,11 @@ class StateMaker:
             real = place < n[:, None]
             where = (rows.offsets[batch][:, None] + place)[real]
             hidden = target.states(tokens.to(target.device))[real.to(target.device)]
-            for name, values in self._encode(hidden).items():
+            for name, values in self.encode(hidden).items():
                 out[name][where] = values.to("cpu")
             if self.continuation == 1:  # no pass of its own: the choice is in the hidden state
                 chosen = wanted[where]
-                parts = hidden[chosen.to(target.device)].split(_LOGIT_ROWS)
+                parts = hidden[chosen.to(target.device)].split(LOGIT_ROWS)
                 picks = torch.cat([target.project(part).argmax(-1) for part in parts])
                 out["continuation"][where[chosen], 0] = picks.to("cpu", torch.int32)
             elif self.continuation:
@@ -105,14 +105,14 @@ class StateMaker:
                 bar.update(int(n.sum()))
         return out
 
-    def _encode(self, hidden: Tensor) -> dict[str, Tensor]:
-        """hidden: (M, H) as the target made it."""
+    def encode(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The columns that follow from (M, H) hidden states as the target made them."""
         found = {"states": hidden.to(self.dtype)}
         if self.dtype == torch.int8:
             scale = hidden.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
             found = {"states": (hidden.float() / scale).round().to(torch.int8), "scale": scale}
         if k := self.config.teacher_top_k:
-            parts = hidden.split(_LOGIT_ROWS)
+            parts = hidden.split(LOGIT_ROWS)
             best = [self.target.project(p).float().log_softmax(-1).topk(k, dim=-1) for p in parts]
             found["teacher_ids"] = torch.cat([part.indices for part in best]).int()
             found["teacher_log_p"] = torch.cat([part.values for part in best])
@@ -252,6 +252,23 @@ def estimate(
     maker: StateMaker, job: Job, rows: Store, kept: Tensor, total: int, left: int, show: bool
 ) -> None:
     """Say how large and how long, and refuse what cannot fit."""
+    free = shutil.disk_usage(job.folder).free
+    refuse_size(maker, job.folder, total, left, free)
+    if not show or not left:
+        return
+    seconds = seconds_per_token(maker, rows, kept, left) * left / launched()
+    size, dtype = total * maker.bytes_per_token(), str(maker.dtype).removeprefix("torch.")
+    print(
+        f"hidden states: {len(kept)} rows ({rows.n_rows - len(kept)} duplicates left out), "
+        f"{total} tokens, {readable(size)} in {dtype}, about {minutes(seconds)}"
+    )
+
+
+def refuse_size(
+    maker: StateMaker, folder: str | Path, total: int, left: int, free_bytes: int
+) -> None:
+    """Raises InputError where `total` tokens exceed max_bytes, or the `left` ones among them that
+    are still to be written exceed the disk's free bytes."""
     per_token, limit = maker.bytes_per_token(), maker.config.max_bytes
     size, dtype = total * per_token, str(maker.dtype).removeprefix("torch.")
     remedy = (
@@ -260,33 +277,34 @@ def estimate(
     )
     if limit is not None and size > limit:
         raise InputError(
-            f"{job.folder}: {total} tokens in {dtype} need {size} bytes ({readable(size)}), "
+            f"{folder}: {total} tokens in {dtype} need {size} bytes ({readable(size)}), "
             f"max_bytes is {limit}: {remedy}"
         )
-    free = shutil.disk_usage(job.folder).free
-    if left * per_token > free:
+    if left * per_token > free_bytes:
         raise InputError(
-            f"{job.folder}: {readable(left * per_token)} are still to be written, the disk has "
-            f"{readable(free)} left: free some, or {remedy}"
+            f"{folder}: {readable(left * per_token)} are still to be written, the disk has "
+            f"{readable(free_bytes)} left: free some, or {remedy}"
         )
-    if not show or not left:
-        return
+
+
+def seconds_per_token(maker: StateMaker, rows: Store, kept: Tensor, left: int) -> float:
+    """Measured on rows of middle length, `left` tokens being the whole work."""
     middle = int(kept[rows.lengths[kept].argsort()[len(kept) // 2]])
     # One forward as it will be, but never a large part of the work itself.
     tokens = min(maker.config.forward_tokens, left // 10)
     probe = rows.rows([middle] * max(1, tokens // int(rows.lengths[middle])))
     clock = time.perf_counter()
     maker.columns(probe)
-    seconds = (time.perf_counter() - clock) / len(probe.tokens) * left / launched()
-    print(
-        f"hidden states: {len(kept)} rows ({rows.n_rows - len(kept)} duplicates left out), "
-        f"{total} tokens, {readable(size)} in {dtype}, about {minutes(seconds)}"
-    )
+    return (time.perf_counter() - clock) / len(probe.tokens)
 
 
 def minutes(seconds: float) -> str:
     """A duration for people."""
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
+    if seconds < 90:
+        return f"{max(1.0, seconds):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 86400:.0f} days"
 
 
 def readable(size: int) -> str:

@@ -134,6 +134,11 @@ class RowCache(Cache):
         self.lengths = list(lengths)
         self._length = None
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(store.numel() * store.element_size() for store in self._groups)
+
     def data_ptrs(self) -> list[int]:
         return [store.data_ptr() for store in self._groups]
 

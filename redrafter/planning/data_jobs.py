@@ -1,0 +1,178 @@
+"""The plans of `data/answers.py`, `data/states.py`, `data/lookahead.py` and `data/probe.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from redrafter.config import (
+    MakeAnswersConfig,
+    MakeStatesConfig,
+    PlanConfig,
+    ProbeConfig,
+    RecordsConfig,
+    SourceConfig,
+)
+from redrafter.data.states import StateMaker
+from redrafter.data.store import Store
+from redrafter.drafters.options import parse_name
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.planning.ghosts import GhostTarget, load_ghost_head
+from redrafter.planning.memory import forward_memory
+from redrafter.planning.parts import (
+    Ground,
+    answers_items,
+    bound_lines,
+    head_items,
+    shard_of_states,
+    start,
+    states_items,
+    states_on_disk,
+)
+from redrafter.planning.plan import Duration, Item, Plan
+from redrafter.planning.probe import decode_seconds, repeated, states_seconds, why_not
+from redrafter.planning.speed import bound
+from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_store
+from redrafter.planning.world import world_of
+from redrafter.target.model import load_target
+
+_ROW_BYTES = 5  # per token of a row: id and mask
+
+
+def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
+    base, how = start(), config.answers
+    target, world = GhostTarget(config.target), world_of(wanted)
+    ground = Ground("data/answers.py", target, world, wanted, base)
+    prompts = texts_of_store(Store(config.prompts, "prompts")) if config.prompts else (
+        assumed(wanted)
+    )  # fmt: skip
+    ground.plan.head.append(f"data: {prompts.how}")
+    drafter, items = None, []
+    if config.head is not None:
+        head = load_ghost_head(config.head, target)
+        drafter, items = RecurrentDrafter(head, target, config.tree), head_items(head, target)
+        ground.plan.tail = bound_lines(bound(head, target, config.tree.depth), target)
+    rows = how.batch_size if prompts.rows is None else min(how.batch_size, prompts.rows)
+    ground.phase("answers", *items, *answers_items(
+        target, rows, prompts.longest, how.max_new_tokens, max(how.temperatures), drafter
+    ))  # fmt: skip
+    passes = sum(how.samples_per_prompt if t > 0 else 1 for t in how.temperatures)
+    answers = prompts.answered(passes, how.max_new_tokens)
+    if answers.tokens is not None:
+        ground.disk("answers", answers.tokens * _ROW_BYTES, config.output_dir)
+    reason = why_not(ground.plan, config.target, wanted)
+    if reason is None and answers.rows is None:
+        reason = "how many prompts is not known (--plan_for.rows)"
+    if reason is not None:
+        ground.plan.hours.append(Duration("answers", None, reason))
+        return ground.plan
+    one = decode_seconds(load_target(config.target), rows, round(prompts.mean),
+                         how.max_new_tokens, max(how.temperatures), wanted.probe_s)  # fmt: skip
+    seconds = one * -(-answers.rows // rows) / world.processes
+    note = "by plain decoding, as if none ended early"
+    ground.plan.hours.append(Duration(f"{answers.rows} answers", seconds, note))
+    return ground.plan
+
+
+def plan_states(config: MakeStatesConfig, wanted: PlanConfig) -> Plan:
+    base = start()
+    target, world = GhostTarget(config.target), world_of(wanted)
+    ground = Ground("data/states.py", target, world, wanted, base)
+    texts = texts_of_store(Store(config.rows)) if config.rows else assumed(wanted)
+    ground.plan.head.append(f"data: {texts.how}")
+    maker = StateMaker(target, config.states, config.continuation)
+    held = shard_of_states(maker, texts, config.states)
+    ground.phase("states", *states_items(maker, texts, held, "states"))
+    states_on_disk(ground, maker, texts, config.output_dir)
+    reason = why_not(ground.plan, config.target, wanted)
+    if reason is None and texts.tokens is None:
+        reason = "how many rows is not known (--plan_for.rows)"
+    if reason is not None:
+        ground.plan.hours.append(Duration("hidden states", None, reason))
+        return ground.plan
+    maker = StateMaker(load_target(config.target), config.states, config.continuation)
+    each = states_seconds(maker, max(1, round(texts.mean)), wanted.probe_s)
+    seconds = each * texts.tokens / world.processes
+    ground.plan.hours.append(Duration(f"{texts.tokens:,} tokens", seconds))
+    return ground.plan
+
+
+def plan_records(config: RecordsConfig, wanted: PlanConfig) -> Plan:
+    base = start()
+    target, world = GhostTarget(config.target), world_of(wanted)
+    ground = Ground("data/lookahead.py", target, world, wanted, base)
+    prompts = _last_prompts(config, wanted)
+    new, rows = config.max_new_tokens, min(config.batch_size, config.n_prompts)
+    ground.plan.head.append(f"data: {prompts.how}")
+    items, levels = [], 0
+    if config.head is not None and parse_name(config.drafter.split("(")[0]).kind == "head":
+        head = load_ghost_head(config.head, target)
+        items = head_items(head, target)
+        ground.plan.tail = bound_lines(bound(head, target, config.tree.depth), target)
+    else:
+        ground.plan.notes.append(f"{config.drafter}: what the drafter itself holds is not counted")
+    levels = max(1, levels)
+    ground.phase("answers", *items, *answers_items(
+        target, rows, prompts.longest, new, config.temperature, keys="batch_size"
+    ))  # fmt: skip
+    longest = prompts.longest + new
+    logits = rows * (new + 1) * target.vocab_size * target.dtype.itemsize
+    ground.phase(
+        "walk", *items,
+        Item("teacher-forced forward", forward_memory(target, rows, longest),
+             remedy="lower batch_size"),
+        Item("logits of all answers, twice while stacked", 2 * logits,
+             remedy="lower batch_size or max_new_tokens"),
+    )  # fmt: skip
+    reason = why_not(ground.plan, config.target, wanted)
+    if reason is not None:
+        ground.plan.hours.append(Duration("answers", None, reason))
+        return ground.plan
+    one = decode_seconds(load_target(config.target), rows, round(prompts.mean), new,
+                         config.temperature, wanted.probe_s)  # fmt: skip
+    seconds = one * -(-config.n_prompts // rows) / world.processes
+    note = "at most; the drafter's own walk over them comes on top"
+    ground.plan.hours.append(Duration(f"{config.n_prompts} answers", seconds, note))
+    return ground.plan
+
+
+def _last_prompts(config: RecordsConfig, wanted: PlanConfig) -> Texts:
+    if not config.prompts:
+        return replace(assumed(wanted), rows=config.n_prompts)
+    source = SourceConfig(
+        path=config.prompts, format=config.prompt_format,
+        text_prompt_tokens=config.text_prompt_tokens,
+    )  # fmt: skip
+    found = texts_of_source(source, config.target, "prompts", None, wanted)
+    return replace(found, rows=config.n_prompts)
+
+
+def plan_probe(config: ProbeConfig, wanted: PlanConfig) -> Plan:
+    base = start()
+    target, world = GhostTarget(config.target), world_of(wanted)
+    ground = Ground("data/probe.py", target, world, wanted, base)
+    tokens, rows = 2 if config.bos else 1, config.batch_size
+    table = target.vocab_size * config.width * (8 + 4)  # ids int64, log-probabilities float32
+    ground.phase(
+        "probe",
+        Item("forward, logits and their logarithms",
+             forward_memory(target, rows, tokens, (rows, 1)), remedy="lower batch_size"),
+        Item("the table, in parts and joined", 2 * table, "host", "lower width"),
+    )  # fmt: skip
+    ground.disk("the table, in parts and joined", 2 * table, config.out)
+    reason = why_not(ground.plan, config.target, wanted)
+    if reason is not None:
+        ground.plan.hours.append(Duration("the table", None, reason))
+        return ground.plan
+    from redrafter.data.probed import top_successors
+
+    import torch
+
+    real = load_target(config.target)
+    ids = torch.arange(min(rows, real.vocab_size), device=real.device)
+    bos = 0 if config.bos else None
+    one = repeated(
+        wanted.probe_s, lambda: top_successors(real, ids, config.width, bos), real.device
+    )
+    seconds = one * -(-real.vocab_size // rows)
+    ground.plan.hours.append(Duration(f"{real.vocab_size} tokens", seconds))
+    return ground.plan

@@ -1,0 +1,117 @@
+"""Targets and heads without content: the real classes on the meta device, from configurations."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from redrafter.config import HeadConfig, TargetConfig
+from redrafter.contracts import InputError
+from redrafter.heads.recurrent import (
+    RecurrentHead,
+    RecurrentHeadConfig,
+    load_head,
+    read_config,
+)
+from redrafter.planning.tracing import storage_bytes
+from redrafter.target.model import Target, check_path, load_model_config, pick_device
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class GhostTarget(Target):
+    """A target of which only config.json is read. real_device: where the job would put it."""
+
+    def __init__(self, config: TargetConfig):
+        model_config = load_model_config(config)
+        self.real_device = pick_device(config.device)
+        # As `load_target` chooses.
+        name = config.dtype
+        if name == "auto" and self.real_device.type == "cpu":
+            name = "float32"
+        dtype = getattr(model_config, "dtype", None) if name == "auto" else getattr(torch, name)
+        kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+        with torch.device("meta"):
+            try:
+                model = AutoModelForCausalLM.from_config(
+                    model_config, dtype=dtype or torch.float32, **kwargs
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"target.path: {config.path!r} is not a causal LM that transformers can make "
+                    f"from its configuration: {error}"
+                ) from None
+        super().__init__(model, name=Path(config.path).name or config.path)
+
+    def _check_project(self) -> None:
+        """Nothing: it compares values."""
+
+    def fingerprint(self) -> str:
+        return ""
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        return storage_bytes(list(self.model.parameters()))
+
+
+def has_weights(config: TargetConfig) -> bool:
+    """Whether the target's weights are on this machine; a Hub id that was never fetched has none,
+    and a plan does not fetch it."""
+    path = Path(check_path(config))
+    if path.is_dir():
+        return any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return any(
+        isinstance(try_to_load_from_cache(config.path, name, revision=config.revision), str)
+        for name in names
+    )
+
+
+def ghost_head(wanted: HeadConfig, target: GhostTarget) -> RecurrentHead:
+    """The head that a training with this configuration begins with."""
+    if wanted.init_from is not None:
+        if read_config(wanted.init_from).get("model_type") != RecurrentHeadConfig.model_type:
+            head = load_head(wanted.init_from)  # Apple's: only loading tells what it is made of
+            return head.float().to("meta").bind(target)
+        config = RecurrentHeadConfig.from_dict(read_config(wanted.init_from))
+    else:
+        known = {f.name for f in fields(RecurrentHeadConfig)}
+        given = {f.name: getattr(wanted, f.name) for f in fields(wanted) if f.name in known}
+        config = RecurrentHeadConfig(
+            vocab_size=target.vocab_size, hidden_size=target.hidden_size, **given
+        )
+    return make_ghost_head(config, target)
+
+
+def load_ghost_head(folder: str, target: GhostTarget) -> RecurrentHead:
+    """The head of a folder, as it would be loaded for decoding."""
+    return ghost_head(HeadConfig(init_from=folder), target).eval().requires_grad_(False)
+
+
+def make_ghost_head(config: RecurrentHeadConfig, target: GhostTarget) -> RecurrentHead:
+    for name in ("vocab_size", "hidden_size"):
+        if getattr(config, name) != getattr(target, name):
+            raise InputError(
+                f"the head's {name} is {getattr(config, name)}, that of the target {target.name} "
+                f"is {getattr(target, name)}: use the target that it was trained for"
+            )
+    with torch.device("meta"):
+        return RecurrentHead(config).bind(target)
+
+
+def borrowed_copy_bytes(head: RecurrentHead, target: Target) -> int:
+    """A pruned vocabulary on the target's lm_head is a copy of its rows."""
+    if not head.draws_on_target or head.config.draft_vocab_size is None:
+        return 0
+    return storage_bytes([head.vocab_matrix()])
+
+

@@ -1,0 +1,253 @@
+"""What the parts of a job hold in memory at their peak, by running them on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from redrafter.config import LossConfig, OptimConfig
+from redrafter.contracts import Drafter, Sequences, Truth
+from redrafter.data.answers import generation_config
+from redrafter.data.states import LOGIT_ROWS, StateMaker
+from redrafter.decode.request import Request
+from redrafter.decode.tree import ancestors
+from redrafter.decode.verify import choose, verify
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.planning.tracing import Piece, Trace, storage_bytes, traced
+from redrafter.target.model import Target
+from redrafter.training.feed import Batch
+from redrafter.training.loop import make_optimizer
+from redrafter.training.step import batch_loss, needed_teacher, total_weight
+
+ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes at the peak of a part of a step. gradients: those that live then; activations, logits,
+    backward: made by the head, by the loss, by the backward pass"""
+
+    gradients: int
+    activations: int
+    logits: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.activations + self.logits + self.backward
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What an optimiser step takes beside weights and averages, in bytes.
+
+    batch: what is learned from; gradients: all of them; loss, backward: its two moments
+    """
+
+    batch: int
+    gradients: int
+    loss: Moment
+    backward: Moment
+
+    @property
+    def peak(self) -> int:
+        return self.batch + max(self.loss.total, self.backward.total)
+
+
+class _Labelled(nn.Module):
+    """The head, whose forward is told apart from the loss."""
+
+    def __init__(self, head: RecurrentHead, trace: Trace):
+        super().__init__()
+        self.head, self.trace = head, trace
+
+    def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
+        with self.trace.label(ACTIVATIONS):
+            return self.head(context, embeddings)
+
+
+def ghost_batch(target: Target, loss: LossConfig, positions: int, depth: int, k: int = 0) -> Batch:
+    """As `Feed` makes it, every position supervised, on the target's device. k: stored probable
+    tokens per position, for the teacher `top_k`."""
+    grid, device = (positions, depth), target.device
+
+    def floats(*shape: int, dtype: torch.dtype = target.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=device)
+
+    batch = Batch(
+        floats(positions, target.hidden_size), ids(*grid), ids(*grid),
+        torch.ones(grid, dtype=torch.bool, device=device),
+    )  # fmt: skip
+    teacher = needed_teacher(loss)
+    if teacher == "states":
+        batch.teacher = floats(*grid, target.hidden_size)
+    elif teacher == "top_k":
+        batch.teacher_ids = ids(*grid, k)
+        batch.teacher_log_p = floats(*grid, k, dtype=torch.float32)
+    return batch
+
+
+def batch_bytes(batch: Batch) -> int:
+    return storage_bytes(list(vars(batch).values()))
+
+
+def step_memory(
+    head: RecurrentHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int = 0
+) -> StepMemory:
+    """One optimiser step: every micro-batch forward and back, then the clipping."""
+    positions = optim.batch_positions * optim.accumulation
+    batch = ghost_batch(target, loss, positions, optim.depth, k)
+    head.train()
+    peaks: dict[str, tuple[int, dict[int, Piece]]] = {LOGITS: (0, {}), BACKWARD: (0, {})}
+    with traced() as trace:
+        model = _Labelled(head, trace)
+        denominator = total_weight(batch, loss)
+        for part in batch.split(optim.accumulation):
+            with _moment(trace, LOGITS, peaks):
+                value, _ = batch_loss(model, head, target, part, loss, denominator)
+            with _moment(trace, BACKWARD, peaks):
+                value.backward()
+        if optim.clip_norm is not None:
+            with _moment(trace, BACKWARD, peaks):
+                nn.utils.clip_grad_norm_(head.parameters(), optim.clip_norm)
+        grads = [p.grad for p in head.parameters() if p.grad is not None]
+        own, total = trace.numbers_of(grads), storage_bytes(grads)
+    for parameter in head.parameters():
+        parameter.grad = None
+    moments = [_sorted_out(at_peak, own) for _, at_peak in peaks.values()]
+    return StepMemory(batch_bytes(batch), total, *moments)
+
+
+@contextmanager
+def _moment(trace: Trace, name: str, peaks: dict) -> Iterator[None]:
+    """Keeps the highest peak of what goes by this name."""
+    trace.forget_peak()
+    with trace.label(name):
+        yield
+    peaks[name] = max(peaks[name], (trace.peak_bytes, trace.at_peak), key=lambda peak: peak[0])
+
+
+def _sorted_out(at_peak: dict[int, Piece], gradients: set[int]) -> Moment:
+    found = dict.fromkeys((ACTIVATIONS, LOGITS, BACKWARD), 0)
+    kept = 0
+    for number, piece in at_peak.items():
+        if number in gradients:
+            kept += piece.n_bytes
+        else:
+            found[piece.label or LOGITS] += piece.n_bytes
+    return Moment(kept, *found.values())
+
+
+def averages_per_element(optim: OptimConfig) -> int:
+    """Numbers that the optimizer keeps for each trained one, asked of it."""
+    small = nn.Linear(4, 4, bias=False)
+    optimizer = make_optimizer(small, optim)
+    small(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    kept = optimizer.state[small.weight].values()
+    return sum(1 for t in kept if t.numel() == small.weight.numel())
+
+
+@torch.no_grad()
+def states_memory(maker: StateMaker, rows: int, tokens: int) -> int:
+    """Bytes on the device while the states of `rows` rows of `tokens` tokens each are made."""
+    target = maker.target
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=target.device)
+    real = torch.ones(rows, tokens, dtype=torch.bool, device=target.device)
+    with traced() as trace:
+        hidden = target.states(ids)[real]
+        maker.encode(hidden)
+        if maker.continuation == 1:
+            target.project(hidden[: LOGIT_ROWS]).argmax(-1)
+    return trace.peak_bytes
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """Bytes on the device while a batch is decoded: keys and values, and all else at the peak."""
+
+    cache: int
+    working: int
+
+
+@torch.inference_mode()
+def decode_memory(
+    target: Target,
+    rows: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float,
+    drafter: Drafter | None = None,
+) -> DecodeMemory:
+    """A prefill and the last step of a batch whose rows are all as long as allowed."""
+    context = target.max_positions
+    if context is not None:
+        prompt_tokens = max(1, min(prompt_tokens, context - new_tokens))
+    prompts = [[0] * prompt_tokens for _ in range(rows)]
+    wanted = generation_config(temperature, new_tokens)
+    depth, nodes = (drafter.max_depth, drafter.max_nodes) if drafter else (0, 1)
+    with traced() as trace:
+        request = Request(target, prompts, wanted, list(range(rows)), None, None, None, None)
+        seqs = request.sequences(slack=depth + 1)
+        cache, logits, hidden = request.prefill(seqs, slack=nodes if drafter else 0)
+        at = [prompt_tokens] * rows
+        first = choose(request.warp.rows(logits, seqs), request.noise_at(at))
+        last = [limit - 1 for limit in request.limit]
+        cache.commit([n - 1 for n in last])
+        if drafter is None:
+            _plain_step(target, request, seqs, cache, first)
+        else:
+            seqs.cache, count = cache, seqs.live.long()
+            drafter.begin(seqs)
+            drafter.observe(Truth(first[:, None], count, hidden[:, None], logits[:, None]))
+            _drafted_step(target, request, seqs, cache, drafter)
+    return DecodeMemory(cache.n_bytes, trace.peak_bytes - cache.n_bytes)
+
+
+def _plain_step(target: Target, request: Request, seqs: Sequences, cache, first: Tensor) -> None:
+    cache.prepare(1)
+    position = torch.zeros(len(first), 1, dtype=torch.long, device=target.device)
+    keys = torch.zeros(len(first), cache.width, dtype=torch.long, device=target.device)
+    masks = target.masks((keys <= position)[:, None], position, keys)
+    logits = target.forward(first[:, None], position, masks, cache).logits[:, 0]
+    choose(request.warp.rows(logits, seqs), request.noise_at(cache.lengths))
+
+
+def _drafted_step(
+    target: Target, request: Request, seqs: Sequences, cache, drafter: Drafter
+) -> None:
+    seqs.noise = request.noise(cache.lengths, drafter.max_depth + 1)
+    drafter.start()
+    for level in range(1, drafter.max_depth + 1):
+        drafter.extend(level)
+    tree = drafter.tree()
+    seen = ancestors(tree, drafter.max_depth)
+    cache.prepare(tree.n_nodes)
+    rows = len(tree.tokens)
+    position = torch.zeros_like(tree.tokens)
+    keys = torch.zeros(rows, cache.width, dtype=torch.long, device=target.device)
+    allowed = torch.ones(rows, tree.n_nodes, cache.width, dtype=torch.bool, device=target.device)
+    masks = target.masks(allowed, position, keys)
+    out = target.forward(tree.tokens, position, masks, cache)
+    scores = request.warp.tree(out.logits, tree, seen, seqs)
+    verdict = verify(scores, tree, seqs.noise, seen, drafter.max_depth)
+    cache.commit(list(cache.lengths), verdict.path)
+
+
+@torch.no_grad()
+def forward_memory(target: Target, rows: int, tokens: int, projected: Sequence[int] = ()) -> int:
+    """Bytes of a forward without a cache, then of logits at `projected` shapes, float32 beside."""
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=target.device)
+    with traced() as trace:
+        hidden = target.states(ids)
+        if projected:
+            logits = target.project(hidden[tuple(slice(n) for n in projected)])
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return trace.peak_bytes

@@ -1,0 +1,164 @@
+"""Seconds of the parts of a job, by a few real batches on this device.
+
+Only what fits and has weights here is probed; a plan says what was not, and why. The figures are of
+one process: with more, work is shared and communication comes on top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from redrafter.config import HeadConfig, LossConfig, OptimConfig, PlanConfig, TargetConfig
+from redrafter.data.answers import generation_config
+from redrafter.data.rows import Rows, offsets_of
+from redrafter.data.states import StateMaker
+from redrafter.decode.plain import plain
+from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.planning.ghosts import has_weights
+from redrafter.planning.memory import ghost_batch
+from redrafter.planning.plan import Duration, Plan
+from redrafter.target.model import Target, load_target
+from redrafter.training.loop import make_optimizer
+from redrafter.training.step import batch_loss, total_weight
+
+if TYPE_CHECKING:
+    from redrafter.planning.training_job import TrainingPlan
+
+_LEAST_TOKENS = 4  # decoded by a probe
+
+
+def why_not(plan: Plan, config: TargetConfig, wanted: PlanConfig) -> str | None:
+    """Why nothing can be probed; None where it can."""
+    if wanted.probe_s == 0:
+        return "plan_for.probe_s 0"
+    if not has_weights(config):
+        return "no weights here: a configuration has shapes, but no speed"
+    if plan.refusals():
+        return "it does not fit"
+    return None
+
+
+def repeated(seconds: float, work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call of `work`, the first one left out; as many calls as fit."""
+
+    def once() -> float:
+        clock = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - clock
+
+    once()
+    found, end = [once()], time.perf_counter() + seconds
+    while time.perf_counter() + found[-1] < end:
+        found.append(once())
+    return sorted(found)[len(found) // 2]
+
+
+def decode_seconds(
+    target: Target, rows: int, prompt_tokens: int, new_tokens: int, temperature: float, most: float
+) -> float:
+    """Of a batch of answers, all as long as allowed, by plain decoding."""
+    context = target.max_positions
+    if context is not None:
+        prompt_tokens = max(1, min(prompt_tokens, context - new_tokens))
+    prompts = torch.randint(target.vocab_size, (rows, prompt_tokens)).tolist()
+
+    def decode(n: int) -> Callable[[], Any]:
+        settings = generation_config(temperature, n)
+        settings.eos_token_id = -1
+        return lambda: plain(target, prompts, settings, seeds=list(range(rows)))
+
+    n = min(new_tokens, _LEAST_TOKENS)
+    first = repeated(most / 2, decode(1), target.device)
+    if n == 1:
+        return first
+    return first + (new_tokens - 1) * max(
+        0.0, repeated(most / 2, decode(n), target.device) - first
+    ) / (n - 1)
+
+
+def states_seconds(maker: StateMaker, row_tokens: int, most: float) -> float:
+    """Per token."""
+    rows = max(1, maker.config.forward_tokens // row_tokens)
+    ids = torch.randint(maker.target.vocab_size, (rows * row_tokens,))
+    lengths = torch.full((rows,), row_tokens)
+    made = Rows(ids, torch.ones_like(ids, dtype=torch.bool), offsets_of(lengths))
+    return repeated(most, lambda: maker.columns(made), maker.target.device) / len(ids)
+
+
+def new_head(wanted: HeadConfig, ghost: RecurrentHead, target: Target) -> RecurrentHead:
+    """A real head of a ghost's shape."""
+    if wanted.init_from is not None:
+        return load_head(wanted.init_from, target, allow_other_target=True).float()
+    return RecurrentHead(ghost.config).to(target.device).bind(target)
+
+
+def step_seconds(
+    head: RecurrentHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int, most: float
+) -> float:
+    """Of an optimiser step, on random numbers."""
+    optimizer = make_optimizer(head, optim)
+    batch = ghost_batch(target, loss, optim.batch_positions * optim.accumulation, optim.depth, k)
+    batch.context.normal_()
+    batch.tokens.random_(target.vocab_size)
+    batch.labels.random_(head.draft_vocab_size)
+    if batch.teacher is not None:
+        batch.teacher.normal_()
+    if batch.teacher_ids is not None:
+        batch.teacher_ids.copy_(torch.arange(k))
+        batch.teacher_log_p.fill_(-1.0 - k)
+
+    def step() -> None:
+        weight = total_weight(batch, loss)
+        for part in batch.split(optim.accumulation):
+            batch_loss(head, head, target, part, loss, weight)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return repeated(most, step, target.device)
+
+
+def probe_training(job: TrainingPlan) -> None:
+    """Adds the hours of a training to its plan."""
+    plan, config, wanted = job.ground.plan, job.config, job.wanted
+    names = ["answers", "hidden states", f"{config.optim.steps} steps", "evaluations"]
+    if (reason := why_not(plan, config.target, wanted)) is not None:
+        plan.hours += [Duration(f"{config.optim.steps} steps", None, reason)]
+        return
+    target, most = load_target(config.target), wanted.probe_s
+    n = job.world.processes
+    data, how, found = config.data, config.data.answers, []
+    if job.prompts is not None and job.prompts.rows is not None:
+        batches = -(-job.prompts.rows * job.passes // how.batch_size)
+        one = decode_seconds(target, min(how.batch_size, job.prompts.rows),
+                             round(job.prompts.mean), how.max_new_tokens,
+                             max(how.temperatures), most)  # fmt: skip
+        found.append(Duration(names[0], batches * one / n, "at most: as if none ended early"))
+    if not data.stores and job.texts.tokens is not None:
+        maker = StateMaker(target, data.states, job.maker.continuation)
+        each = states_seconds(maker, max(1, round(job.texts.mean)), most)
+        times = 1 if data.mode != "online" else None
+        note = "" if times else "made anew in every epoch; this is one"
+        found.append(Duration(names[1], each * job.texts.tokens / n, note))
+    head = new_head(config.head, job.head, target)
+    one = step_seconds(head, target, config.loss, config.optim,
+                       data.states.teacher_top_k or 0, most)  # fmt: skip
+    steps = config.optim.steps
+    found.append(Duration(names[2], one * steps, f"{one:.3g} s each"))
+    measured = config.eval
+    if measured.prompts:
+        rows = min(measured.batch_size, measured.prompts)
+        prompt = round(job.prompts.mean) if job.prompts else wanted.prompt_tokens
+        one = decode_seconds(target, rows, prompt, measured.max_new_tokens,
+                             max(measured.temperatures), most)  # fmt: skip
+        times = -(-steps // measured.every_steps) * -(-measured.prompts // rows)
+        times *= len(measured.temperatures)
+        note = "as if nothing were gained by drafting, nor lost"
+        found.append(Duration(names[3], one * times, note))
+    total = sum(d.seconds for d in found)
+    plan.hours += [*found, Duration("all of it", total)]

@@ -1,0 +1,71 @@
+"""What a draft may cost: bytes of weights read per drafted level and per forward of the target.
+
+Decoding a few rows is bound by reading weights, not by arithmetic. If time is bytes read, the bound
+of the design (tau x t(1) / (level costs + t(N))) becomes, for K levels,
+
+    speedup <= tau x T / (K x h + T)      h, T: bytes that a level and a forward read
+
+which breaks even at tau = 1 + K x h / T tokens per step and, as tau <= K + 1, ends at
+(K + 1) / (1 + K x h / T). Where arithmetic counts too (large batches, a CPU's small products),
+verifying costs more than one token and the bound is lower: eval/costs.py measures it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from redrafter.decode.cache import RowCache
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.planning.tracing import traced
+from redrafter.target.model import Target
+
+
+@dataclass(frozen=True)
+class Bound:
+    """level_bytes, target_bytes: weights read by a drafted level and by a forward of the target;
+    depth: K"""
+
+    level_bytes: int
+    target_bytes: int
+    depth: int
+
+    @property
+    def break_even(self) -> float:
+        """Tokens per step below which drafting loses."""
+        return 1 + self.depth * self.level_bytes / self.target_bytes
+
+    def speedup(self, tokens_per_step: float) -> float:
+        return tokens_per_step / self.break_even
+
+    @property
+    def most(self) -> float:
+        """Were every drafted token accepted."""
+        return self.speedup(self.depth + 1)
+
+
+def target_bytes_read(target: Target) -> int:
+    """Weights that a forward of one token reads, all layers and lm_head; of the embedding single
+    rows, which are not counted."""
+    one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+    cache = RowCache(target.n_layers, 1, 2, target.device)
+    cache.prepare(1)
+    with torch.inference_mode(), traced() as trace:
+        target.forward(one, one, target.masks(one[:, None] >= 0, one, one), cache)
+        return trace.read_bytes(target.model.parameters())
+
+
+def level_bytes_read(head: RecurrentHead, target: Target) -> int:
+    """Weights that a drafted level after the first reads: the head's, and the matrix over the
+    vocabulary that it may borrow."""
+    hidden = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
+    one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+    with torch.inference_mode(), traced() as trace:
+        state = head.step(target.embed(one), hidden.to(head.dtype_of_weights))
+        head.logits(hidden, state)
+        return trace.read_bytes([*head.parameters(), head.vocab_matrix()])
+
+
+def bound(head: RecurrentHead, target: Target, depth: int) -> Bound:
+    return Bound(level_bytes_read(head, target), target_bytes_read(target), depth)
