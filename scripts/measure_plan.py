@@ -99,8 +99,15 @@ def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, list[s
     }  # fmt: skip
     if args.target:
         name = Path(args.target).name
-        own = [f"--target.path={args.target}", out, f"--data.source.path={args.prompts}",
-               "--data.source.n_rows=400", "--data.source.holdout_rows=64", *_QUIET, *_STEPS]
+        own = [
+            f"--target.path={args.target}",
+            out,
+            f"--data.source.path={args.prompts}",
+            "--data.source.n_rows=400",
+            "--data.source.holdout_rows=64",
+            *_QUIET,
+            *_STEPS,
+        ]
         found |= {
             f"{name}-train": ("train", [*own, "--optim.batch_positions=4096"]),
             f"{name}-online": ("train", [*own, "--data.mode=online", "--eval.prompts=0",

@@ -132,7 +132,8 @@ MAY_IMPORT = {
     | {"lookahead"},  # DISCO is trained
     "evaluation": ALL,
     "hub": ALL,
-    "cli": ALL | {"cli"},
+    "planning": ALL,
+    "cli": ALL | {"cli", "planning"},
 }
 
 

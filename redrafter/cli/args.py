@@ -58,7 +58,7 @@ def parse(
     if plan is not None:
         parser.add_argument("--plan", action="store_true", help=_PLAN_HELP)
         parser.add_class_arguments(PlanConfig, "plan_for")
-        if "--plan" in words:  # paths may be left out; what comes later wins
+        if "--plan" in words:  # paths may be left out; those given stand later on the line and win
             words = [f"--{name}=" for name in _required_texts(cls)] + words
     with one_voice():
         given = parser.parse_args(words)

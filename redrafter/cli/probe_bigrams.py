@@ -20,9 +20,7 @@ training nor text, made once per target. The same command goes on after an inter
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        ProbeConfig, argv, "data/probe.py", _DESCRIPTION, plan="data_jobs:plan_probe"
-    )
+    config = parse(ProbeConfig, argv, "data/probe.py", _DESCRIPTION, plan="data_jobs:plan_probe")
     from redrafter.cli.models import load_both
     from redrafter.data.probed import probe_bigrams
     from redrafter.drafters.bigram import load_bigrams

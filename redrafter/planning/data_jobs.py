@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from redrafter.config import (
     MakeAnswersConfig,
     MakeStatesConfig,
@@ -12,6 +14,7 @@ from redrafter.config import (
     RecordsConfig,
     SourceConfig,
 )
+from redrafter.data.probed import top_successors
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.drafters.options import parse_name
@@ -103,14 +106,13 @@ def plan_records(config: RecordsConfig, wanted: PlanConfig) -> Plan:
     prompts = _last_prompts(config, wanted)
     new, rows = config.max_new_tokens, min(config.batch_size, config.n_prompts)
     ground.plan.head.append(f"data: {prompts.how}")
-    items, levels = [], 0
+    items = []
     if config.head is not None and parse_name(config.drafter.split("(")[0]).kind == "head":
         head = load_ghost_head(config.head, target)
         items = head_items(head, target)
         ground.plan.tail = bound_lines(bound(head, target, config.tree.depth), target)
     else:
         ground.plan.notes.append(f"{config.drafter}: what the drafter itself holds is not counted")
-    levels = max(1, levels)
     ground.phase("answers", *items, *answers_items(
         target, rows, prompts.longest, new, config.temperature, keys="batch_size"
     ))  # fmt: skip
@@ -163,10 +165,6 @@ def plan_probe(config: ProbeConfig, wanted: PlanConfig) -> Plan:
     if reason is not None:
         ground.plan.hours.append(Duration("the table", None, reason))
         return ground.plan
-    from redrafter.data.probed import top_successors
-
-    import torch
-
     real = load_target(config.target)
     ids = torch.arange(min(rows, real.vocab_size), device=real.device)
     bos = 0 if config.bos else None

@@ -113,5 +113,3 @@ def borrowed_copy_bytes(head: RecurrentHead, target: Target) -> int:
     if not head.draws_on_target or head.config.draft_vocab_size is None:
         return 0
     return storage_bytes([head.vocab_matrix()])
-
-

@@ -165,7 +165,7 @@ def states_memory(maker: StateMaker, rows: int, tokens: int) -> int:
         hidden = target.states(ids)[real]
         maker.encode(hidden)
         if maker.continuation == 1:
-            target.project(hidden[: LOGIT_ROWS]).argmax(-1)
+            target.project(hidden[:LOGIT_ROWS]).argmax(-1)
     return trace.peak_bytes
 
 

@@ -146,7 +146,7 @@ def probe_training(job: TrainingPlan) -> None:
         note = "" if times else "made anew in every epoch; this is one"
         found.append(Duration(names[1], each * job.texts.tokens / n, note))
     head = new_head(config.head, job.head, target)
-    one = step_seconds(head, target, config.loss, config.optim,
+    one = step_seconds(head, target, config.loss, job.own_optim,
                        data.states.teacher_top_k or 0, most)  # fmt: skip
     steps = config.optim.steps
     found.append(Duration(names[2], one * steps, f"{one:.3g} s each"))

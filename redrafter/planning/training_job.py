@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from redrafter.config import LossConfig, PlanConfig, TrainConfig
+from redrafter.config import LossConfig, OptimConfig, PlanConfig, TrainConfig
 from redrafter.data.reading import read_weights
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
@@ -67,9 +67,7 @@ class TrainingPlan:
         self._step_phase()
         self._evaluation_phase()
         self._disk()
-        plan.tail = bound_lines(
-            bound(self.head, self.target, config.eval.tree.depth), self.target
-        )
+        plan.tail = bound_lines(bound(self.head, self.target, config.eval.tree.depth), self.target)
         probe_training(self)
         return plan
 
@@ -87,9 +85,7 @@ class TrainingPlan:
             return None, Texts(rows, mean, max(t.longest for t in each), f"{rows} rows of {names}")
         context = target.max_positions
         if data.text == "source" and data.source is not None:
-            return None, texts_of_source(
-                data.source, self.config.target, "texts", context, wanted
-            )
+            return None, texts_of_source(data.source, self.config.target, "texts", context, wanted)
         new = data.answers.max_new_tokens
         room = None if context is None else max(1, context - new)
         if data.source is None:
@@ -136,6 +132,12 @@ class TrainingPlan:
         averages = averages_per_element(self.config.optim)
         return shares(self.world, trained, frozen, largest, averages)
 
+    @property
+    def own_optim(self) -> OptimConfig:
+        """Positions are shared out over the processes."""
+        optim = self.config.optim
+        return replace(optim, batch_positions=-(-optim.batch_positions // self.world.processes))
+
     def _kept(self) -> list[Item]:
         """Of head and optimizer between two steps, and what is held beside them."""
         own = self._shares()
@@ -152,7 +154,7 @@ class TrainingPlan:
         ]  # fmt: skip
         measured = self.config.eval
         if measured.prompts:
-            positions = measured.prompts * measured.max_new_tokens
+            positions = -(-measured.prompts // self.world.processes) * measured.max_new_tokens
             one = batch_bytes(
                 ghost_batch(self.target, LossConfig(), positions, self.config.optim.depth)
             )
@@ -163,7 +165,7 @@ class TrainingPlan:
     def _step_phase(self) -> None:
         config, own = self.config, self._shares()
         step = step_memory(
-            self.head, self.target, config.loss, config.optim,
+            self.head, self.target, config.loss, self.own_optim,
             config.data.states.teacher_top_k or 0,
         )  # fmt: skip
         lower = "lower optim.batch_positions and raise optim.accumulation"
