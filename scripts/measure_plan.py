@@ -144,6 +144,14 @@ def compare(job: str, arguments: list[str], folder: Path) -> dict:
     }  # fmt: skip
 
 
+def keep(file: Path, found: dict[str, dict]) -> None:
+    """Adds to the cases that the file holds already."""
+    from redrafter.files import versions, write_json
+
+    before = json.loads(file.read_text())["cases"] if file.is_file() else {}
+    write_json(file, {"versions": versions(), "device": "cpu", "cases": {**before, **found}})
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,10 +174,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['measured_bytes'] / 1e6:7.0f} MB: {row['ratio']:.2f}, beside libraries "
                 f"{row['ratio_beside_libraries']:.2f} ({row['when']})", flush=True,
             )  # fmt: skip
-    if args.out:
-        from redrafter.files import versions, write_json
-
-        write_json(args.out, {"versions": versions(), "device": "cpu", "cases": found})
+            if args.out:
+                keep(Path(args.out), found)
     bad = [case for case, row in found.items() if abs(row["ratio"] - 1) > TOLERANCE]
     if bad:
         print(f"off by more than {TOLERANCE:.0%}: {', '.join(bad)}", file=sys.stderr)
