@@ -306,7 +306,7 @@ def test_what_fits_is_not_refused():
     ("changes", "said"),
     [
         ({"device": Memory("the device", 100, 59)},
-         r"\(step\): 60 B needed, the device has 59 B free of 100 B. weights .60 B.: smaller.model"),
+         "60 B needed, the device has 59 B free of 100 B. weights .60 B.: smaller.model"),
         ({"host": Memory("the host", 50, 13, sharers=2)}, "7 B needed for each of 2 processes"),
         ({"disk": [Disk("a", 5, 9), Disk("b", 5, 9)]}, "10 B are to be written, a .5 B., b"),
         ({"disk": [Disk("a", 5, 99, "max_bytes is 4")]}, "max_bytes is 4"),

@@ -12,7 +12,7 @@ Sharding = Literal["none", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `--plan` plans for; what is left out is asked of the machine, the launch and the data."""
+    """What `--plan` plans for; what is left out is asked of machine, launch and data."""
 
     rows: int | None = None
     """Rows of text, where there is no data to count."""
