@@ -112,6 +112,7 @@ class Truth:
     hidden: (B, K+1, H) or None, hidden state (the tensor that feeds lm_head) whose logits
             produced each of `tokens`; None if neither's `needs` has "hidden"
     logits: (B, K+1, V) or None, the raw target logits that produced them
+    last_logits: (B, V) or None, those that produced the new root alone
     tree:   the tree that was verified, and
     tree_logits: (B, N, V), the raw target logits at all of its nodes, accepted or not; None if
             `needs` lacks "tree_logits", and after the prefill
@@ -125,6 +126,7 @@ class Truth:
     logits: Tensor | None = None
     tree: TokenTree | None = None
     tree_logits: Tensor | None = None
+    last_logits: Tensor | None = None
 
     def last_hidden(self) -> Tensor:
         """(B, H): the hidden state that produced the new root."""
@@ -207,7 +209,7 @@ class Lookahead:
     """Decides how many levels a row drafts: before the step by `plan`, or after each level by
     `go_on`, or both. One object serves one generation at a time, for one drafter."""
 
-    #: what `observe` must carry of the truth: "hidden", "logits"
+    #: what `observe` must carry of the truth: "hidden", "logits", "last_logits"
     needs: frozenset[str] = frozenset()
     #: whether it decides level by level; False: `go_on` is never asked
     level_by_level: bool = True

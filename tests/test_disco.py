@@ -127,15 +127,17 @@ def network_for(drafter, target, hidden=8, seed=0, names=None, **more) -> Disco:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["model", "head", "suffix"])
-@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle", "few"])
+@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle", "few", "context"])
 def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
     names = drafter.feature_names
     if how == "few":  # in an order of its own, and those that cost nothing
         names = names[::-2] if kind == "suffix" else SURE
-    network = network_for(drafter, target, names=names)
+    network = network_for(drafter, target, names=names, context=how == "context")
     options = {"threshold": dict(rule="threshold"), "idle": {}, "few": {}}.get(how, dict(when=how))
+    if how == "context":
+        options = dict(when="step" if mode == "greedy" else "level")
     if how == "idle":  # looks only where it seems to pay
         network.config = replace(network.config, start_rate=0.95, start_s=0.8)
 
@@ -229,6 +231,7 @@ def made_up(n: int, seed: int) -> Records:
     random = torch.Generator().manual_seed(seed)
     shape = (n, 40)
     features = torch.rand(*shape, K + 1, 2, generator=random)
+    context = torch.rand(*shape, 1, generator=random)
     chance = features[:, :, :K, 0]  # of level k: what is known after level k - 1
     drawn = torch.rand(*shape, K, generator=random) < chance
     accepted = drawn.long().cumprod(-1).sum(-1)
@@ -236,7 +239,7 @@ def made_up(n: int, seed: int) -> Records:
     hard = (level <= accepted[..., None]).float()
     hard = hard.masked_fill(level > accepted[..., None] + 1, float("nan"))
     nodes = torch.arange(1, K + 2).expand(*shape, -1)
-    return Records(features, nodes, accepted, torch.full(shape, K), hard,
+    return Records(features, context, nodes, accepted, torch.full(shape, K), hard,
                    torch.full((n,), 40), torch.full(shape, K))  # fmt: skip
 
 
@@ -399,10 +402,13 @@ def test_damaged_files_are_refused(damage, tmp_path):
 def test_inputs_are_in_the_order_of_their_names():
     from redrafter.data.replay import Moment
 
-    moment = Moment(torch.arange(10.0).view(1, 5, 2), torch.tensor([[4.0, 2.0]]), torch.tensor([0]))
+    moment = Moment(torch.arange(10.0).view(1, 5, 2), torch.tensor([[0.6]]),
+                    torch.tensor([[4.0, 2.0]]), torch.tensor([0]))  # fmt: skip
     config = DiscoConfig({}, "", ("a", "b"), K)
-    assert len(config.inputs) == inputs_of(moment).shape[-1]
-    assert inputs_of(moment)[0, 2].tolist() == pytest.approx([4, 5, 1.0, 0.5])
+    assert len(config.inputs) == inputs_of(moment, False).shape[-1]
+    assert inputs_of(moment, False)[0, 2].tolist() == pytest.approx([4, 5, 1.0, 0.5])
+    assert replace(config, context=True).inputs[2] == "root_p"
+    assert inputs_of(moment, True)[0, 2].tolist() == pytest.approx([4, 5, 0.6, 1.0, 0.5])
 
 
 @pytest.mark.parametrize("rule", ["cost", "threshold"])

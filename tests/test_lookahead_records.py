@@ -13,6 +13,7 @@ from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.lookahead.context import context_features
 from redrafter.lookahead.oracle import FullDepth, OracleLookahead
 from redrafter.lookahead.static import StaticLookahead
 
@@ -42,8 +43,10 @@ def test_replayed_lengths_are_those_of_decoding(kind, mode):
 class Watching(Lookahead):
     """Keeps what a lookahead is given: at which length, after which level."""
 
+    needs = frozenset({"last_logits"})
+
     def __init__(self):
-        self.features = {}
+        self.features, self.context = {}, {}
 
     def begin(self, seqs):
         self.seqs = seqs
@@ -51,6 +54,9 @@ class Watching(Lookahead):
     def go_on(self, features, level):
         self.features[int(self.seqs.length), level] = features[0].float()
         return True
+
+    def observe(self, drafted, accepted, truth):
+        self.context[int(self.seqs.length)] = context_features(truth, self.seqs.temperature)[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -65,6 +71,9 @@ def test_what_is_recorded_is_what_a_lookahead_reads(kind, mode):
             at = length - len(row) - 1
             assert torch.allclose(text.features[at, level], features, atol=1e-5)
             n += 1
+        for length, context in seen.context.items():
+            if (at := length - len(row) - 1) < len(text.tokens):
+                assert torch.allclose(text.context[at], context, atol=1e-5)
     assert n > 30
 
 

@@ -57,6 +57,9 @@ class DiscoTrainConfig:
     features: list[str] | None = None
     """Which of the drafter's features to read. None: of models and heads those that cost nothing
     (`drafters.features.SURE`), of others all."""
+    context: bool = False
+    """Read the target's chance of the root too: what there is to know where it decides once per
+    step (when=step). Level by level it tells less than it costs."""
     validation_prompts: int = 100
     """Prompts kept from training."""
     hidden: int = 32

@@ -22,6 +22,7 @@ from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.drafters.hindsight import Past
+from redrafter.lookahead.context import context_features
 from redrafter.target.model import Target
 
 
@@ -32,6 +33,7 @@ class Text:
 
     tokens:   (S,) int64, the roots
     features: (S, K+1, F) float32, the drafter's at level 0..K, zeros where it says nothing
+    context:  (S, C) float32, `CONTEXT_FEATURES`
     nodes:    (S, K+1) int64, nodes of the tree cut at level 0..K, the root counted and padding not
     accepted: (S,) int64, levels that are accepted of the K, or of those that the text is long
               enough for
@@ -43,13 +45,14 @@ class Text:
 
     tokens: Tensor
     features: Tensor
+    context: Tensor
     nodes: Tensor
     accepted: Tensor
     judged: Tensor
     chance: Tensor
 
 
-COLUMNS = ("tokens", "features", "nodes", "accepted", "judged", "chance")
+COLUMNS = ("tokens", "features", "context", "nodes", "accepted", "judged", "chance")
 
 
 @torch.inference_mode()
@@ -113,7 +116,8 @@ class _Walk:
                 drafter.begin(seqs)
             drafter.observe(truth)
             seqs.noise = self.request.noise(seqs.length.tolist(), self.n_levels + 1)
-            steps.append(self._draft() | {"tokens": seqs.root})
+            steps.append(self._draft() | {"context": context_features(truth, seqs.temperature),
+                                          "tokens": seqs.root})  # fmt: skip
         columns = {c: torch.stack([step[c] for step in steps], 1) for c in COLUMNS}
         # Behind its root, an answer's last token begins no step.
         ends = [max(0, len(answer) - 1) for answer in self.answers]
@@ -127,7 +131,8 @@ class _Walk:
         token = self.text.gather(1, place)
         seqs.ids.scatter_(1, place, token)
         seqs.length, seqs.live = self.start + s + 1, live
-        return Truth(token, live.long(), self.hidden[:, s : s + 1], self.logits[:, s : s + 1])
+        hidden, logits = self.hidden[:, s : s + 1], self.logits[:, s : s + 1]
+        return Truth(token, live.long(), hidden, logits, last_logits=logits[:, 0])
 
     def _draft(self) -> dict[str, Tensor]:
         drafter, seqs = self.drafter, self.seqs

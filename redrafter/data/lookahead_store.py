@@ -7,6 +7,7 @@ beside them stand the columns of `Text`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from redrafter.data.lookahead import COLUMNS, Text, walk_texts
 from redrafter.data.prompts import Prompt
 from redrafter.data.replay import Records
 from redrafter.data.store import Job, Store
+from redrafter.drafters.features import columns
+from redrafter.lookahead.context import CONTEXT_FEATURES
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
 
@@ -72,6 +75,7 @@ def records_identity(target: Target, drafter: Drafter, config: RecordsConfig) ->
         "target": target_identity(target),
         "drafter": {"name": config.drafter, **drafter.identity()},
         "feature_names": list(drafter.feature_names),
+        "context_features": list(CONTEXT_FEATURES),
         "levels": drafter.max_depth,
         "foresees": drafter.foresees,
         "sees_noise": drafter.sees_noise,
@@ -117,4 +121,6 @@ def read_records(
         Text(**{name: found[name][begin:end] for name in COLUMNS}) for begin, end in pairwise(ends)
     ]
     made = store.identity
-    return Records.of(texts, made["max_new_tokens"]).reading(made["feature_names"], features)
+    records = Records.of(texts, made["max_new_tokens"]).reading(made["feature_names"], features)
+    context = columns(records.context, made["context_features"], CONTEXT_FEATURES)
+    return replace(records, context=context)

@@ -26,6 +26,7 @@ class Records:
     """
 
     features: Tensor
+    context: Tensor
     nodes: Tensor
     accepted: Tensor
     judged: Tensor
@@ -39,7 +40,7 @@ class Records:
             rows = [getattr(text, name) for text in texts]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-        names = ("features", "nodes", "accepted", "judged", "chance")
+        names = ("features", "context", "nodes", "accepted", "judged", "chance")
         columns = {name: padded(name) for name in names}
         length = torch.tensor([len(text.accepted) for text in texts])
         position = torch.arange(columns["accepted"].shape[1])
@@ -76,11 +77,12 @@ class Prices:
 @dataclass
 class Moment:
     """What a policy may look at when a step begins, per text. features: (R, K+1, F), of which a
-    decision after level g may only read levels up to g; previous: (R, 2) float,
+    decision after level g may only read levels up to g; context: (R, C); previous: (R, 2) float,
     levels that the step before drafted and accepted (0, 0 for the first); accepted: (R,), for the
     oracle alone"""
 
     features: Tensor
+    context: Tensor
     previous: Tensor
     accepted: Tensor
 
@@ -145,7 +147,9 @@ def replay(
     while bool((live := at < records.length).any()):
         place = at.clamp(max=records.accepted.shape[1] - 1)
         accepted = records.accepted[row, place]
-        moment = Moment(records.features[row, place], previous, accepted)
+        moment = Moment(
+            records.features[row, place], records.context[row, place], previous, accepted
+        )
         asked = policy(moment).clamp(max=records.n_levels)
         started = (asked > 0) | ((asked == 0) & looks)
         asked = asked.clamp(min=0)

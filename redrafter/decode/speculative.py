@@ -75,7 +75,7 @@ def speculative(
         _append(seqs, first[:, None], emitter)
         seqs.cache = cache
         count = seqs.live.long()  # a row may have ended with its first token
-        truth = Truth(first[:, None], count, hidden[:, None], logits[:, None])
+        truth = Truth(first[:, None], count, hidden[:, None], logits[:, None], last_logits=logits)
         if drafter:
             drafter.begin(seqs)
             drafter.observe(truth)
@@ -237,17 +237,22 @@ def _append(seqs: Sequences, tokens: Tensor, emitter: Emitter) -> None:
 def _truth(
     verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: Sequences, needs: frozenset[str]
 ) -> Truth:
-    def along(x: Tensor) -> Tensor:
+    def along(x: Tensor, nodes: Tensor) -> Tensor:
         if tree.n_nodes == 1:
             return x
         row = torch.arange(len(x), device=x.device)[:, None]
-        return x[row, verdict.path]  # copies whole rows, where gather looks up every element
+        return x[row, nodes]  # copies whole rows, where gather looks up every element
+
+    last = None
+    if "last_logits" in needs:
+        last = along(out.logits, verdict.path.gather(1, verdict.count[:, None]))[:, 0]
 
     return Truth(
         verdict.tokens,
         torch.where(seqs.live, verdict.count + 1, 0),
-        along(out.hidden) if "hidden" in needs else None,
-        along(out.logits) if "logits" in needs else None,
+        along(out.hidden, verdict.path) if "hidden" in needs else None,
+        along(out.logits, verdict.path) if "logits" in needs else None,
         tree,
         out.logits if "tree_logits" in needs else None,
+        last,
     )

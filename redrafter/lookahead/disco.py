@@ -34,16 +34,14 @@ from torch import Tensor, nn
 
 from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
 from redrafter.files import plain_values, write_json, write_tensors
+from redrafter.lookahead.context import CONTEXT_FEATURES, context_features
 
 FORMAT = 2  # 1 read the target's distribution as well
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Rule = Literal["cost", "threshold"]
 When = Literal["level", "step"]
 _RANGE, _GRID, _HALVINGS = 8.0, 257, 20  # of a bar: standard deviations, points, refinements
-#: of the step before: levels drafted and accepted, as shares of K. What the target said of the
-#: root (its chance, the entropy, the margin) was tried and is worth less than reading it costs: by
-#: the prices of gsm-stories-6m, over the best static length, with it and without 1.089 and 1.089
-#: (draft model, GSM8K, greedy), 1.034 and 1.028 (TinyStories, T = 1), 1.007 and 1.004 (copies)
+#: of the step before: levels drafted and accepted, as shares of K
 PREVIOUS_FEATURES = ("previous_drafted", "previous_accepted")
 
 
@@ -53,6 +51,7 @@ class DiscoConfig:
 
     drafter: `Drafter.identity()` of the drafter it was trained for; target: fingerprint
     feature_names: those of the drafter's that it reads; n_levels: K; hidden: width of the network
+    context: whether it reads `CONTEXT_FEATURES` too
     temperature: of the records it was trained on
     threshold: of the paper's rule
     rate: lambda, tokens per second, of the rule after the first level; first_rate: before it;
@@ -66,6 +65,7 @@ class DiscoConfig:
     feature_names: tuple[str, ...]
     n_levels: int
     hidden: int = 32
+    context: bool = False
     temperature: float = 0.0
     threshold: float = 0.5
     rate: float = 0.0
@@ -80,7 +80,7 @@ class DiscoConfig:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return (*self.feature_names, *PREVIOUS_FEATURES)
+        return (*self.feature_names, *CONTEXT_FEATURES * self.context, *PREVIOUS_FEATURES)
 
     def prices(self, when: When) -> tuple[Tensor, Tensor, Tensor]:
         """(K,) each, lambda s_j: what level j costs in tokens before the first level, after it,
@@ -125,7 +125,8 @@ class Disco(nn.Module):
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor, Tensor]:
         """The first layer with the standardisation inside: weights of the drafter's features
-        (F, hidden), of the rest (C, hidden), and what each level adds (K+2, hidden)."""
+        (F, hidden), of the context and the step before (C, hidden), and what each level adds
+        (K+2, hidden)."""
         weight = (self.inputs.weight / self.std).T
         bias = self.inputs.bias - (self.mean / self.std) @ self.inputs.weight.T
         n = len(self.config.feature_names)
@@ -138,7 +139,8 @@ class DiscoLookahead(Lookahead):
 
     What follows from the step before alone is tabulated when a generation begins on a device: there
     are (K+1)^2 of those. Where the network reads one feature besides, and goes on wherever it is
-    large enough, so is that bar, and then a level costs one comparison (ours).
+    large enough, so is that bar, and then a level costs one comparison (ours). A network that reads
+    the context is asked each time.
 
     when: "level" decides after each level (and before the first), "step" once per step up front
     rule: "cost" or the paper's "threshold"
@@ -169,6 +171,7 @@ class DiscoLookahead(Lookahead):
             raise InputError(f"disco: threshold {self.threshold} is not between 0 and 1")
         self.reads = config.feature_names
         self.level_by_level = when == "level" or drafter.foresees
+        self.needs = frozenset({"last_logits"} if config.context else ())
         self.network = network
         self.log: list[tuple[int, Tensor]] | None = None
         self._device: torch.device | None = None
@@ -176,35 +179,41 @@ class DiscoLookahead(Lookahead):
     def begin(self, seqs: Sequences) -> None:
         if self._device != seqs.length.device:
             self._prepare(seqs.length.device)
+        self.temperature = seqs.temperature
         self.planned: Tensor | None = None
 
     def _prepare(self, device: torch.device) -> None:
         self._device = device
         network, n = self.network.to(device), self.config.n_levels
         self.own, rest, self.bias = network.folded()
+        self.context, rest = rest[:-2], rest[-2:]
         self.out_weight = network.output.weight.detach().T.contiguous()
         self.out_bias = network.output.bias.detach()
-        first, later, start = (x.to(device) for x in self.config.prices(self.when))
+        first, later, self.start_price = (x.to(device) for x in self.config.prices(self.when))
         #: after level g, of the levels still to come
         self.price = [(later if g else first)[g:] for g in range(n)]
         share = torch.arange(n + 1, device=device) / n
         previous = torch.stack(torch.meshgrid(share, share, indexing="ij"), -1)
         self.known = previous @ rest  # (K+1, K+1, hidden), by levels drafted and accepted before
-        self.plans = self._plans(start)
-        self.bars = self._bars()
+        known = not self.config.context
+        self.plans = self._plan(self.known) if known and self._decides_before else None
+        self.bars = self._bars() if known else None
 
-    def _plans(self, start_price: Tensor) -> Tensor | None:
-        """(K+1, K+1) int64 levels: where nothing can be known of the first level, the decision
-        about it; else whether to look."""
-        n = self.config.n_levels
+    @property
+    def _decides_before(self) -> bool:
+        """Whether anything is decided before a step. Where a draft always pays, nothing is."""
         if self.rule == "threshold":
-            return None
+            return False
+        return self.foresees or self.when == "step" or self.config.first_rate > 0
+
+    def _plan(self, base: Tensor) -> Tensor:
+        """(...) int64 levels: where nothing can be known of the first level, the decision about it;
+        else whether to look."""
+        n = self.config.n_levels
         if self.foresees:
-            before = self.p(self.known, None, n + 1) - start_price
+            before = self.p(base, None, n + 1) - self.start_price
             return (before.cumsum(-1).amax(-1) > 0) * n
-        if self.when == "level" and self.config.first_rate == 0:
-            return None  # to begin with a draft always pays
-        gain = self._gain(self.p(self.known, None, 0), 0)
+        gain = self._gain(self.p(base, None, 0), 0)
         # Level by level it only matters whether anything pays.
         return best_depth(gain) if self.when == "step" else (gain.amax(-1) > 0) * n
 
@@ -242,6 +251,8 @@ class DiscoLookahead(Lookahead):
             self.bar = self.bars[self.previous].unbind(1)
         if self.bars is None or self.log is not None:
             self.base = self.known[self.previous]  # (B, hidden)
+        if self.config.context:
+            self.base = self.base + context_features(truth, self.temperature) @ self.context
 
     def p(self, base: Tensor, features: Tensor | None, level: int) -> Tensor:
         """(..., K) P_j after `level` levels. base: (..., hidden) what the step before adds"""
@@ -251,11 +262,11 @@ class DiscoLookahead(Lookahead):
         return (hidden.relu() @ self.out_weight + self.out_bias).sigmoid().cumprod(-1)
 
     def plan(self) -> Tensor | None:
-        if self.plans is None:
+        if not self._decides_before:
             return None
         if self.log is not None and not self.foresees:
             self.log.append((1, self.p(self.base, None, 0)[:, 0]))
-        return self.plans[self.previous]
+        return self._plan(self.base) if self.plans is None else self.plans[self.previous]
 
     def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
         if level == 0 and self.rule == "threshold":

@@ -45,11 +45,12 @@ class Examples:
     judged: Tensor
 
 
-def examples(records: Records, rollouts: int, seed: int) -> Examples:
+def examples(records: Records, rollouts: int, seed: int, context: bool = False) -> Examples:
     """The moments that random policies meet: the network must know its way wherever a policy
     leads, and what the step before did depends on the policy. Ours.
 
     rollouts: passes over the texts, each with a random number of levels in every step
+    context: see `DiscoConfig`
     """
     random = torch.Generator().manual_seed(seed)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -65,9 +66,10 @@ def examples(records: Records, rollouts: int, seed: int) -> Examples:
     for _ in range(rollouts):
         replay(records, policy, no_prices(records), visit=visit)
     row, place, previous = (torch.cat(x) for x in zip(*found, strict=True))
-    moment = Moment(records.features[row, place], previous, records.accepted[row, place])
+    moment = Moment(records.features[row, place], records.context[row, place], previous,
+                    records.accepted[row, place])  # fmt: skip
     return Examples(
-        inputs_of(moment), records.chance[row, place],
+        inputs_of(moment, context), records.chance[row, place],
         records.accepted[row, place], records.judged[row, place],
     )  # fmt: skip
 
@@ -182,14 +184,14 @@ def train_disco(
     prices = prices_of(costs, train.n_levels, largest, buckets=foresees)
     disco = DiscoConfig(
         drafter={k: v for k, v in made["drafter"].items() if k != "name"},
-        target=made["target"]["weights"], feature_names=names,
+        target=made["target"]["weights"], feature_names=names, context=config.context,
         n_levels=made["levels"], hidden=config.hidden, temperature=made["temperature"],
         device=device_of(config.costs),
         trained_on={"records": store.digest, "drafter": name, "prompts": made["prompts"],
                     "rows": [made["rows"][0], made["rows"][n - 1]]},
     )  # fmt: skip
-    seen = examples(train, config.rollouts, config.seed)
-    unseen = examples(validation, config.rollouts, config.seed + 1)
+    seen = examples(train, config.rollouts, config.seed, config.context)
+    unseen = examples(validation, config.rollouts, config.seed + 1, config.context)
     network, facts = fit(seen, unseen, disco, config, accelerator, progress)
     disco, policies = choose(network, validation, prices, foresees)
     network.config = disco

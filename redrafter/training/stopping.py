@@ -19,10 +19,12 @@ _NEVER = (2.0, 4.0, 16.0)
 _THRESHOLDS = tuple(i / 20 for i in range(1, 20))
 
 
-def inputs_of(moment: Moment) -> Tensor:
-    """(R, K+2, I): features of each level, at last none, with the step before."""
+def inputs_of(moment: Moment, context: bool) -> Tensor:
+    """(R, K+2, I): features of each level, at last none, with what is known when a step begins:
+    the context, if that is read, and the step before."""
     n_levels = moment.features.shape[1] - 1
-    known = (moment.previous / n_levels)[:, None].expand(-1, n_levels + 2, -1)
+    known = torch.cat([moment.context] * context + [moment.previous / n_levels], 1)
+    known = known[:, None].expand(-1, n_levels + 2, -1)
     return torch.cat([torch.nn.functional.pad(moment.features, (0, 0, 0, 1)), known], 2)
 
 
@@ -103,7 +105,7 @@ def policy_of(lookahead: DiscoLookahead) -> Policy:
 
 def _log_p(network: Disco, moment: Moment) -> Tensor:
     level = torch.arange(network.config.n_levels + 2).expand(len(moment.accepted), -1)
-    return network.log_p(inputs_of(moment), level)
+    return network.log_p(inputs_of(moment, network.config.context), level)
 
 
 def choose(
