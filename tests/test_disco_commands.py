@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import ranks
 
 from redrafter.cli import costs as costs_cli
 from redrafter.cli import lookahead_records as records_cli
@@ -146,3 +147,14 @@ def test_bad_requests_are_refused(made, tmp_path, capsys):
     data[len(data) // 2] ^= 1  # among the features, by far the largest
     shard.write_bytes(bytes(data))
     assert "shard-00000" in said(disco_cli.main, put(train, "--records", str(broken)))
+
+
+def test_two_processes_make_the_classifier_of_one(made, tmp_path):
+    folder, _, _, train = made
+    again = [*train, "--out", str(tmp_path / "disco")]
+    both = ranks(2, "train/disco.py", again, tmp_path / "logs")
+    assert [p.wait(200) for p in both] == [0, 0]
+    one, two = (path / "model.safetensors" for path in (folder / "head/disco", tmp_path / "disco"))
+    assert one.read_bytes() == two.read_bytes()
+    said = [(tmp_path / f"logs/rank-{i}.txt").read_text() for i in (0, 1)]
+    assert ["use it with" in text for text in said] == [True, False]

@@ -19,8 +19,9 @@ from redrafter.data.states import StateMaker, build_states, unique_rows
 from redrafter.data.store import Job, Store
 from redrafter.decode.plain import plain
 from redrafter.target.model import load_target
+from redrafter.training.engine import check_device
 from redrafter.training.feed import Feed
-from redrafter.training.loop import Run, check_device
+from redrafter.training.loop import Run
 
 DEPTH = 3
 RAGGED = 300  # tokens of a forward that holds eight rows of these or more

@@ -335,7 +335,7 @@ def test_unsynchronised_copies_are_refused(argv, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         main(argv("world"))
-    assert "unsynchronised" in capsys.readouterr().err
+    assert "know nothing of each other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

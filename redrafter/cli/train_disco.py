@@ -19,13 +19,27 @@ Fit a DISCO classifier: how many levels to draft, step by step, from what the dr
   python eval/speed.py --methods plain,head:4x6,head:4x6:lookahead=disco --head HEAD ...
 
 Says how well it predicts and what it should gain: tokens per second by the given costs, on records
-that it was not trained on, beside every fixed length and the oracle.
+that it was not trained on, beside every fixed length and the oracle. The training takes seconds: of
+several processes the first one alone does it.
 """
 
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DiscoTrainConfig, argv, "train/disco.py", _DESCRIPTION)
+    import torch
+
+    from redrafter.processes import join
+
+    processes = join(cpu=not torch.accelerator.is_available())
+    if processes.is_main_process:
+        _train(config)
+    processes.wait_for_everyone()
+    return 0
+
+
+def _train(config: DiscoTrainConfig) -> None:
+    """By the main process alone: the others would need longer to start than this takes."""
     from accelerate import Accelerator
 
     from redrafter.data.store import Store
@@ -34,19 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.lookahead.disco import save_disco
     from redrafter.training.disco import train_disco
 
-    accelerator = Accelerator()
     store = Store(config.records)
-    network, report, predicted = train_disco(store, config, accelerator)
-    if accelerator.is_main_process:
-        report["reliability"] = reliability(*(x.numpy() for x in predicted))
-        save_disco(config.out, network)
-        facts = provenance(config=plain_values(config), records=store.digest)
-        write_json(f"{config.out}/report.json", {**report, "provenance": facts})
-        _draw(config.out, report)
-        print(show(report))
-        print(f"{config.out}: use it with lookahead=disco(path={config.out})")
-    accelerator.end_training()
-    return 0
+    network, report, predicted = train_disco(store, config, Accelerator())
+    report["reliability"] = reliability(*(x.numpy() for x in predicted))
+    save_disco(config.out, network)
+    facts = provenance(config=plain_values(config), records=store.digest)
+    write_json(f"{config.out}/report.json", {**report, "provenance": facts})
+    _draw(config.out, report)
+    print(show(report))
+    print(f"{config.out}: use it with lookahead=disco(path={config.out})")
 
 
 def show(report: dict[str, Any]) -> str:

@@ -15,13 +15,16 @@ Fit a ReDrafter head to a frozen language model, on the model's own answers to y
 
 makes the answers and their hidden states (kept in OUT/data), trains on them, measures tokens per
 step on held-out prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an
-interruption.
+interruption. On many processes (configs/accelerate says how to launch them) it learns the same,
+only sooner; any launch can go on from a checkpoint of any other.
 
   accelerate launch train/redrafter.py --config configs/retune-lora.yaml \
 --target.path MODEL --head.init_from HEAD --output_dir OUT
 
 retunes a head, by LoRA, for a fine-tuned MODEL (an adapter's folder, too) or for other text; HEAD
 itself is not changed.
+
+SIGTERM ends the run after the step at hand: a checkpoint is written, the exit status is 75.
 """
 
 
@@ -33,11 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from transformers.utils import logging  # heavy: not needed for --help
 
+    from redrafter.processes import join
+    from redrafter.training.faults import RESUMABLE, Interrupted
     from redrafter.training.loop import train
 
     logging.disable_progress_bar()
-    best = train(config)
-    print(f"{config.output_dir}: head of step {best['step']}", best.get("tokens_per_step", ""))
+    try:
+        best = train(config)
+    except Interrupted as stop:
+        if join().is_main_process:
+            print(stop)
+        return RESUMABLE
+    if join().is_main_process:
+        print(f"{config.output_dir}: head of step {best['step']}", best.get("tokens_per_step", ""))
     return 0
 
 

@@ -101,7 +101,8 @@ class OptimConfig:
     steps: int = 8000
     """Optimiser steps."""
     batch_positions: int = 128
-    """Start positions per micro-batch, each with all its depths."""
+    """Start positions per micro-batch, each with all its depths; of all processes together, which
+    share them out. So their number changes nothing but the time and the memory."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
     depth: int = 5
@@ -118,9 +119,11 @@ class OptimConfig:
     """AdamW's averages."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; none does not clip."""
+    max_bad_steps: int = 10
+    """A step whose gradient is not finite is skipped and counted; so many in a row end the run."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "steps", "batch_positions", "accumulation", "depth")
+        at_least(1, self, "steps", "batch_positions", "accumulation", "depth", "max_bad_steps")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Checkpoints: safetensors and JSON only, whole or absent, and exact on resume.
 
+One format for every engine and number of processes (`sharded.py`): the main process writes it.
+
     checkpoints/step-N/config.json, model.safetensors   the head after N optimiser steps
                        adapter_config.json, adapter_model.safetensors   in their place: head.lora
                        optimizer.safetensors            AdamW's averages and step, by parameter name
@@ -21,29 +23,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redrafter.contracts import InputError
+from redrafter.data.store import disk_errors
 from redrafter.files import new_folder, write_json
 from redrafter.heads import lora
 from redrafter.heads.recurrent import RecurrentHead, read_tensors
-
-_AVERAGES = ("exp_avg", "exp_avg_sq", "step")
+from redrafter.training.sharded import AVERAGES, trained
 
 
 def save(
     folder: Path,
     step: int,
     head: RecurrentHead,
-    optimizer: torch.optim.Optimizer,
+    averages: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
-    """Write folder/step-N in one piece. state: anything JSON can hold."""
+    """Write folder/step-N in one piece. Raises InputError where the disk is full.
+
+    averages: AdamW's, by parameter name (`sharded.Parts.averages`); state: anything JSON can hold
+    """
     path = folder / f"step-{step}"
-    averages = {
-        f"{name}.{key}": optimizer.state[parameter][key].contiguous()
-        for name, parameter in head.named_parameters()
-        for key in _AVERAGES
-        if parameter in optimizer.state
-    }
-    with new_folder(path) as part:
+    with disk_errors(folder), new_folder(path) as part:
         save_weights(part, head)
         save_file(averages, part / "optimizer.safetensors")
         save_file(_generators(), part / "rng.safetensors")
@@ -68,20 +67,17 @@ def read_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({error}): resume from another one") from None
 
 
-def load(path: Path, head: RecurrentHead, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, AdamW's state and generators back. Raises InputError naming a bad file."""
-    load_weights(path, head)
-    parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
+def load_averages(path: Path, head: RecurrentHead) -> dict[str, Tensor]:
+    """AdamW's averages of a head of the same configuration. Raises InputError naming a bad file."""
     expected: dict[str, tuple[int, ...]] = {}
-    for name, parameter in parameters.items():
-        expected |= {f"{name}.{key}": tuple(parameter.shape) for key in _AVERAGES[:2]}
+    for name, parameter in trained(head).items():
+        expected |= {f"{name}.{key}": tuple(parameter.shape) for key in AVERAGES[:2]}
         expected[f"{name}.step"] = ()
-    tensors = read_tensors(path / "optimizer.safetensors", expected)
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}.{key}"].to(_device_of(key, parameter, optimizer))
-            for key in _AVERAGES
-        }
+    return read_tensors(path / "optimizer.safetensors", expected)
+
+
+def load_generators(path: Path) -> None:
+    """Put torch's generators back, those of the devices that are there."""
     try:
         with safetensors.safe_open(path / "rng.safetensors", framework="pt") as opened:
             names = opened.keys()
@@ -90,14 +86,8 @@ def load(path: Path, head: RecurrentHead, optimizer: torch.optim.Optimizer) -> N
         raise InputError(f"{path / 'rng.safetensors'} cannot be read ({error})") from None
     torch.set_rng_state(generators["cpu"])
     for name, state in generators.items():
-        if name != "cpu" and torch.cuda.is_available():
+        if name != "cpu" and int(name.split(":")[1]) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, name)
-
-
-def _device_of(key: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:
-    """Only the fused AdamW keeps its step count on the parameter's device."""
-    fused = optimizer.param_groups[0].get("fused")
-    return torch.device("cpu") if key == "step" and not fused else parameter.device
 
 
 def save_weights(path: Path, head: RecurrentHead) -> None:
@@ -138,6 +128,49 @@ def all_steps(folder: Path) -> list[int]:
     """Steps that have a whole checkpoint, ascending."""
     found = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
     return sorted(int(name) for name in found if name.isdigit())
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by name: missing, cut short, or no such file at all.
+    Their numbers are not read."""
+    try:
+        read_state(path)
+    except InputError as error:
+        return str(error)
+    weights = "adapter_model" if (path / "adapter_config.json").exists() else "model"
+    for name in (weights, "optimizer", "rng"):
+        file = path / f"{name}.safetensors"
+        try:
+            with safetensors.safe_open(file, framework="pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            return f"{file} is damaged ({error})"
+    return None
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Rename damaged checkpoints that are newer than a whole one, so that `--resume auto` finds
+    that one. Returns what to tell the user. Raises InputError where none is whole."""
+    damaged: list[tuple[Path, str]] = []
+    for step in reversed(all_steps(folder)):
+        path = folder / f"step-{step}"
+        wrong = fault(path)
+        if wrong is None:
+            break
+        damaged.append((path, wrong))
+    else:
+        if damaged:
+            raise InputError(
+                f"{damaged[0][1]}, and there is no whole checkpoint to resume from: remove "
+                f"{folder} to start anew"
+            )
+    told = []
+    for old, wrong in damaged:
+        aside = old.with_name(f"damaged-{old.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
+        told.append(f"{wrong}: set aside as {aside.name}, going on from {path.name}")
+    return told
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:

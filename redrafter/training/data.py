@@ -38,9 +38,14 @@ class TrainingData:
     digest: str
 
 
-def check_settings(config: TrainConfig) -> None:
+def check_settings(config: TrainConfig, processes: int = 1) -> None:
     """Raises InputError where the data, the labels and the loss asked for do not go together."""
     data, teacher = config.data, needed_teacher(config.loss)
+    if data.mode == "hybrid" and processes > 1:
+        raise InputError(
+            f"data.mode hybrid writes its store from one process, {processes} were launched: take "
+            "offline (all of them make the states first) or online (each makes its own rows')"
+        )
     if teacher and data.labels == "local":
         raise InputError(
             "data.labels local has no predictions of the target for the tokens it adds: give "
@@ -75,9 +80,7 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
     else:
         check_context(rows, target)
         part = (
-            Fresh(rows, maker)
-            if data.mode == "online"
-            else Hybrid(rows, maker, folder, named=True)
+            Fresh(rows, maker) if data.mode == "online" else Hybrid(rows, maker, folder, named=True)
         )
     content = _content(config, rows.digest, maker.identity())
     return TrainingData([part], [1.0], digest_json([[content, 1.0]]))

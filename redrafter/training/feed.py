@@ -8,6 +8,9 @@ the target says when it goes on greedily from t; a start is then a t whose token
 The order is a pure function of (seed, step), so a resumed run needs no state but its step. Rows are
 shuffled, cut into buffers, and the starts of each buffer are shuffled. Nothing here can look past
 the end of a row: every index is clamped to it, and masked where it was.
+
+Of several processes each owns rows of every buffer, reads (or makes the states of) only those, and
+gives their starts: together the starts of a step are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ class Batch:
     teacher_log_p: Tensor | None = None
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal micro-batches."""
-        pieces = [[None] * parts if f is None else f.chunk(parts) for f in self._fields()]
+        """Micro-batches, equal but for one position."""
+        pieces = [[None] * parts if f is None else f.tensor_split(parts) for f in self._fields()]
         return [Batch(*piece) for piece in zip(*pieces, strict=True)]
 
     def _fields(self) -> list[Tensor | None]:
@@ -81,6 +84,7 @@ class Feed:
     draft_ids: (Vd,) of a head with a pruned vocabulary: other labels are not supervised
     teacher: what batches carry of the target's own predictions: the hidden states that it predicts
         from, the most probable tokens (of stores that hold them), or nothing
+    share: (r, R), process r of R; its part of a step's positions varies a little around positions/R
     wait_s: seconds that `step` has waited for rows so far
     Raises InputError where there are too few positions.
     """
@@ -98,7 +102,9 @@ class Feed:
         labels: Labels = "tokens",
         draft_ids: Tensor | None = None,
         teacher: Teacher | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
+        self.share = share
         self.target, self.parts = target, list(parts)
         self.weights = [1.0] * len(parts) if weights is None else list(weights)
         self.positions, self.depth, self.seed, self.labels = positions, depth, seed, labels
@@ -160,15 +166,24 @@ class Feed:
     # -- buffers ---------------------------------------------------------------------------
 
     def _load(self, place: tuple[int, int], buffer: Order) -> tuple[dict[str, Tensor], Tensor]:
-        """Columns of a buffer's rows, and its starts in the order that they are used in."""
+        """Columns of a buffer's own rows, and all of its starts in the order that they are used in;
+        -1 for one of another process."""
+        rows = [buffer.row[buffer.part == i] for i in range(len(self.parts))]
+        counts = torch.cat([c[r] for c, r in zip(self._counts, rows, strict=True)])
+        own = owners(counts, self.share[1]) == self.share[0]
+        kept = own.clone()
+        kept[0] |= not bool(own.any())  # there must be columns, even if nothing is used of them
         pieces = [
-            part.load(buffer.row[buffer.part == i], place)
-            for i, part in enumerate(self.parts)
-            if bool((buffer.part == i).any())
+            part.load(r[k], place)
+            for part, r, k in zip(self.parts, rows, kept.split([len(r) for r in rows]), strict=True)
+            if bool(k.any())
         ]
         columns, starts = self._with_starts(pieces[0] if len(pieces) == 1 else _joined(pieces))
-        shuffled = torch.randperm(len(starts), generator=generator(self.seed, *place))
-        return columns, starts[shuffled]
+        mine = own.repeat_interleave(counts)
+        order = torch.randperm(len(mine), generator=generator(self.seed, *place))
+        place_of = torch.full((len(mine),), -1)
+        place_of[mine] = starts[: int(mine.sum())]
+        return columns, place_of[order]
 
     def _with_starts(self, columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Columns of rows, with `end` (where each position's row ends) for offsets; and their
@@ -203,7 +218,7 @@ class Feed:
     # -- batches ---------------------------------------------------------------------------
 
     def step(self, step: int) -> Batch:
-        """All positions of optimiser step `step` (0, 1, ...), on the target's device."""
+        """This process's positions of optimiser step `step` (0, 1, ...), on the target's device."""
         epoch, within = self._find(step)
         begin = within * self.positions
         end = begin + self.positions
@@ -211,14 +226,20 @@ class Feed:
         while begin < end:
             low = epoch.ends[number - 1] if number else 0
             columns, starts = self._buffer(epoch, number)
-            pieces.append(self._gather(columns, starts[begin - low : end - low]))
+            t = starts[begin - low : end - low]
+            pieces.append(self._gather(columns, t[t >= 0]))
             begin, number = epoch.ends[number], number + 1
         return self._to_device(_joined_batches(pieces))
 
     def batches(self, positions: int) -> list[Batch]:
-        """Every start once, in order, `positions` at a time (for measuring; few rows)."""
-        part = self.parts[0]
-        columns, starts = self._with_starts(part.load(torch.arange(part.n_rows), (0, 0)))
+        """Every start of this process's rows once, in order, `positions` at a time, at least one
+        batch (for measuring; few rows)."""
+        part, (rank, world) = self.parts[0], self.share
+        rows = torch.arange(rank, part.n_rows, world)
+        columns, starts = self._with_starts(
+            part.load(rows if len(rows) else torch.zeros(1).long(), (0, 0))
+        )
+        starts = starts if len(rows) else starts[:0]
         return [self._to_device(self._gather(columns, s)) for s in starts.split(positions)]
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -254,6 +275,15 @@ class Feed:
             batch.teacher_ids = columns["teacher_ids"][seen].long()
             batch.teacher_log_p = columns["teacher_log_p"][seen]
         return batch
+
+
+def owners(counts: Tensor, n: int) -> Tensor:
+    """(R,) int64, which of n processes each of R rows belongs to: dealt out from the largest to the
+    smallest, to and fro, so that all get about as many starts. counts: (R,), starts of the rows"""
+    deal = torch.cat((torch.arange(n), torch.arange(n).flip(0))).repeat(len(counts) // (2 * n) + 1)
+    found = torch.empty(len(counts), dtype=torch.long)
+    found[counts.argsort(descending=True, stable=True)] = deal[: len(counts)]
+    return found
 
 
 def starts_of(supervised: Tensor, end: Tensor, labels: Labels) -> Tensor:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,7 +24,7 @@ from redrafter.files import (
 from redrafter.heads import lora
 from redrafter.heads.owner import belong_to
 from redrafter.heads.recurrent import RecurrentHead, load_head
-from redrafter.target.model import Target, load_target, pick_device
+from redrafter.target.model import Target, load_target
 from redrafter.training import checkpoint
 from redrafter.training.data import (
     check_settings,
@@ -35,15 +32,18 @@ from redrafter.training.data import (
     held_out_prompts,
     load_training_data,
 )
+from redrafter.training.engine import Engine, connect
+from redrafter.training.faults import Interruption, lost_peers
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
-from redrafter.training.step import batch_loss, needed_teacher, total_weight
+from redrafter.training.step import StepLoss, needed_teacher, total_weight
 
 #: values that may change between a checkpoint and the run that resumes from it
 _FREE = frozenset(
     {
         "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
         "target.path", "target.base", "target.device", "target.revision", "loss.chunk_rows",
+        "optim.max_bad_steps",
         # The digest of the data tells whether these changed anything.
         "data.stores", "data.source.", "data.text", "data.answers.", "data.states.", "data.mode",
         "data.folder", "data.source",
@@ -59,31 +59,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     low = config.lr * config.final_lr_ratio
     return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def check_processes(accelerator: Accelerator) -> None:
-    """A misconfigured launch runs unsynchronised copies that all think they are alone."""
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise InputError(
-            f"{expected} processes were launched, but accelerate sees {accelerator.num_processes}: "
-            "they would train unsynchronised copies. Check the accelerate configuration"
-        )
-    if accelerator.num_processes > 1:
-        raise InputError(
-            f"{accelerator.num_processes} processes: training knows one process for now. Launch "
-            "with --num_processes 1"
-        )
-
-
-def check_device(accelerator: Accelerator, device: torch.device) -> None:
-    """The head is trained where accelerate says, on batches that come from the target's device."""
-    ours, theirs = (d.index or 0 for d in (device, accelerator.device))
-    if device.type != accelerator.device.type or ours != theirs:
-        raise InputError(
-            f"target.device {device}, but accelerate trains on {accelerator.device}: set "
-            "target.device auto, and choose among devices by CUDA_VISIBLE_DEVICES"
-        )
 
 
 def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.AdamW:
@@ -127,23 +102,23 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> Recurre
 
 
 class Run:
-    """One training run. `Run(config).train()` returns what the best head measured."""
+    """One training run. `Run(config).train()` returns what the best head measured.
+
+    Every process of a launch makes one; the main process alone writes and prints.
+    """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.out = Path(config.output_dir)
         self.checkpoints = self.out / "checkpoints"
-        resume_from = checkpoint.find(config.resume, self.checkpoints)  # fails before any work
-        project = ProjectConfiguration(str(self.out), logging_dir=str(self.out / "logs"))
-        device = pick_device(config.target.device)
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", log_with=config.tracker, project_config=project
-        )
-        check_processes(self.accelerator)
-        check_device(self.accelerator, device)
+        checkpoint.find(config.resume, self.checkpoints)  # fails before any work
+        self.accelerator = connect(config)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        resume_from = self._resume_from()
         self.target = load_target(config.target)
         # What can be refused is refused before the data is made, which may take days.
-        check_settings(config)
+        check_settings(config, self.world)
         if config.head.init_from is not None:
             head_to_go_on_from(config.head, self.target)
         folder, held_out = data_folder(config), None
@@ -151,43 +126,75 @@ class Run:
             held_out = held_out_prompts(config, self.target, folder)
         torch.manual_seed(config.seed)
         data = load_training_data(config, self.target)
-        self.head = make_head(config, self.target, data.parts)
-        optim, loss = config.optim, config.loss
+        head = make_head(config, self.target, data.parts)
+        optim, share = config.optim, (self.rank, self.world)
         self.feed = Feed(
             self.target, data.parts, data.weights,
             positions=optim.batch_positions * optim.accumulation, depth=optim.depth,
             seed=config.seed, buffer_rows=config.data.buffer_rows, labels=config.data.labels,
-            draft_ids=getattr(self.head, "draft_ids", None), teacher=needed_teacher(loss),
+            draft_ids=getattr(head, "draft_ids", None), teacher=needed_teacher(config.loss),
+            share=share,
         )  # fmt: skip
         self.data_digest = data.digest
-        self.measure = None
-        if held_out is not None:
-            self.measure = Measure(self.target, held_out, config, folder)
-        self.model, self.optimizer = self.accelerator.prepare(
-            self.head, make_optimizer(self.head, optim)
-        )
         self.done = 0  # optimiser steps
+        self.skipped = 0  # of them, before this process began
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         if resume_from is not None:
-            self._resume(resume_from)
+            self._read(resume_from, head)
+        loss = StepLoss(head, self.target, config.loss)
+        self.engine = Engine(self.accelerator, loss, make_optimizer(head, optim), optim)
+        if resume_from is not None:
+            self.engine.parts.load_averages(checkpoint.load_averages(resume_from, head))
+            checkpoint.load_generators(resume_from)
+        self.measure = None
+        if held_out is not None:
+            total = self.engine.sum
+            self.measure = Measure(self.target, held_out, config, folder, share, total)
+
+    def _resume_from(self) -> Path | None:
+        if self.config.resume == "auto" and self.main:
+            for text in checkpoint.set_aside(self.checkpoints):
+                print(text)
+        self.accelerator.wait_for_everyone()
+        return checkpoint.find(self.config.resume, self.checkpoints)
 
     # -- the loop --------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Train to the end and export the best head to the output folder."""
-        config = self.config
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.checkpoints)
-        write_config(self.out / "config.yaml", config)
-        if config.tracker is not None:
-            scalars = checkpoint.flat(plain_values(config))
+        """Train to the end and export the best head to the output folder.
+
+        Raises Interrupted after a SIGTERM, when a checkpoint is written.
+        """
+        if self.main:
+            self._begin()
+        if self.config.tracker is not None:
+            scalars = checkpoint.flat(plain_values(self.config))
             self.accelerator.init_trackers(
                 "redrafter", {k: v for k, v in scalars.items() if isinstance(v, (int, float, str))}
             )
-        total = config.optim.steps
+        with lost_peers(self.world, self.checkpoints), Interruption() as self.interruption:
+            self._loop()
+            if self.main:
+                self._export()
+            for text in self.feed.end(self.done):
+                if self.main:
+                    print(text)
+            self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.best or {"step": self.done}
+
+    def _begin(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.checkpoints)
+        write_config(self.out / "config.yaml", self.config)
+
+    def _loop(self) -> None:
+        config, total = self.config, self.config.optim.steps
         window, clock = None, time.perf_counter()
-        bar = tqdm(total=total, initial=self.done, desc="training", unit="step")
+        bar = tqdm(
+            total=total, initial=self.done, desc="training", unit="step", disable=not self.main
+        )
         with bar:
             while self.done < total:
                 counts = self._step(self.done)
@@ -197,60 +204,66 @@ class Run:
                 last = self.done == total
                 evaluate = self.measure and (last or self.done % config.eval.every_steps == 0)
                 save = last or self.done % config.save_steps == 0
-                if self.done % config.log_steps == 0 or evaluate or save:
+                log = self.done % config.log_steps == 0 or evaluate or save
+                stop = not last and self._stop(log)
+                if log:
                     self._log(window, time.perf_counter() - clock, bar)
                     window, clock = None, time.perf_counter()
                 if evaluate:
                     save |= self._evaluate(bar)
                     clock = time.perf_counter()
-                if save:
+                if save or stop:
                     self._save()
-        self._export()
-        for text in self.feed.end(self.done):
-            print(text)
-        self.accelerator.end_training()
-        return self.best or {"step": self.done}
+                if stop:
+                    raise self.interruption.stopped(self.checkpoints / f"step-{self.done}")
 
     def _step(self, step: int) -> Tensor:
-        """One optimiser step. Returns the counts of `batch_loss`."""
+        """One optimiser step. Returns the counts of `batch_loss`, of this process."""
         config, optim = self.config, self.config.optim
-        self.model.train()
         batch = self.feed.step(step)
-        denominator = total_weight(batch, config.loss)
-        counts = None
-        for part in batch.split(optim.accumulation):
-            loss, found = batch_loss(
-                self.model, self.head, self.target, part, config.loss, denominator
-            )
-            self.accelerator.backward(loss)
-            counts = found if counts is None else counts + found
-        if optim.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.head.parameters(), optim.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return counts
+        weight = total_weight(batch, config.loss)
+        # A signal may reach only one process: its news travels with what is summed anyway.
+        asked = torch.full_like(weight, float(self.interruption.asked))
+        self.shared = self.engine.sum(torch.stack((weight, asked)))
+        return self.engine.step(
+            batch.split(optim.accumulation), self.shared[0], learning_rate(optim, step)
+        )
+
+    def _stop(self, log: bool) -> bool:
+        """Whether all processes should stop after this step; the same in all of them.
+
+        On an accelerator only where the device is read anyway, every `log_steps`.
+        """
+        if self.world == 1:
+            return self.interruption.asked
+        if self.accelerator.device.type != "cpu" and not log:
+            return False
+        return bool(self.shared[1])
 
     def _log(self, window: Tensor, seconds: float, bar: tqdm) -> None:
         """The only place that reads the loss from the device."""
-        n, hits, losses = window.tolist()
+        n, hits, losses = self.engine.sum(window).tolist()
+        skipped, _, in_a_row = self.engine.skips.tolist()
         loss, top_1 = sum(losses) / max(1.0, sum(n)), sum(hits) / max(1.0, sum(n))
-        if not math.isfinite(loss):
+        limit = self.config.optim.max_bad_steps
+        if in_a_row >= limit:
             raise InputError(
-                f"the loss became {loss} in the last {self.config.log_steps} steps before step "
-                f"{self.done}: lower optim.lr, set optim.clip_norm, or use a wider target.dtype; "
-                "the last checkpoint is from before"
+                f"the loss or its gradient was not finite in {in_a_row} optimiser steps in a row "
+                f"before step {self.done} (optim.max_bad_steps {limit}): these steps were left "
+                "out. Lower optim.lr, set optim.clip_norm, use a wider target.dtype, or look "
+                "for states that are not finite in the data"
             )
-        bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top_1:.3f}", refresh=False)
-        self._track(
-            {
-                "train/loss": loss,
-                "train/top_1": top_1,
-                "train/learning_rate": learning_rate(self.config.optim, self.done - 1),
-                "train/tokens_per_s": sum(n) / seconds,
-            }
-        )
+        shown = {"loss": f"{loss:.3f}", "top1": f"{top_1:.3f}"}
+        skipped += self.skipped
+        bar.set_postfix(**shown, **({"skipped": skipped} if skipped else {}), refresh=False)
+        values = {
+            "train/learning_rate": learning_rate(self.config.optim, self.done - 1),
+            "train/tokens_per_s": sum(n) / seconds,
+            "train/skipped_steps": skipped,
+        }
+        if sum(n):  # else all of them were skipped
+            values |= {"train/loss": loss, "train/top_1": top_1}
+        self._track(values)
 
     def _track(self, values: dict[str, float]) -> None:
         if self.config.tracker is not None:
@@ -258,13 +271,14 @@ class Run:
 
     def _evaluate(self, bar: tqdm) -> bool:
         """Measure the head; True if it is the best so far."""
-        self.model.eval()
-        found = {"step": self.done, **self.measure(lora.merged(self.head))}
+        found = {"step": self.done, **self.measure(lora.merged(self.engine.whole_head()))}
+        self.engine.release()
         self.history.append(found)
         first = found["tokens_per_step"][self.measure.names[0]]
         self._track({f"eval/{k}": v for k, v in checkpoint.flat(_scalars(found)).items()})
         rates = ", ".join(f"{v:.2f} ({k})" for k, v in found["tokens_per_step"].items())
-        bar.write(f"step {self.done}: tokens per step {rates}")
+        if self.main:
+            bar.write(f"step {self.done}: tokens per step {rates}")
         better = self.best is None or first > self.best["tokens_per_step"][self.measure.names[0]]
         if better:
             self.best = found
@@ -280,12 +294,20 @@ class Run:
         }
 
     def _save(self) -> None:
-        state = {**self._facts(), "best": self.best, "history": self.history}
-        checkpoint.save(self.checkpoints, self.done, self.head, self.optimizer.optimizer, state)
-        best = self.best["step"] if self.best else None
-        checkpoint.prune(self.checkpoints, max(1, self.config.keep_checkpoints), best)
+        """All processes give what they hold, the main process writes."""
+        head, averages = self.engine.whole_head(), self.engine.parts.averages()
+        if self.main:
+            skipped = self.skipped + int(self.engine.skips[0])
+            state = {**self._facts(), "best": self.best, "history": self.history,
+                     "processes": self.world, "skipped_steps": skipped}  # fmt: skip
+            checkpoint.save(self.checkpoints, self.done, head, averages, state)
+            best = self.best["step"] if self.best else None
+            checkpoint.prune(self.checkpoints, max(1, self.config.keep_checkpoints), best)
+        self.engine.release()
+        self.accelerator.wait_for_everyone()
 
-    def _resume(self, path: Path) -> None:
+    def _read(self, path: Path, head: RecurrentHead) -> None:
+        """Weights and progress of a checkpoint, if it is one of this run."""
         state = checkpoint.read_state(path)
         facts = self._facts()
         checkpoint.check_same(state["config"], facts.pop("config"), _FREE, path)
@@ -295,14 +317,22 @@ class Run:
                     f"{path} was made with another {name.replace('_', ' ')} ({state[name][:12]}, "
                     f"now {value[:12]}): give the same target, prompts and seed, or start anew"
                 )
-        checkpoint.load(path, self.head, self.optimizer.optimizer)
+        checkpoint.load_weights(path, head)
         self.done, self.best, self.history = state["step"], state["best"], state["history"]
+        self.skipped = state.get("skipped_steps", 0)
+        if self.best and (wrong := checkpoint.fault(path.parent / f"step-{self.best['step']}")):
+            if self.main:
+                print(f"{wrong}: the best head so far is lost, the next evaluation counts anew")
+            self.best = None
 
     def _export(self) -> None:
         """The best head, as `load_head` reads it, with where it came from."""
         step = self.best["step"] if self.best else self.done
-        checkpoint.export(self.checkpoints / f"step-{step}", self.head, self.out)
-        facts = provenance(**self._facts(), step=step, best=self.best, history=self.history)
+        checkpoint.export(self.checkpoints / f"step-{step}", self.engine.head, self.out)
+        facts = provenance(
+            **self._facts(), step=step, best=self.best, history=self.history,
+            processes=self.world, skipped_steps=self.skipped + int(self.engine.skips[0]),
+        )  # fmt: skip
         write_json(self.out / "provenance.json", facts)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from redrafter.config import AnswersConfig, StatesConfig, TrainConfig
 from redrafter.data.answers import build_answers, generation_config
@@ -23,13 +27,24 @@ class Measure:
 
     tokens_per_step: tau, by decoding the prompts with the head (docs: redrafter.contracts)
     top_1, top_5: by depth, teacher-forced on the target's own answers to the prompts
+
+    Every process measures its share of the prompts, `total` adds up what they counted; so all of
+    them call it together.
     """
 
-    def __init__(self, target: Target, prompts: Store, config: TrainConfig, folder: Path):
-        self.target, self.config = target, config
-        rows = prompts.rows()
-        self.prompts = [rows.ids(i) for i in range(rows.n_rows)]
-        self.source_rows = prompts.source_row.tolist()
+    def __init__(
+        self,
+        target: Target,
+        prompts: Store,
+        config: TrainConfig,
+        folder: Path,
+        share: tuple[int, int] = (0, 1),
+        total: Callable[[Tensor], Tensor] = lambda counts: counts,
+    ):
+        self.target, self.config, self.total = target, config, total
+        rows, (rank, world) = prompts.rows(), share
+        self.prompts = [rows.ids(i) for i in range(rank, rows.n_rows, world)]
+        self.source_rows = prompts.source_row[rank::world].tolist()
         self.names = [temperature_name(t) for t in config.eval.temperatures]
         forward_tokens = config.data.states.forward_tokens
         chunk, depth = config.loss.chunk_rows, config.optim.depth
@@ -43,7 +58,7 @@ class Measure:
                 target, prompts, how, folder, seed=config.seed, named=True, progress=False
             )
             part = Fresh(answers, StateMaker(target, StatesConfig(forward_tokens=forward_tokens)))
-            feed = Feed(target, [part], positions=1, depth=depth, seed=0)
+            feed = Feed(target, [part], positions=1, depth=depth, seed=0, share=share)
             # Made once: the target says the same at every evaluation.
             self.batches[name] = feed.batches(max(1, chunk // depth))
 
@@ -52,7 +67,7 @@ class Measure:
         for temperature, name in zip(self.config.eval.temperatures, self.names, strict=True):
             rates[name] = self.tokens_per_step(head, temperature)
             accuracy = depth_accuracy(
-                head, self.target, self.batches[name], self.config.loss.chunk_rows
+                head, self.target, self.batches[name], self.config.loss.chunk_rows, self.total
             )
             top_1[name], top_5[name] = accuracy["top_1"], accuracy["top_5"]
         return {"tokens_per_step": rates, "top_1": top_1, "top_5": top_5}
@@ -74,6 +89,8 @@ class Measure:
             )
             emitted += sum(made.stats.emitted)
             steps += sum(made.stats.steps)
+        counts = torch.tensor([emitted, steps], device=self.target.device)
+        emitted, steps = self.total(counts).tolist()
         return emitted / steps if steps else 0.0
 
 

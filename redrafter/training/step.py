@@ -47,13 +47,13 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """This batch's share of the loss of its optimiser step.
 
-    model: `head` itself or what wraps its forward (mixed precision, data parallel)
+    model: `head` itself or what wraps its forward
     denominator: scalar, `total_weight` of the whole step
     Returns (scalar loss, (3, K) float64: supervised tokens, top-1 hits and loss sum by depth).
     """
     with torch.no_grad():
         embeddings = target.embed(batch.tokens)
-    features = model(batch.context, embeddings)[batch.mask]  # (M, E)
+    features = wide(model(batch.context, embeddings))[batch.mask]  # (M, E)
     n_depths = batch.mask.shape[1]
     depth = torch.arange(n_depths, device=batch.mask.device).expand_as(batch.mask)[batch.mask]
     weight = depth_weights(config, n_depths, batch.mask.device)[depth] / denominator
@@ -73,7 +73,21 @@ def batch_loss(
             counts = found.new_zeros(3, n_depths).index_add_(1, depth[rows], found)
         return (each * weight[rows].to(each.dtype)).sum(), counts
 
-    return chunked(features, head.vocab_matrix(), loss, config.chunk_rows)
+    # The loss is no place for a mixed precision either.
+    with torch.autocast(features.device.type, enabled=False):
+        return chunked(features, head.vocab_matrix(), loss, config.chunk_rows)
+
+
+class StepLoss(nn.Module):
+    """`batch_loss` as a forward pass: what wraps a module (data parallel, FSDP, ZeRO, mixed
+    precision) then knows of every use of the head's parameters, the vocabulary matrix's too."""
+
+    def __init__(self, head: RecurrentHead, target: Target, config: LossConfig):
+        super().__init__()
+        self.head, self.target, self.loss_config = head, target, config
+
+    def forward(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor]:
+        return batch_loss(self.head, self.head, self.target, batch, self.loss_config, denominator)
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -97,9 +111,16 @@ def teacher_of(batch: Batch, target: Target) -> Callable[[slice], Tensor] | None
 
 @torch.no_grad()
 def depth_accuracy(
-    head: RecurrentHead, target: Target, batches: list[Batch], chunk_rows: int
+    head: RecurrentHead,
+    target: Target,
+    batches: list[Batch],
+    chunk_rows: int,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> dict[str, list[float]]:
-    """Share of supervised tokens among the head's best 1 and best 5, by depth (teacher-forced)."""
+    """Share of supervised tokens among the head's best 1 and best 5, by depth (teacher-forced).
+
+    total: adds up counts over all processes, each of which has batches of its own
+    """
     n_depths = batches[0].mask.shape[1]
     counts = torch.zeros(3, n_depths, dtype=torch.float64, device=target.device)
     for batch in batches:
@@ -109,14 +130,11 @@ def depth_accuracy(
         for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
             logits = rows[part].to(head.vocab_matrix().dtype) @ head.vocab_matrix().T
             best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
-            found = torch.stack(
-                (torch.ones_like(labels[part]), best[:, 0], best.any(-1))
-            ).double()
+            found = torch.stack((torch.ones_like(labels[part]), best[:, 0], best.any(-1))).double()
             counts.index_add_(1, depth[part], found)
-    n, top_1, top_5 = counts.tolist()
+    n, top_1, top_5 = total(counts).tolist()
     return {"top_1": _shares(top_1, n), "top_5": _shares(top_5, n)}
 
 
 def _shares(hits: list[float], n: list[float]) -> list[float | None]:
     return [h / m if m else None for h, m in zip(hits, n, strict=True)]
-
