@@ -126,7 +126,7 @@ class Run:
             held_out = held_out_prompts(config, self.target, folder)
         torch.manual_seed(config.seed)
         data = load_training_data(config, self.target)
-        head = make_head(config, self.target, data.parts)
+        self.head = head = make_head(config, self.target, data.parts)
         optim, share = config.optim, (self.rank, self.world)
         self.feed = Feed(
             self.target, data.parts, data.weights,
@@ -328,7 +328,7 @@ class Run:
     def _export(self) -> None:
         """The best head, as `load_head` reads it, with where it came from."""
         step = self.best["step"] if self.best else self.done
-        checkpoint.export(self.checkpoints / f"step-{step}", self.engine.head, self.out)
+        checkpoint.export(self.checkpoints / f"step-{step}", self.head, self.out)
         facts = provenance(
             **self._facts(), step=step, best=self.best, history=self.history,
             processes=self.world, skipped_steps=self.skipped + int(self.engine.skips[0]),
