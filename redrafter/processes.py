@@ -86,10 +86,12 @@ def _options(cpu: bool, n: int) -> dict[str, Any]:
     import torch
 
     cpu = cpu or on_cpu()
+    nothing_else = not torch.accelerator.is_available()
+    if asked_for("DEEPSPEED") and nothing_else:
+        _leave_unbuilt()
     if n == 1:
         return {"cpu": cpu}
     options: dict[str, Any] = {"timeout": _PATIENCE}
-    nothing_else = not torch.accelerator.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if not (cpu or nothing_else) and local >= torch.accelerator.device_count():
         raise InputError(
@@ -99,19 +101,18 @@ def _options(cpu: bool, n: int) -> dict[str, Any]:
         )
     if asked_for("DEEPSPEED"):
         # Told of a CPU, accelerate drops DeepSpeed; told nothing, it finds no way to communicate.
-        return options | (_gloo_for_deepspeed() if nothing_else else {})
+        return options | ({"backend": "gloo"} if nothing_else else {})
     # Without it accelerate connects nothing on a machine that has no accelerator.
     return options | {"cpu": cpu or nothing_else}
 
 
-def _gloo_for_deepspeed() -> dict[str, str]:
-    """Without the operator that DeepSpeed would compile for the processes of one CPU (a minute, and
-    a compiler): gloo alone does."""
+def _leave_unbuilt() -> None:
+    """The operator that DeepSpeed would compile for the processes of one CPU (a minute, and a
+    compiler): gloo alone does."""
     import deepspeed
 
     if (operators := getattr(deepspeed.ops, "__compatible_ops__", None)) is not None:
         operators["deepspeed_shm_comm"] = False
-    return {"backend": "gloo"}
 
 
 def asked_for(engine: str) -> bool:

@@ -33,8 +33,6 @@ def connect(config: TrainConfig) -> Accelerator:
     device = pick_device(config.target.device)
     zero = asked_for("DEEPSPEED")
     cpu = device.type == "cpu" and not zero  # told of a CPU, accelerate drops DeepSpeed silently
-    if zero and device.type == "cpu":
-        _no_build()
     join(cpu)
     out = Path(config.output_dir)
     project = ProjectConfiguration(str(out), logging_dir=str(out / "logs"))
@@ -50,15 +48,6 @@ def connect(config: TrainConfig) -> Accelerator:
     if zero:
         _load_whole()
     return accelerator
-
-
-def _no_build() -> None:
-    """DeepSpeed would compile an operator for processes of one CPU (a minute, and a compiler):
-    gloo alone does."""
-    import deepspeed
-
-    if (operators := getattr(deepspeed.ops, "__compatible_ops__", None)) is not None:
-        operators["deepspeed_shm_comm"] = False
 
 
 def _load_whole() -> None:
