@@ -19,6 +19,7 @@ from redrafter.cli.states import main as make_states
 from redrafter.cli.train_redrafter import main as train
 from redrafter.config import (
     HeadConfig,
+    LoraSettings,
     LossConfig,
     MakeStatesConfig,
     OptimConfig,
@@ -34,6 +35,7 @@ from redrafter.data.rows import TokenRow
 from redrafter.data.states import StateMaker, build_states
 from redrafter.data.store import Store
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.heads.lora import adapt
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning import memory
 from redrafter.planning.data_jobs import plan_probe, plan_states
@@ -131,6 +133,14 @@ def test_a_ghost_head_has_the_parameters_of_the_real_head(name, both, tmp_path):
     head.save_pretrained(tmp_path)
     again = ghost_head(HeadConfig(init_from=str(tmp_path)), ghost)
     assert again.state_dict().keys() == head.state_dict().keys()
+    settings = LoraSettings(r=2)
+    tuned = ghost_head(HeadConfig(init_from=str(tmp_path), lora=settings), ghost)
+    adapt(head, settings, tmp_path)
+    assert sizes(tuned) == sizes(head), "what LoRA trains, and what it leaves"
+
+
+def sizes(head):
+    return {name: (p.shape, p.requires_grad) for name, p in head.named_parameters()}
 
 
 # ---------------------------------------------------------------- traces

@@ -39,13 +39,21 @@ def adapt(head: RecurrentHead, settings: LoraSettings, start: str | Path) -> Rec
     start: where the head came from; its name is written into the adapter's configuration
     Raises InputError naming target modules that the head does not have.
     """
+    start_fingerprint = head.fingerprint()
+    inject(head, settings, start)
+    del head._fingerprint  # of what it was
+    head.lora_start = start_fingerprint
+    return head
+
+
+def inject(head: RecurrentHead, settings: LoraSettings, start: str | Path) -> None:
+    """`adapt`, of a head whose weights may have no content."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError(
             "head.lora needs peft, which is not installed: pip install 'redrafter[peft]'"
         ) from None
-    start_fingerprint = head.fingerprint()
     linear = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)]
     chosen = _chosen(linear, settings.target_modules)
     config = LoraConfig(
@@ -56,9 +64,6 @@ def adapt(head: RecurrentHead, settings: LoraSettings, start: str | Path) -> Rec
         base_model_name_or_path=Path(start).name,
     )
     inject_adapter_in_model(config, head)
-    del head._fingerprint  # of what it was
-    head.lora_start = start_fingerprint
-    return head
 
 
 def _chosen(linear: list[str], wanted: tuple[str, ...] | None) -> list[str]:

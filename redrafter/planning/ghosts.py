@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from redrafter.config import HeadConfig, TargetConfig
 from redrafter.contracts import InputError
+from redrafter.heads import lora
 from redrafter.heads.recurrent import (
     RecurrentHead,
     RecurrentHeadConfig,
@@ -89,7 +90,11 @@ def ghost_head(wanted: HeadConfig, target: GhostTarget) -> RecurrentHead:
         config = RecurrentHeadConfig(
             vocab_size=target.vocab_size, hidden_size=target.hidden_size, **given
         )
-    return make_ghost_head(config, target)
+    head = make_ghost_head(config, target)
+    if wanted.lora is not None:
+        with torch.device("meta"):
+            lora.inject(head, wanted.lora, wanted.init_from)
+    return head
 
 
 def load_ghost_head(folder: str, target: GhostTarget) -> RecurrentHead:
