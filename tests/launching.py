@@ -6,10 +6,23 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def training_argv(folder: Path, target: Path, settings: dict) -> Callable[..., list[str]]:
+    """make(out, key=value ...): arguments of train/redrafter.py, on a tiny target's own prompts."""
+
+    def make(out: str, **changes: object) -> list[str]:
+        given = {
+            "target.path": target, "data.source.path": target / "prompts_train.jsonl",
+            "output_dir": folder / out, "data.folder": folder / "data", **settings, **changes,
+        }  # fmt: skip
+        return [f"--{key}={value}" for key, value in given.items()]
+
+    return make
 
 
 def free_port() -> int:

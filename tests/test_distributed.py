@@ -11,7 +11,7 @@ from accelerate import debug_launcher
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from launching import ROOT, launch
+from launching import ROOT, launch, training_argv
 from models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GenerationConfig
@@ -53,14 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def argv(folder, tiny_target):
-    def make(out, **changes):
-        given = {
-            "target.path": tiny_target, "data.source.path": tiny_target / "prompts_train.jsonl",
-            "output_dir": folder / out, "data.folder": folder / "data", **SETTINGS, **changes,
-        }  # fmt: skip
-        return [f"--{key}={value}" for key, value in given.items()]
-
-    return make
+    return training_argv(folder, tiny_target, SETTINGS)
 
 
 @pytest.fixture(scope="module")

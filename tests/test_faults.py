@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from launching import ranks
+from launching import ranks, training_argv
 
 from redrafter.cli.args import parse
 from redrafter.cli.train_redrafter import main
@@ -41,14 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def argv(folder, tiny_target):
-    def make(out, **changes):
-        given = {
-            "target.path": tiny_target, "data.source.path": tiny_target / "prompts_train.jsonl",
-            "output_dir": folder / out, "data.folder": folder / "data", **SETTINGS, **changes,
-        }  # fmt: skip
-        return [f"--{key}={value}" for key, value in given.items()]
-
-    return make
+    return training_argv(folder, tiny_target, SETTINGS)
 
 
 @pytest.fixture
