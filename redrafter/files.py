@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,17 +196,25 @@ def digest_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_weights(named: Iterable[tuple[str, Tensor]], *texts: str) -> str:
+def digest_weights(
+    named: Iterable[tuple[str, Tensor]],
+    *texts: str,
+    whole: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
+) -> str:
     """sha256 over shapes, a sample of every tensor (in bfloat16, so that the same checkpoint loaded
-    in float32 agrees) and any texts. 16 hex digits."""
+    in float32 agrees) and any texts. 16 hex digits.
+
+    whole: what to read a tensor in, where its values lie elsewhere
+    """
     import torch
 
     digest = hashlib.sha256()
     for name, p in sorted(named):
-        flat = p.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        with whole(p):
+            flat = p.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
+            digest.update(f"{name}{tuple(p.shape)}".encode())
+            digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     for text in texts:
         digest.update(text.encode())
     return digest.hexdigest()[:16]

@@ -29,7 +29,8 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.figures import bootstrap
 from redrafter.files import git_commit, versions, write_json
 from redrafter.heads.recurrent import load_head
-from redrafter.target.model import device_name, load_target
+from redrafter.target.devices import device_name
+from redrafter.target.model import load_target
 
 
 def tokens_per_step(target, head, rows: list[list[int]], given, temperature: float) -> list[float]:

@@ -35,7 +35,8 @@ from redrafter.drafters.bigram import CountedBigrams
 from redrafter.drafters.bigram import count_bigrams as count
 from redrafter.files import _MACHINE, digest_file, remove_leftovers
 from redrafter.processes import by_main, everyone, join, launched, main_first, mine
-from redrafter.target.model import load_target, pick_device
+from redrafter.target.devices import pick_device
+from redrafter.target.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "kill_processes.py"

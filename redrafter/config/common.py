@@ -38,6 +38,9 @@ class TargetConfig:
     """Attention kernel; `auto` lets transformers choose between sdpa and eager."""
     revision: str | None = None
     """Hub revision."""
+    shard: Literal["none", "zero3"] = "none"
+    """`zero3`, in training under DeepSpeed: every process holds a part of each of the target's
+    layers, and all gather them layer by layer; for targets larger than one device."""
 
 
 @dataclass(frozen=True)

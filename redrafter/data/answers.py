@@ -70,7 +70,10 @@ def build_answers(
         return columns_of(rows.values(), [number * n + i for i in rows]), rejected
 
     sizes = [len(group) for _ in passes for group in groups]
-    return fill(job, sizes, make, what="answers", unit="row", progress=progress, input=sum(sizes))
+    return fill(
+        job, sizes, make, what="answers", unit="row", progress=progress,
+        together=target.together, input=sum(sizes),
+    )  # fmt: skip
 
 
 def check_same_text(store: Store, target: Target) -> None:

@@ -8,6 +8,7 @@ on with by another of any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ def fill(
     what: str,
     unit: str,
     progress: bool = True,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
     **facts: Any,
 ) -> Store:
     """Make the shards that are missing and write the manifest. Every process of a launch calls it,
@@ -35,6 +37,7 @@ def fill(
 
     sizes: units of each shard, for the progress bar; make: called with a shard's number and the
         bar, which it moves by the shard's units
+    together: what the making is done in (`Target.together`)
     facts: for the manifest
     """
     job.receipts = _together(job)
@@ -44,8 +47,9 @@ def fill(
     done = sum(sizes) - left if launched() == 1 else 0  # one cannot tell what others have done
     with tqdm(total=done + left, initial=done, desc=share_of(what), unit=unit,
               unit_scale=unit == "token", disable=not (progress and is_main())) as bar:  # fmt: skip
-        for index in own:
-            job.write(index, *make(index, bar))
+        with together():
+            for index in own:
+                job.write(index, *make(index, bar))
     job.receipts = _together(job)
     by_main(lambda: job.finish(len(sizes), **facts))
     return open_filled(job)

@@ -16,7 +16,8 @@ import torch
 
 from redrafter.contracts import InputError
 from redrafter.files import digest_file, digest_json
-from redrafter.target.model import Target, device_name
+from redrafter.target.devices import device_name
+from redrafter.target.model import Target
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 
 from redrafter.contracts import InputError
 from redrafter.files import plain_values, provenance, write_json
-from redrafter.target.model import Target, device_name
+from redrafter.target.devices import device_name
+from redrafter.target.model import Target
 
 _DEPTHS = 4  # of acceptance in a table
 

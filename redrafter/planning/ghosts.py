@@ -18,7 +18,9 @@ from redrafter.heads.recurrent import (
     read_config,
 )
 from redrafter.planning.tracing import storage_bytes
-from redrafter.target.model import Target, check_path, load_model_config, pick_device
+from redrafter.target.devices import pick_device
+from redrafter.target.model import Target, check_path, load_model_config
+from redrafter.target.sharding import AHEAD_ELEMENTS
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -46,6 +48,7 @@ class GhostTarget(Target):
                     f"from its configuration: {error}"
                 ) from None
         super().__init__(model, name=Path(config.path).name or config.path)
+        self.shard = config.shard
 
     def _check_project(self) -> None:
         """Nothing: it compares values."""
@@ -60,6 +63,19 @@ class GhostTarget(Target):
     @property
     def weight_bytes(self) -> int:
         return storage_bytes(list(self.model.parameters()))
+
+    def split_bytes(self, processes: int) -> tuple[int, int]:
+        """Of weights that n processes share (`redrafter.target.sharding`), in each of them:
+        (always, and gathered in a forward: a module's, and what DeepSpeed fetches ahead)"""
+        embedding = self.model.get_input_embeddings()
+        vocabulary = storage_bytes(list({*self.lm_head.parameters(), *embedding.parameters()}))
+        layers = self.weight_bytes - vocabulary
+        largest = max(
+            storage_bytes(list(module.parameters(recurse=False)))
+            for module in self.backbone.modules() if module is not embedding
+        )  # fmt: skip
+        gathered = largest + AHEAD_ELEMENTS * self.dtype.itemsize
+        return vocabulary + -(-layers // processes), min(layers, gathered)
 
 
 def has_weights(config: TargetConfig) -> bool:

@@ -36,7 +36,7 @@ class Ground:
         ]
         self.items = [
             Item("interpreter and libraries", base, "host"),
-            Item("target's weights", target.weight_bytes, remedy=_smaller_target(target)),
+            *_target_items(target, world),
         ]
 
     def phase(self, name: str, *items: Item) -> None:
@@ -44,6 +44,23 @@ class Ground:
 
     def disk(self, name: str, n_bytes: int, folder: str | Path, refusal: str | None = None) -> None:
         self.plan.disk.append(Disk(name, n_bytes, free_disk(folder, self.wanted), refusal))
+
+
+def _target_items(target: GhostTarget, world: World) -> list[Item]:
+    """Raises InputError where the target is to be split and the launch cannot do it."""
+    if target.shard == "none":
+        return [Item("target's weights", target.weight_bytes, remedy=_smaller_target(target))]
+    if not world.deepspeed:
+        raise InputError(
+            f"target.shard {target.shard} needs a launch by DeepSpeed, this plan is for "
+            f"{world.describe()}: launch it with configs/accelerate/zero3.yaml (or say "
+            "--plan_for.sharding zero3), or leave it out"
+        )
+    held, gathered = target.split_bytes(world.processes)
+    return [
+        Item("target's weights, this process's part", held, remedy="more processes"),
+        Item("target's weights, gathered in a forward", gathered),
+    ]
 
 
 def _smaller_target(target: GhostTarget) -> str:

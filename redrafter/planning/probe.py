@@ -37,6 +37,8 @@ def why_not(plan: Plan, config: TargetConfig, wanted: PlanConfig) -> str | None:
         return "plan_for.probe_s 0"
     if not has_weights(config):
         return "no weights here: a configuration has shapes, but no speed"
+    if config.shard != "none":
+        return "processes that share the target are timed by their own progress bar"
     if plan.refusals():
         return "it does not fit"
     return None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_json, digest_weights
-from redrafter.processes import join, launched, on_cpu
 from redrafter.target.adapters import (
     CONFIG,
     Adapter,
@@ -26,7 +24,9 @@ from redrafter.target.adapters import (
     plain_model,
     probe_tokens,
 )
+from redrafter.target.devices import pick_device
 from redrafter.target.masks import additive_masks
+from redrafter.target.sharding import ShardedBackbone, check_launch, load_split
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ class Target:
 
     model: a transformers model, or a PeftModel, whose adapter is then kept as it is
     parts: what it was made from, where an adapter has been merged (`load_target` does that)
+    backbone: of a model that several processes hold in parts (see `redrafter.target.sharding`)
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Target:
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
         parts: Parts | None = None,
+        backbone: ShardedBackbone | None = None,
     ):
         model = plain_model(model)
         self.model = model.eval().requires_grad_(False)
@@ -68,7 +70,8 @@ class Target:
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
-        self.backbone = model.base_model
+        self.sharded = backbone is not None
+        self.backbone = model.base_model if backbone is None else backbone
         self.lm_head = model.get_output_embeddings()
         if self.lm_head is None:
             raise InputError(f"{self.name}: {type(model).__name__} has no lm_head; not a causal LM")
@@ -121,6 +124,11 @@ class Target:
                 f"{self.name}: {type(self.model).__name__} changes its logits after lm_head in a "
                 "way this version does not know; the target cannot be used"
             )
+
+    def together(self) -> AbstractContextManager[None]:
+        """Processes that share the target's weights all enter this where each of them makes as many
+        forwards as it needs; nothing in the body may wait for another process."""
+        return self.backbone.together() if self.sharded else nullcontext()
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -218,14 +226,19 @@ class Target:
                 parts = self.parts()
                 self._fingerprint = digest_json([parts.base, parts.adapter, *texts])[:16]
             else:
-                self._fingerprint = digest_weights(self.model.named_parameters(), *texts)
+                self._fingerprint = self._digest(*texts)
         return self._fingerprint
 
     def parts(self) -> Parts:
         """Digests of the base's weights and of the adapter, if there is one."""
         if self._parts is None:
-            self._parts = parts_of(self.model)
+            self._parts = Parts(self._digest()) if self.sharded else parts_of(self.model)
         return self._parts
+
+    def _digest(self, *texts: str) -> str:
+        named = self.model.named_parameters()
+        whole = self.backbone.whole if self.sharded else nullcontext
+        return digest_weights(named, *texts, whole=whole)
 
     @torch.inference_mode()
     def probe(self) -> dict[str, list[float]]:
@@ -243,48 +256,20 @@ class Target:
         return {k: [float(f"{x:.5g}") for x in v.flatten().tolist()] for k, v in some.items()}
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the accelerator torch knows of, of several processes the one that accelerate gives
-    to this process; else the CPU. Raises InputError for one device that all would share."""
-    if launched() == 1:
-        if name != "auto":
-            return torch.device(name)
-        if torch.accelerator.is_available() and not on_cpu():
-            return torch.accelerator.current_accelerator()
-        return torch.device("cpu")
-    own = join(cpu=name == "cpu").device
-    if own.type == "cpu":  # accelerate numbers these, too
-        own = torch.device("cpu")
-    wanted = own if name == "auto" else torch.device(name)
-    if wanted.type != own.type or wanted.index not in (None, own.index):
-        raise InputError(
-            f"target.device {name}, but accelerate gave {own} to process {join().process_index} of "
-            f"{launched()}: set target.device auto, each process then takes its own"
-        )
-    return own
-
-
-def device_name(device: torch.device) -> str:
-    """What the figures were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
-def load_target(config: TargetConfig | str) -> Target:
+def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     """Load a target and its tokenizer; an adapter's folder gives its base with the adapter merged
-    (see `redrafter.target.adapters`). Raises InputError naming the path when it is not one."""
+    (see `redrafter.target.adapters`). Raises InputError naming the path when it is not one.
+
+    may_shard: the caller's processes all make the target's forwards together
+    """
     from transformers import AutoModelForCausalLM
 
     config = TargetConfig(path=config) if isinstance(config, str) else config
+    if config.shard != "none" and not may_shard:
+        raise InputError(
+            f"target.shard {config.shard} is for train/redrafter.py alone: here every process "
+            "works at its own pace with the whole target. Leave it out"
+        )
     adapter = find_adapter(config)
     whole = config if adapter is None else adapter.base_config(config)
     path = check_path(whole)
@@ -293,16 +278,27 @@ def load_target(config: TargetConfig | str) -> Target:
     if dtype == "auto":  # half precision has no fast path on most CPUs
         dtype = "float32" if device.type == "cpu" else "auto"
     kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    kwargs["revision"] = whole.revision
+    shard = config.shard != "none"
+    if shard:
+        shape = load_model_config(config)
+        split_as = (shape.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        check_launch(adapter is not None, split_as)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, revision=whole.revision, **kwargs
-        )
+        if shard:
+            model, backbone = load_split(path, shape, split_as, device, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
     except Exception as error:
         # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
         # own class, KeyError, ...): the folder's name is what all of them lack.
         raise InputError(
             f"target.path: cannot load {path!r}{_named_by(adapter)} as a causal LM: {error}"
         ) from error
+    if shard:
+        target = Target(model, load_tokenizer(config), name=config.path, backbone=backbone)
+        target.fingerprint(), target.parts()  # now, while all processes are here
+        return target
     model = model.to(device)
     parts = None
     if adapter is not None:

@@ -46,6 +46,12 @@ def check_settings(config: TrainConfig, processes: int = 1) -> None:
             f"data.mode hybrid writes its store from one process, {processes} were launched: take "
             "offline (all of them make the states first) or online (each makes its own rows')"
         )
+    if config.target.shard != "none" and data.mode != "online" and not data.stores:
+        raise InputError(
+            f"target.shard {config.target.shard} with data.mode {data.mode}: states are not "
+            "written by processes that share the target's weights: take data.mode online, or give "
+            "data.stores"
+        )
     if teacher and data.labels == "local":
         raise InputError(
             "data.labels local has no predictions of the target for the tokens it adds: give "

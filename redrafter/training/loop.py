@@ -42,7 +42,8 @@ from redrafter.training.step import StepLoss, needed_teacher, total_weight
 _FREE = frozenset(
     {
         "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
-        "target.path", "target.base", "target.device", "target.revision", "loss.chunk_rows",
+        "target.path", "target.base", "target.device", "target.revision",
+        "target.shard", "loss.chunk_rows",
         "optim.max_bad_steps",
         # The digest of the data tells whether these changed anything.
         "data.stores", "data.source.", "data.text", "data.answers.", "data.states.", "data.mode",
@@ -116,9 +117,9 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         resume_from = self._resume_from()
-        self.target = load_target(config.target)
         # What can be refused is refused before the data is made, which may take days.
         check_settings(config, self.world)
+        self.target = load_target(config.target, may_shard=True)
         if config.head.init_from is not None:
             head_to_go_on_from(config.head, self.target)
         folder, held_out = data_folder(config), None

@@ -77,18 +77,19 @@ class Measure:
         measured = self.config.eval
         config = generation_config(temperature, measured.max_new_tokens)
         emitted = steps = 0
-        for start in range(0, len(self.prompts), measured.batch_size):
-            batch = self.prompts[start : start + measured.batch_size]
-            rows = self.source_rows[start : start + measured.batch_size]
-            made = speculative(
-                self.target,
-                batch,
-                config,
-                seeds=[self.config.seed + row for row in rows],
-                drafter=RecurrentDrafter(head, self.target, measured.tree),
-            )
-            emitted += sum(made.stats.emitted)
-            steps += sum(made.stats.steps)
+        with self.target.together():
+            for start in range(0, len(self.prompts), measured.batch_size):
+                batch = self.prompts[start : start + measured.batch_size]
+                rows = self.source_rows[start : start + measured.batch_size]
+                made = speculative(
+                    self.target,
+                    batch,
+                    config,
+                    seeds=[self.config.seed + row for row in rows],
+                    drafter=RecurrentDrafter(head, self.target, measured.tree),
+                )
+                emitted += sum(made.stats.emitted)
+                steps += sum(made.stats.steps)
         counts = torch.tensor([emitted, steps], device=self.target.device)
         emitted, steps = self.total(counts).tolist()
         return emitted / steps if steps else 0.0
