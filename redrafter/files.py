@@ -199,21 +199,21 @@ def digest_file(path: str | Path) -> str:
 def digest_weights(
     named: Iterable[tuple[str, Tensor]],
     *texts: str,
-    whole: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
+    whole: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
 ) -> str:
     """sha256 over shapes, a sample of every tensor (in bfloat16, so that the same checkpoint loaded
     in float32 agrees) and any texts. 16 hex digits.
 
-    whole: what to read a tensor in, where its values lie elsewhere
+    whole: gives a tensor's values where they lie elsewhere
     """
     import torch
 
     digest = hashlib.sha256()
     for name, p in sorted(named):
-        with whole(p):
-            flat = p.detach().flatten()
+        with whole(p) as values:
+            flat = values.detach().flatten()
             sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
-            digest.update(f"{name}{tuple(p.shape)}".encode())
+            digest.update(f"{name}{tuple(values.shape)}".encode())
             digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     for text in texts:
         digest.update(text.encode())

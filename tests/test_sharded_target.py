@@ -1,4 +1,4 @@
-"""A target whose layers lie in parts in several processes (ZeRO-3), in online training."""
+"""Targets larger than a device: in parts in several processes (ZeRO-3), or brought from outside."""
 
 import json
 
@@ -48,10 +48,16 @@ def losses(out):
     return {event.step: event.value for event in log.Scalars("train/loss")}
 
 
-def test_a_target_in_parts_teaches_what_a_whole_one_does(argv, tiny_target, tmp_path):
-    pytest.importorskip("deepspeed")
-    whole, settings = argv("whole")
+@pytest.fixture(scope="module")
+def whole(argv):
+    """A run with the target whole, which others must agree with."""
+    out, settings = argv("whole")
     Run(parse(TrainConfig, settings, "test")).train()
+    return out
+
+
+def test_a_target_in_parts_teaches_what_a_whole_one_does(argv, whole, tiny_target, tmp_path):
+    pytest.importorskip("deepspeed")
     parts, settings = argv("parts", **{"target.shard": "zero3"})
     launch(
         ["--config_file", str(ROOT / "configs/accelerate/zero3.yaml")],
@@ -102,3 +108,40 @@ def test_a_plan_counts_the_part_of_a_process():
         assert 0 < gathered < 0.01 * target.weight_bytes
     with pytest.raises(InputError, match=r"plan_for\.sharding zero3"):
         Ground("job", target, World(4, 4, "ddp"), PlanConfig(), 0)
+
+
+# ------------------------------------------------------------------ device_map
+
+
+def test_a_target_partly_on_disk_teaches_what_a_whole_one_does(argv, whole, tiny_target):
+    real = load_target(str(tiny_target))
+    layers = real.model.base_model.layers
+    vocabulary = sum(p.nbytes for p in real.lm_head.parameters())
+    layer = sum(p.nbytes for p in layers[0].parameters())
+    room = vocabulary + layer + layer // 2
+    given = {"target.device_map": "auto", "target.host_bytes": room, "target.device": "cpu"}
+    out, settings = argv("outside", **given)
+    run = Run(parse(TrainConfig, settings, "test"))
+    outside = [p for p in run.target.model.parameters() if p.device.type == "meta"]
+    inside = [p for p in run.target.model.parameters() if p.device.type != "meta"]
+    assert len(outside) >= len(list(layers[0].parameters())) * (len(layers) - 1)
+    assert run.target.device.type == "cpu" and sum(p.nbytes for p in inside) <= room
+    ghost = GhostTarget(run.config.target)
+    assert ghost.placed_bytes()[0] == sum(p.nbytes for p in inside)
+    run.train()
+    assert losses(out) == losses(whole)
+    assert all(p.device.type == "meta" for p in outside), "brought, and never taken away"
+    assert run.target.fingerprint() == real.fingerprint() and run.target.parts() == real.parts()
+    rates = [json.loads((o / "provenance.json").read_text())["history"] for o in (whole, out)]
+    assert rates[0] == rates[1]
+
+
+def test_where_layers_cannot_lie_outside(tiny_target, monkeypatch):
+    path = str(tiny_target)
+    with pytest.raises(InputError, match=r"target\.host_bytes: the embedding, lm_head"):
+        load_target(TargetConfig(path, device="cpu", device_map="auto", host_bytes=1000))
+    with pytest.raises(ValueError, match="give one of them"):
+        TargetConfig(path, device_map="auto", shard="zero3")
+    monkeypatch.setattr("redrafter.target.offload.launched", lambda: 2)
+    with pytest.raises(InputError, match=r"take target\.shard zero3"):
+        load_target(TargetConfig(path, device="cpu", device_map="auto"))

@@ -39,7 +39,9 @@ def load_draft(config: Any) -> Any:
     if config.draft is None:
         return None
     path = fetch(config.draft, "draft")
-    return load_target(replace(config.target, path=path, revision=None, base=None))
+    return load_target(
+        replace(config.target, path=path, revision=None, base=None, device_map="none", shard="none")
+    )
 
 
 def prompts_to_count(names: Sequence[str], config: Any) -> int:

@@ -41,6 +41,22 @@ class TargetConfig:
     shard: Literal["none", "zero3"] = "none"
     """`zero3`, in training under DeepSpeed: every process holds a part of each of the target's
     layers, and all gather them layer by layer; for targets larger than one device."""
+    device_map: Literal["none", "auto"] = "none"
+    """`auto`, in one process: layers that the device has no room for lie in host memory, or stay
+    in the checkpoint's files, and are brought to the device in every forward pass."""
+    device_bytes: int | None = None
+    """With device_map: bytes of the accelerator's memory that the target's weights may take; none
+    takes all that are free (a head in training, keys and values need some, too)."""
+    host_bytes: int | None = None
+    """With device_map: bytes of host memory that they may take; what is left stays on disk."""
+    offload_folder: str | None = None
+    """With device_map: folder for weights that cannot be read from the checkpoint as they are
+    (mixtures of experts)."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "device_bytes", "host_bytes")
+        if self.shard != "none" and self.device_map != "none":
+            raise ValueError("shard and device_map: give one of them (TargetConfig)")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from redrafter.heads.recurrent import (
 from redrafter.planning.tracing import storage_bytes
 from redrafter.target.devices import pick_device
 from redrafter.target.model import Target, check_path, load_model_config
+from redrafter.target.offload import bytes_by_place, layers_to_places, place_of
 from redrafter.target.sharding import AHEAD_ELEMENTS
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -48,7 +49,7 @@ class GhostTarget(Target):
                     f"from its configuration: {error}"
                 ) from None
         super().__init__(model, name=Path(config.path).name or config.path)
-        self.shard = config.shard
+        self.wanted = config
 
     def _check_project(self) -> None:
         """Nothing: it compares values."""
@@ -63,6 +64,16 @@ class GhostTarget(Target):
     @property
     def weight_bytes(self) -> int:
         return storage_bytes(list(self.model.parameters()))
+
+    def placed_bytes(self) -> tuple[int, int, int]:
+        """With `target.device_map`: (weights on the device, in host memory, and the largest part
+        that is brought to the device for a forward)"""
+        places = layers_to_places(self.model, self.wanted, self.real_device)
+        main = place_of(self.real_device)
+        found = bytes_by_place(self.model, places)
+        outside = [self.model.get_submodule(n) for n, place in places.items() if place != main]
+        brought = max((storage_bytes(list(m.parameters())) for m in outside), default=0)
+        return found[main], 0 if main == "cpu" else found.get("cpu", 0), brought
 
     def split_bytes(self, processes: int) -> tuple[int, int]:
         """Of weights that n processes share (`redrafter.target.sharding`), in each of them:

@@ -48,11 +48,18 @@ class Ground:
 
 def _target_items(target: GhostTarget, world: World) -> list[Item]:
     """Raises InputError where the target is to be split and the launch cannot do it."""
-    if target.shard == "none":
+    if target.wanted.device_map != "none":
+        there, host, brought = target.placed_bytes()
+        return [
+            Item("target's weights on the device", there, remedy="lower target.device_bytes"),
+            Item("target's weights in host memory", host, "host", "lower target.host_bytes"),
+            Item("target's weights, brought for a forward", brought),
+        ]
+    if target.wanted.shard == "none":
         return [Item("target's weights", target.weight_bytes, remedy=_smaller_target(target))]
     if not world.deepspeed:
         raise InputError(
-            f"target.shard {target.shard} needs a launch by DeepSpeed, this plan is for "
+            f"target.shard {target.wanted.shard} needs a launch by DeepSpeed, this plan is for "
             f"{world.describe()}: launch it with configs/accelerate/zero3.yaml (or say "
             "--plan_for.sharding zero3), or leave it out"
         )

@@ -26,6 +26,7 @@ from redrafter.target.adapters import (
 )
 from redrafter.target.devices import pick_device
 from redrafter.target.masks import additive_masks
+from redrafter.target.offload import check_alone, load_in_places, reader
 from redrafter.target.sharding import ShardedBackbone, check_launch, load_split
 
 if TYPE_CHECKING:
@@ -232,13 +233,16 @@ class Target:
     def parts(self) -> Parts:
         """Digests of the base's weights and of the adapter, if there is one."""
         if self._parts is None:
-            self._parts = Parts(self._digest()) if self.sharded else parts_of(self.model)
+            self._parts = parts_of(self.model) if self._adapted else Parts(self._digest())
         return self._parts
 
     def _digest(self, *texts: str) -> str:
-        named = self.model.named_parameters()
-        whole = self.backbone.whole if self.sharded else nullcontext
-        return digest_weights(named, *texts, whole=whole)
+        whole = nullcontext
+        if self.sharded:
+            whole = self.backbone.whole
+        elif hasattr(self.model, "hf_device_map"):
+            whole = reader(self.model)
+        return digest_weights(self.model.named_parameters(), *texts, whole=whole)
 
     @torch.inference_mode()
     def probe(self) -> dict[str, list[float]]:
@@ -278,17 +282,24 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     if dtype == "auto":  # half precision has no fast path on most CPUs
         dtype = "float32" if device.type == "cpu" else "auto"
     kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    kwargs["revision"] = whole.revision
-    shard = config.shard != "none"
-    if shard:
+    shard, mapped = config.shard != "none", config.device_map != "none"
+    if shard or mapped:
         shape = load_model_config(config)
-        split_as = (shape.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        check_launch(adapter is not None, split_as)
+        known = (shape.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        check_launch(adapter is not None, known) if shard else check_alone(adapter is not None)
     try:
         if shard:
-            model, backbone = load_split(path, shape, split_as, device, **kwargs)
+            model, backbone = load_split(
+                path, shape, known, device, revision=whole.revision, **kwargs
+            )
+        elif mapped:
+            model = load_in_places(path, config, shape, known, device, kwargs, whole.revision)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, revision=whole.revision, **kwargs
+            )
+    except InputError:
+        raise
     except Exception as error:
         # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
         # own class, KeyError, ...): the folder's name is what all of them lack.
@@ -299,7 +310,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
         target = Target(model, load_tokenizer(config), name=config.path, backbone=backbone)
         target.fingerprint(), target.parts()  # now, while all processes are here
         return target
-    model = model.to(device)
+    model = model if mapped else model.to(device)
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)

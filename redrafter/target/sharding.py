@@ -15,7 +15,7 @@ between CPUs per forward, little beside gathering a model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,11 +59,13 @@ class ShardedBackbone:
         return any(everyone(works))
 
     @staticmethod
-    def whole(parameter: torch.Tensor) -> AbstractContextManager[Any]:
-        """Inside of it the parameter has its values, in every process; collective."""
+    @contextmanager
+    def whole(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The parameter with its values, in every process; collective."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter])
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
 
     def bytes_held(self) -> tuple[int, int]:
         """Of the backbone's weights, without the embedding: (in this process, in all of them)."""
@@ -137,8 +139,8 @@ def _make_whole(*modules: nn.Module | None) -> None:
     for module in filter(None, modules):
         for name, split in list(module.named_parameters(recurse=False)):
             if id(split) not in whole:
-                with ShardedBackbone.whole(split):
-                    whole[id(split)] = nn.Parameter(split.data.clone(), requires_grad=False)
+                with ShardedBackbone.whole(split) as values:
+                    whole[id(split)] = nn.Parameter(values.data.clone(), requires_grad=False)
             setattr(module, name, whole[id(split)])
 
 

@@ -43,7 +43,8 @@ _FREE = frozenset(
     {
         "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
         "target.path", "target.base", "target.device", "target.revision",
-        "target.shard", "loss.chunk_rows",
+        "target.shard", "target.device_map", "target.device_bytes", "target.host_bytes",
+        "target.offload_folder", "loss.chunk_rows",
         "optim.max_bad_steps",
         # The digest of the data tells whether these changed anything.
         "data.stores", "data.source.", "data.text", "data.answers.", "data.states.", "data.mode",
