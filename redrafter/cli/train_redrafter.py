@@ -24,6 +24,10 @@ only sooner; any launch can go on from a checkpoint of any other.
 retunes a head, by LoRA, for a fine-tuned MODEL (an adapter's folder, too) or for other text; HEAD
 itself is not changed.
 
+A MODEL larger than one device: on many processes that DeepSpeed started
+(configs/accelerate/zero3.yaml), --target.shard zero3 --data.mode online splits its layers among
+them; in one process, --target.device_map auto leaves in host memory and on disk what does not fit.
+
 SIGTERM ends the run after the step at hand: a checkpoint is written, the exit status is 75.
 """
 
