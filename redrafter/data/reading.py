@@ -41,7 +41,11 @@ class Stored:
 
 
 class Fresh:
-    """Rows of tokens whose states are made anew every time."""
+    """Rows of tokens whose states are made anew every time.
+
+    Where processes share the target's weights, all of them call `load` together, each for its own
+    rows (one at least).
+    """
 
     def __init__(self, rows: Store, maker: StateMaker):
         self.rows, self.maker = rows, maker
@@ -49,7 +53,8 @@ class Fresh:
         self.n_rows, self.starts = len(self.kept), rows.starts[self.kept]
 
     def load(self, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
-        return _columns(state_columns(self.maker, self.rows, self.kept[rows]))
+        with self.maker.target.together():
+            return _columns(state_columns(self.maker, self.rows, self.kept[rows]))
 
 
 class Hybrid(Fresh):

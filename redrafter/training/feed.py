@@ -173,13 +173,11 @@ class Feed:
         own = owners(counts, self.share[1]) == self.share[0]
         kept = own.clone()
         kept[0] |= not bool(own.any())  # there must be columns, even if nothing is used of them
-        kept_of = kept.split([len(r) for r in rows])
-        with self.target.together():
-            pieces = [
-                part.load(r[k], place)
-                for part, r, k in zip(self.parts, rows, kept_of, strict=True)
-                if bool(k.any())
-            ]
+        pieces = [
+            part.load(r[k], place)
+            for part, r, k in zip(self.parts, rows, kept.split([len(r) for r in rows]), strict=True)
+            if bool(k.any())
+        ]
         columns, starts = self._with_starts(pieces[0] if len(pieces) == 1 else _joined(pieces))
         mine = own.repeat_interleave(counts)
         order = torch.randperm(len(mine), generator=generator(self.seed, *place))
@@ -238,9 +236,9 @@ class Feed:
         batch (for measuring; few rows)."""
         part, (rank, world) = self.parts[0], self.share
         rows = torch.arange(rank, part.n_rows, world)
-        with self.target.together():
-            loaded = part.load(rows if len(rows) else torch.zeros(1).long(), (0, 0))
-        columns, starts = self._with_starts(loaded)
+        columns, starts = self._with_starts(
+            part.load(rows if len(rows) else torch.zeros(1).long(), (0, 0))
+        )
         starts = starts if len(rows) else starts[:0]
         return [self._to_device(self._gather(columns, s)) for s in starts.split(positions)]
 
