@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,11 @@ def batch_loss(
             counts = found.new_zeros(3, n_depths).index_add_(1, depth[rows], found)
         return (each * weight[rows].to(each.dtype)).sum(), counts
 
-    # The loss is no place for a mixed precision either.
-    with torch.autocast(features.device.type, enabled=False):
+    # The loss is no place for a mixed precision either; a plan's meta device knows of none.
+    whole = (
+        nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False)
+    )
+    with whole:
         return chunked(features, head.vocab_matrix(), loss, config.chunk_rows)
 
 
