@@ -26,7 +26,7 @@ from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.frontier import ModelFrontier
 from redrafter.drafters.hindsight import Past
 from redrafter.drafters.lookup import PromptLookup
-from redrafter.drafters.mixture import Calibration, Mixture, merge
+from redrafter.drafters.mixture import Calibration, Lead, Mixture, in_order, merge
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.drafters.ngrammys import NGrammys
@@ -290,8 +290,8 @@ def test_the_better_member_gets_the_nodes():
             return tree
 
     both = {
-        "good": ReplayDrafter(texts, target.vocab_size, 4, 1, 1.0, False, 0),
         "sure": Sure(texts, target.vocab_size, 4, 1, 0.0, False, 0),
+        "good": ReplayDrafter(texts, target.vocab_size, 4, 1, 1.0, False, 0),
     }
     seen = Recorder(Mixture(both, 5))
     first = speculative(target, rows, config, drafter=seen)
@@ -300,6 +300,32 @@ def test_the_better_member_gets_the_nodes():
     assert all(tree.n_nodes <= 5 for tree, *_ in seen.steps)
     # What was counted is kept: in the second generation the good one has all the nodes.
     assert again.stats.tokens_per_step > 4.5 > first.stats.tokens_per_step > 2.5
+
+
+def test_the_mixture_must_lead_by_two_standard_errors():
+    lead, known = Lead(2, torch.device("cpu")), torch.tensor([True, False])
+    assert int(lead.first()) == 0, "the first member before anything is known"
+    levels = torch.tensor([[1, 2, 3], [9, 0, 9]])
+    for n, first in enumerate([1, 1, 1, 1, 2], start=1):  # ahead by n, of which sqrt(n) is chance
+        lead.learn(levels, known)
+        assert lead.levels.tolist() == [n, 2 * n], "rows that are not known are left out"
+        assert int(lead.first()) == first == (2 if n > 2 * n**0.5 else 1)
+    lead.learn(torch.tensor([[30, 2, 3], [0, 0, 0]]), known)
+    assert int(lead.first()) == 0
+
+
+def test_a_member_s_nodes_come_first_and_others_fill_the_rest():
+    """root - a - b of the first member, root - c of the second, likelier by the mixture."""
+    tree = TokenTree(
+        torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 0]]), torch.tensor([[0, 1, 2, 1]]),
+        torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0.0, -3.0, -4.0, -1.0]]),
+    )  # fmt: skip
+    no = float("-inf")
+    scores = torch.tensor([[[0.0, -1.0, -2.0, no], [0.0, no, no, -5.0]]])
+    assert in_order(scores, tree, 3).tolist() == [[[0, 1, 2], [0, 3, 1], [0, 3, 1]]]
+    assert in_order(scores, tree, 4).tolist() == [[[0, 1, 2, 3], [0, 3, 1, 2], [0, 3, 1, 2]]]
+    tree.valid[0, 3] = False
+    assert in_order(scores, tree, 3).tolist() == [[[0, 1, 2]] * 3]
 
 
 def test_bad_options_are_named():

@@ -3,9 +3,11 @@
 Every member drafts its own tree. Equal paths become one node, and the `nodes` best nodes of all are
 verified. "Best" needs one scale for drafters that know nothing of each other: what share of a
 member's guesses of this depth and confidence, made by it alone or by others too, turned out right,
-counted online and for guesses that were not verified too (`hindsight.py`). Made for the seeded
-rule, which does not ask where guesses are from; to a ratio rule all of them are guesses with q = 1,
-drawn or not. Ours.
+counted online and for guesses that were not verified too (`hindsight.py`). Where one member knows
+nearly everything, estimating that scale can cost more than the others add; so the nodes of the best
+member come first until the mixture has proven better (`Lead`). Made for the seeded rule, which does
+not ask where guesses are from; to a ratio rule all of them are guesses with q = 1, drawn or not.
+Ours.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
-from redrafter.decode.tree import best_nodes, bucket
+from redrafter.decode.tree import bucket, select
 from redrafter.drafters.compose import Composite
 from redrafter.drafters.hindsight import Past
 
@@ -84,6 +86,38 @@ class Calibration:
         self._log_ratio = None
 
 
+_BEHIND = -1e4  # in nats, below whatever a member says
+#: standard errors by which the mixture must lead
+_PROOF = 2.0
+
+
+class Lead:
+    """Whose nodes come first: the mixture's, once it has had more levels right than the best member
+    by `_PROOF` standard errors; until then that member's, the first one's to begin with.
+
+    Every choice is judged by the text, verified or not: how many levels its tree had right.
+    """
+
+    def __init__(self, n_members: int, device: torch.device):
+        self.levels = torch.zeros(n_members, device=device)  # right ones, per member
+        self.ahead = torch.zeros_like(self.levels)  # the mixture's above each member's
+        self.square = torch.zeros_like(self.levels)  # of the differences, step by step
+
+    def learn(self, levels: Tensor, known: Tensor) -> None:
+        """levels: (B, M+1) right ones of each member and, last, of the mixture; known: (B,) bool"""
+        levels = torch.where(known[:, None], levels.float(), 0.0)
+        differ = levels[:, -1:] - levels[:, :-1]
+        self.levels += levels[:, :-1].sum(0)
+        self.ahead += differ.sum(0)
+        self.square += differ.square().sum(0)
+
+    def first(self) -> Tensor:
+        """() int64: the member's number, M for the mixture."""
+        best = self.levels.argmax()
+        proven = self.ahead > _PROOF * self.square.sqrt()
+        return torch.where(proven.gather(0, best[None])[0], len(self.levels), best)
+
+
 def shared_nodes(scores: Tensor) -> Tensor:
     """(B, N) bool: nodes that more than one member has. scores: (B, M, N), see `merge`."""
     return (scores > float("-inf")).sum(1) > 1
@@ -130,12 +164,27 @@ def merge(trees: list[TokenTree]) -> tuple[TokenTree, Tensor]:
     return merged, scores
 
 
+def in_order(scores: Tensor, tree: TokenTree, n: int) -> Tensor:
+    """(B, M+1, n) int64: the best n nodes, the root first, with those of each member first and what
+    it leaves by the mixture's score; last by the mixture's score alone. Each is ancestor-closed, as
+    no score is above the parent's and equal ones keep their order.
+
+    scores: (B, M, N), see `merge`; tree: with the mixture's score
+    """
+    whole = tree.log_q[:, None]
+    behind = whole + _BEHIND
+    own = torch.where(scores > float("-inf"), scores, behind)
+    ranked = torch.cat([own, whole], 1).masked_fill(~tree.valid[:, None], float("-inf"))
+    ranked[:, :, 0] = float("inf")
+    return ranked.sort(dim=2, stable=True, descending=True).indices[:, :, :n]
+
+
 class Mixture(Composite):
     """The best nodes of several drafters. What a member learns from the tree that was verified
     (`skip:refresh=step`, `select`) it learns from the mixture's, not from its own.
 
     members: name -> drafter; they share nothing
-    nodes: N, the root counted
+    nodes: N, the root counted; where the best member's come first, others fill what it leaves
     prior_nodes: how soon what was counted outweighs a member's own scores, see `Calibration`
     A node that several propose is as likely as the surest of them says; treating them as
     independent made no difference (gsm-stories-6m, head and suffix automaton, 4 x 20 prompts).
@@ -159,7 +208,9 @@ class Mixture(Composite):
         if not prior_nodes > 0:
             raise InputError(f"mixture: prior_nodes {prior_nodes} must be positive")
         self.prior_nodes, self.max_nodes = prior_nodes, nodes
-        self._calibrations: list[Calibration] = []  # kept from generation to generation
+        # Both are kept from generation to generation.
+        self._calibrations: list[Calibration] = []
+        self._lead: Lead | None = None
 
     def begin(self, seqs: Sequences) -> None:
         super().begin(seqs)
@@ -167,7 +218,8 @@ class Mixture(Composite):
             self._calibrations = [
                 Calibration(self.max_depth, self.prior_nodes, seqs.ids.device) for _ in self.members
             ]
-        self._past: list[tuple[Past, Tensor]] = []
+            self._lead = Lead(len(self.members), seqs.ids.device)
+        self._past: list[tuple[Past, Tensor, Tensor]] = []
         self._verified = torch.zeros(len(self.members), device=seqs.ids.device)
         self._accepted = torch.zeros_like(self._verified)
 
@@ -183,9 +235,6 @@ class Mixture(Composite):
 
     def tree(self) -> TokenTree:
         tree, scores = merge([m.tree() for m in self.members.values()])
-        # A copy: the loop narrows `valid` of the tree that it is given.
-        kept = replace(tree, valid=tree.valid.clone())
-        self._past.append((Past(kept, self.seqs.length, self.seqs.live), scores))
         shared = shared_nodes(scores)
         each = [c.log_p(scores[:, i], tree.depth, shared) for i, c in enumerate(self._calibrations)]
         log_p = torch.stack(each, 1).amax(1)
@@ -194,15 +243,25 @@ class Mixture(Composite):
             bound = torch.minimum(log_p, log_p.gather(1, tree.parent))
             log_p = torch.where(tree.depth == d, bound, log_p)
         tree.log_q = log_p.masked_fill(~tree.valid, float("-inf"))
-        return best_nodes(tree, min(self.max_nodes, bucket(int(tree.valid.sum(1).max()))))
+        n = min(self.max_nodes, bucket(int(tree.valid.sum(1).max())))
+        order = in_order(scores, tree, n)
+        nowhere = torch.zeros(*order.shape[:2], tree.n_nodes, dtype=torch.bool, device=order.device)
+        chosen = nowhere.scatter_(2, order, True)
+        # A copy: the loop narrows `valid` of the tree that it is given.
+        kept = replace(tree, valid=tree.valid.clone())
+        self._past.append((Past(kept, self.seqs.length, self.seqs.live), scores, chosen))
+        index = order.index_select(1, self._lead.first()[None])[:, 0].sort(1).values
+        return select(tree, index, torch.ones_like(index, dtype=torch.bool))
 
     def _learn(self) -> None:
         """Judge the past trees that the text has outgrown."""
         while self._past and self._past[0][0].ripe(self.seqs):
-            past, scores = self._past.pop(0)
+            past, scores, chosen = self._past.pop(0)
             right, known = past.right(self.seqs)
             drafted = past.tree.depth > 0
             known = known & drafted
+            levels = (chosen & (right & drafted)[:, None]).sum(2)
+            self._lead.learn(levels, known.any(1))
             shared = shared_nodes(scores)
             for i, calibration in enumerate(self._calibrations):
                 calibration.learn(scores[:, i], past.tree.depth, shared, right, known)
