@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import sys
 import time
 
@@ -41,6 +42,7 @@ def resident_bytes(field: str) -> int:
 
 
 def forget_peak() -> None:
+    gc.collect()  # of an earlier measurement in this process: it would be freed during this one
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from redrafter import processes
@@ -40,6 +41,14 @@ from redrafter.target.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "kill_processes.py"
+
+
+@pytest.fixture(autouse=True)
+def nobody_has_joined():
+    """What other tests made of accelerate would be inherited by processes forked here."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def content(folder):

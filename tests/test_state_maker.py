@@ -31,7 +31,7 @@ def test_few_rows_of_logits_live_at_a_time(rows, monkeypatch):
 
     maker = StateMaker(target, StatesConfig(teacher_top_k=3), continuation=1)
     whole = maker.columns(rows)
-    monkeypatch.setattr(states, "_LOGIT_ROWS", 100)
+    monkeypatch.setattr(states, "LOGIT_ROWS", 100)
     monkeypatch.setattr(target, "project", watched)
     found = maker.columns(rows)
     assert max(sizes) == 100 and sum(sizes) > 1200

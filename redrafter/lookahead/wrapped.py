@@ -13,7 +13,7 @@ class WrappedLookahead(Lookahead):
     inner: the other one; None lets all levels stand
     """
 
-    def __init__(self, inner: Lookahead | None):
+    def __init__(self, inner: Lookahead | None = None):
         self.inner = inner or Lookahead()
         self.level_by_level = inner is not None and inner.level_by_level
         self.needs, self.reads = self.inner.needs, self.inner.reads
