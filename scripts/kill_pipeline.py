@@ -56,6 +56,22 @@ def finished(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in shards if p.exists()}
 
 
+def written_again(number: int, before: dict[Path, int], now: dict[Path, int]) -> list[str]:
+    """What is wrong with folder `number`, if shards that were finished are not what they were."""
+    again = [p.name for p, when in before.items() if now.get(p) != when]
+    return [f"folder {number}: finished shards were written again: {again[:3]}"] if again else []
+
+
+def compared(number: int, folder: Path, wanted: dict[str, str]) -> tuple[str, list[str]]:
+    """(How the files of folder `number` compare with the undisturbed run's, what is wrong)."""
+    found = content(folder)
+    differing = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
+    if not differing:
+        return f"{len(found)} files, all equal to the undisturbed run", []
+    wrong = f"folder {number}: {len(differing)} files differ: {differing[:5]}"
+    return f"{len(found)} files, DIFFERENT", [wrong]
+
+
 def attempt(target, source: SourceConfig, folder: Path, kill_after_s: float) -> bool:
     """One child process; True if it ended before it was killed."""
     child = os.fork()
@@ -120,20 +136,15 @@ def main() -> int:
             after_s = 1e9 if last else chance.uniform(0, whole_s / 3)
             over = attempt(target, source, folder, after_s)
             now = finished(folder)
-            again = [p.name for p, when in before.items() if now.get(p) != when]
-            if again:
-                bad.append(f"folder {folders}: finished shards were written again: {again[:3]}")
+            bad += written_again(folders, before, now)
             before = now
             if not over:
                 kills, killed_here = kills + 1, killed_here + 1
                 say(f"kill {kills:4d} after {after_s:6.3f} s: folder {folders}, "
                     f"{len(now)} shards finished")  # fmt: skip
-        found = content(folder)
-        differing = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
-        if differing:
-            bad.append(f"folder {folders}: {len(differing)} files differ: {differing[:5]}")
-        say(f"folder {folders}: {killed_here} kills, {len(found)} files, "
-            f"{'all equal to the undisturbed run' if not differing else 'DIFFERENT'}")  # fmt: skip
+        told, wrong = compared(folders, folder, wanted)
+        bad += wrong
+        say(f"folder {folders}: {killed_here} kills, {told}")
         shutil.rmtree(folder)
     for text in bad:
         say(f"FAULT: {text}")

@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from kill_pipeline import content, finished, pipeline
+from kill_pipeline import compared, content, finished, pipeline, written_again
 
 from redrafter.config import SourceConfig
 from redrafter.processes import everyone, join
@@ -217,20 +217,15 @@ def disturb(how, given, base: Path, wanted: dict[str, str], say) -> list[str]:
                 kill = Kill(chance.randrange(n), chance.randrange(9), chance.uniform(0, 0.3))
             over, killed = attempt(how, n, folder, base / "scratch", kill)
             now = finished(folder)
-            again = [p.name for p, when in before.items() if now.get(p) != when]
-            if again:
-                bad.append(f"folder {folders}: finished shards were written again: {again[:3]}")
+            bad += written_again(folders, before, now)
             before = now
             if killed:
                 kills += 1
                 say(f"kill {kills:3d} of process {kill.rank} of {n}, {kill.after_s:.3f} s after "
                     f"{kill.shards} more: folder {folders}, {len(now)} shards")  # fmt: skip
-        found = content(folder)
-        differing = sorted(f for f in wanted | found if wanted.get(f) != found.get(f))
-        if differing:
-            bad.append(f"folder {folders}: {len(differing)} files differ: {differing[:5]}")
-        say(f"folder {folders}, finished by {n}: {len(found)} files, "
-            f"{'all equal to the undisturbed run' if not differing else 'DIFFERENT'}")  # fmt: skip
+        told, wrong = compared(folders, folder, wanted)
+        bad += wrong
+        say(f"folder {folders}, finished by {n}: {told}")
         shutil.rmtree(folder)
     say(f"{kills} kills over {folders} folders: {'FAILED' if bad else 'no difference'}")
     return bad

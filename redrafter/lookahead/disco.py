@@ -195,9 +195,9 @@ class DiscoLookahead(Lookahead):
         share = torch.arange(n + 1, device=device) / n
         previous = torch.stack(torch.meshgrid(share, share, indexing="ij"), -1)
         self.known = previous @ rest  # (K+1, K+1, hidden), by levels drafted and accepted before
-        known = not self.config.context
-        self.plans = self._plan(self.known) if known and self._decides_before else None
-        self.bars = self._bars() if known else None
+        tabulated = not self.config.context
+        self.plans = self._plan(self.known) if tabulated and self._decides_before else None
+        self.bars = self._bars() if tabulated else None
 
     @property
     def _decides_before(self) -> bool:
