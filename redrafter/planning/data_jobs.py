@@ -13,6 +13,7 @@ from redrafter.config import (
     ProbeConfig,
     RecordsConfig,
     SourceConfig,
+    TargetConfig,
 )
 from redrafter.data.probed import top_successors
 from redrafter.data.states import StateMaker
@@ -41,6 +42,16 @@ from redrafter.target.model import load_target
 _ROW_BYTES = 5  # per token of a row: id and mask
 
 
+def unmeasured(
+    ground: Ground, target: TargetConfig, wanted: PlanConfig, name: str, unknown: str | None = None
+) -> bool:
+    """Whether this cannot be timed, which the plan then says. unknown: what else is missing"""
+    reason = why_not(ground.plan, target, wanted) or unknown
+    if reason is not None:
+        ground.plan.hours.append(Duration(name, None, reason))
+    return reason is not None
+
+
 def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
     base, how = start(), config.answers
     target, world = GhostTarget(config.target), world_of(wanted)
@@ -62,11 +73,10 @@ def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
     answers = prompts.answered(passes, how.max_new_tokens)
     if answers.tokens is not None:
         ground.disk("answers", answers.tokens * _ROW_BYTES, config.output_dir)
-    reason = why_not(ground.plan, config.target, wanted)
-    if reason is None and answers.rows is None:
-        reason = "how many prompts is not known (--plan_for.rows)"
-    if reason is not None:
-        ground.plan.hours.append(Duration("answers", None, reason))
+    unknown = (
+        None if answers.rows is not None else "how many prompts is not known (--plan_for.rows)"
+    )
+    if unmeasured(ground, config.target, wanted, "answers", unknown):
         return ground.plan
     one = decode_seconds(load_target(config.target), rows, round(prompts.mean),
                          how.max_new_tokens, max(how.temperatures), wanted.probe_s)  # fmt: skip
@@ -86,11 +96,8 @@ def plan_states(config: MakeStatesConfig, wanted: PlanConfig) -> Plan:
     held = shard_of_states(maker, texts, config.states)
     ground.phase("states", *states_items(maker, texts, held, "states"))
     states_on_disk(ground, maker, texts, config.output_dir)
-    reason = why_not(ground.plan, config.target, wanted)
-    if reason is None and texts.tokens is None:
-        reason = "how many rows is not known (--plan_for.rows)"
-    if reason is not None:
-        ground.plan.hours.append(Duration("hidden states", None, reason))
+    unknown = None if texts.tokens is not None else "how many rows is not known (--plan_for.rows)"
+    if unmeasured(ground, config.target, wanted, "hidden states", unknown):
         return ground.plan
     maker = StateMaker(load_target(config.target), config.states, config.continuation)
     each = states_seconds(maker, max(1, round(texts.mean)), wanted.probe_s)
@@ -125,9 +132,7 @@ def plan_records(config: RecordsConfig, wanted: PlanConfig) -> Plan:
         Item("logits of all answers, twice while stacked", 2 * logits,
              remedy="lower batch_size or max_new_tokens"),
     )  # fmt: skip
-    reason = why_not(ground.plan, config.target, wanted)
-    if reason is not None:
-        ground.plan.hours.append(Duration("answers", None, reason))
+    if unmeasured(ground, config.target, wanted, "answers"):
         return ground.plan
     one = decode_seconds(load_target(config.target), rows, round(prompts.mean), new,
                          config.temperature, wanted.probe_s)  # fmt: skip
@@ -161,9 +166,7 @@ def plan_probe(config: ProbeConfig, wanted: PlanConfig) -> Plan:
         Item("the table, in parts and joined", 2 * table, "host", "lower width"),
     )  # fmt: skip
     ground.disk("the table, in parts and joined", 2 * table, config.out)
-    reason = why_not(ground.plan, config.target, wanted)
-    if reason is not None:
-        ground.plan.hours.append(Duration("the table", None, reason))
+    if unmeasured(ground, config.target, wanted, "the table"):
         return ground.plan
     real = load_target(config.target)
     ids = torch.arange(min(rows, real.vocab_size), device=real.device)
