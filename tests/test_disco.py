@@ -21,7 +21,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.features import SURE
 from redrafter.drafters.frontier import ModelFrontier
-from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.lookup import SURE_OF_COPIES, PromptLookup
 from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate
@@ -127,15 +127,18 @@ def network_for(drafter, target, hidden=8, seed=0, names=None, **more) -> Disco:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["model", "head", "suffix"])
-@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle", "few", "context"])
+@pytest.mark.parametrize("how", ["level", "step", "threshold", "idle", "few", "sure", "context"])
 def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
     names = drafter.feature_names
     if how == "few":  # in an order of its own, and those that cost nothing
         names = names[::-2] if kind == "suffix" else SURE
+    elif how == "sure":
+        names = SURE_OF_COPIES if kind == "suffix" else SURE
     network = network_for(drafter, target, names=names, context=how == "context")
-    options = {"threshold": dict(rule="threshold"), "idle": {}, "few": {}}.get(how, dict(when=how))
+    options = {"threshold": dict(rule="threshold"), "idle": {}, "few": {}, "sure": {}}
+    options = options.get(how, dict(when=how))
     if how == "context":
         options = dict(when="step" if mode == "greedy" else "level")
     if how == "idle":  # looks only where it seems to pay
@@ -412,12 +415,14 @@ def test_inputs_are_in_the_order_of_their_names():
 
 
 @pytest.mark.parametrize("rule", ["cost", "threshold"])
-def test_a_bar_decides_as_its_network_does(rule):
+@pytest.mark.parametrize("foresees", [False, True])
+def test_a_bar_decides_as_its_network_does(rule, foresees):
     """One feature: where the network goes on from a bar on, that is found; else there is none."""
     target = tiny("llama")
-    drafter = model(target)
+    drafter = SuffixDrafter(K, 1) if foresees else model(target)
+    names = SURE_OF_COPIES if foresees else SURE
     random = torch.Generator().manual_seed(0)
-    network = network_for(drafter, target, names=SURE, rate=0.9, threshold=0.3)
+    network = network_for(drafter, target, names=names, rate=0.9, threshold=0.3)
     network.inputs.weight[:, 0].abs_()
     network.output.weight.abs_()  # the surer, the better
     network.output.bias.fill_(0.5 if rule == "cost" else -1.0)
@@ -429,11 +434,11 @@ def test_a_bar_decides_as_its_network_does(rule):
     look.observe(drafted, accepted, Truth(rows[:, None], rows))
     assert look.bars is not None
     base, answers = look.known[drafted, accepted], []
-    for level in range(1, K):
+    for level in range(0 if foresees and rule == "cost" else 1, K):
         features = -4 * torch.rand(400, 1, generator=random)
         answers.append(look.go_on(features, level))
         assert torch.equal(answers[-1], look._goes(look.p(base, features, level), level))
-    assert 100 < int(torch.stack(answers).sum()) < 1100, "both answers occur"
+    assert 100 < int(torch.stack(answers).sum()) < 400 * len(answers) - 100, "both answers occur"
 
     network.inputs.weight[:, 0].neg_()  # the surer, the worse
     other = DiscoLookahead(network, drafter, rule=rule)

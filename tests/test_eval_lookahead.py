@@ -144,6 +144,40 @@ def test_figures_by_hand(made):
                 assert m["cost_share"] == pytest.approx(share, rel=1e-4, abs=1e-9)
 
 
+def test_costs_may_come_from_a_file(asked, made, tmp_path, capsys):
+    """Every part is then priced alike, and by nothing else."""
+    cost = {"median_s": 9.0, "q1_s": 1.0, "q3_s": 9.0}
+    here = {"context": 20, "batch": 1}
+    table = {
+        "target": [{"n": n, **here, "cost": {**cost, "q1_s": 1.0 + n}} for n in range(1, 6)],
+        "drafters": [{"name": "suffix:4x1", **here, "draft": {**cost, "q1_s": 2.5},
+                      "levels": [{**cost, "q1_s": 0.5}] * 4}],
+        "provenance": made["copy-a-t0"]["provenance"],
+    }  # fmt: skip
+    (tmp_path / "costs-0.json").write_text(json.dumps(table))
+    args = [
+        *asked[1], f"--out={tmp_path / 'out'}", "--temperatures=[0.0]", "--without={}",
+        '--drafters={"copy": "suffix:4x1"}', '--lookaheads={"two": "static(depth=2)"}',
+        "--timed=[]", f"--costs={tmp_path}/costs-{{temperature}}.json",
+    ]  # fmt: skip
+    assert cli.main(args) == 0
+    body = json.loads((tmp_path / "out/copy-a-t0.json").read_text())
+    assert body["methods"]["static 0"]["cost_tokens_per_second"] == pytest.approx(1 / 2)
+    assert body["costs"]["level_s"] == [0.5] * 4 and body["costs"]["start_s"] == 0.5
+    assert "costs-0.json (" in body["priced_by"]
+
+    capsys.readouterr()
+    table["target"][0]["cost"] = cost
+    (tmp_path / "costs-0.json").write_text(json.dumps(table))
+    for given, said in (
+        (args, "was priced by"),
+        ([*args, "--costs=costs-{drafter}.json"], "costs: {drafter} is none of {temperature}"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(given)
+        assert said in capsys.readouterr().err
+
+
 def test_the_text_is_the_same_and_the_oracle_wastes_nothing(made):
     for body in made.values():
         tokens = {tuple(rows["tokens"]) for rows in body["per_prompt"].values()}

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
+from redrafter.cli.lookahead_parts import (
+    Part,
+    check,
+    check_plans,
+    check_same,
+    classifiers,
+    costs_file,
+    names_of,
+    parts_of,
+    priced_by,
+)
 from redrafter.cli.models import load_both, load_partners
-from redrafter.config import LookaheadEvalConfig, SpeedConfig
+from redrafter.config import LookaheadEvalConfig
 from redrafter.contracts import InputError
 
 _DRAWN = 2  # lookaheads whose steps are drawn beside the best static length's
@@ -19,27 +29,11 @@ _WALKED = 10  # texts walked at a time
 _FIRST_ROUNDS = 10  # measurements of costs before anything is timed
 
 
-@dataclass(frozen=True)
-class Part:
-    """One drafter on one set of prompts at one temperature.
-
-    lookaheads: name in tables -> method; speed: how they are decoded, and its `out`
-    """
-
-    title: str
-    drafter: str
-    lookaheads: dict[str, str]
-    speed: SpeedConfig
-
-    @property
-    def file(self) -> Path:
-        return Path(self.speed.out)
-
-
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not there yet, one part at a time; writes OUT/*.json, OUT/table.md and the
     pictures. Returns the exit status."""
+    from redrafter.drafters.profile import read_costs
     from redrafter.evaluation import methods as known
 
     config = parse(
@@ -59,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = parts_of(config)
     names = list(dict.fromkeys(name for part in parts for name in names_of(part)))
     check(names, config)
+    prices = {part.title: costs_file(part, config) for part in parts}
     known.check_partners(names, parts[0].speed)
     target, head = load_both(config)
+    for file in filter(None, prices.values()):
+        read_costs(file, target)
     partners, _ = load_partners(names, parts[0].speed, target, head, [], decoding(parts[0].speed))
     bodies = {}
     for part in parts:
@@ -70,129 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if bodies[part.title] is None:
             check_plans(part, target, partners)
         else:
-            check_same(part, bodies[part.title])
+            check_same(part, bodies[part.title], prices[part.title])
     texts: dict[tuple[str, float], Any] = {}
     for part in parts:
         if bodies[part.title] is None:
             print(f"{part.title}: {part.speed.n_prompts} prompts", flush=True)
-            body = measure(part, target, partners, config, texts)
+            body = measure(part, target, partners, config, prices[part.title], texts)
             write_result(part.speed.out, part.speed, target, body)
             bodies[part.title] = json.loads(part.file.read_text(encoding="utf-8"))
     write_config(Path(config.out) / "config.yaml", config)
     write_report(Path(config.out), parts, bodies)
     return 0
-
-
-# ---------------------------------------------------------------------------------- what is asked
-
-
-def parts_of(config: LookaheadEvalConfig) -> list[Part]:
-    """Every drafter on every set at every temperature. Raises InputError naming a text that has a
-    placeholder too many."""
-    shared = {f.name for f in fields(SpeedConfig)} & {f.name for f in fields(LookaheadEvalConfig)}
-    values = {name: getattr(config, name) for name in shared - {"out"}}
-    found = []
-    for key, drafter in config.drafters.items():
-        for set_name, prompts in config.sets.items():
-            for temperature in config.temperatures:
-                put = {"drafter": key, "set": set_name, "temperature": f"{temperature:g}"}
-                lookaheads: dict[str, str] = {}
-                for label, text in config.lookaheads.items():
-                    name = f"{drafter}:lookahead={fill(label, text, put)}"
-                    # A classifier of another set is, on that set, the set's own.
-                    if label not in config.without.get(key, ()) and name not in lookaheads.values():
-                        lookaheads[label] = name
-                speed = SpeedConfig(
-                    **values,
-                    prompts=prompts,
-                    temperature=temperature,
-                    methods=",".join([drafter, *lookaheads.values()]),
-                    out=str(Path(config.out) / f"{key}-{set_name}-t{temperature:g}.json"),
-                )
-                title = f"{key}, {set_name}, T = {temperature:g}"
-                found.append(Part(title, drafter, lookaheads, speed))
-    return found
-
-
-def fill(label: str, text: str, values: dict[str, str]) -> str:
-    """The text with its placeholders replaced."""
-
-    def value(found: re.Match) -> str:
-        if found[1] not in values:
-            there = ", ".join(f"{{{name}}}" for name in values)
-            raise InputError(f"lookaheads: {label}: {found[0]} is none of {there}")
-        return values[found[1]]
-
-    return re.sub(r"\{([^{}]*)\}", value, text)
-
-
-def names_of(part: Part) -> list[str]:
-    """Methods that can be named before anything is loaded; static lengths follow."""
-    return [part.drafter, *part.lookaheads.values()]
-
-
-def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
-    """Raises InputError for names that are none, or that cannot be compared here."""
-    from redrafter.drafters.build import DRAFTERS
-    from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.methods import needed, parse_methods
-    from redrafter.evaluation.plans import parse_plan
-
-    for key, drafter in config.drafters.items():
-        try:
-            if parse_name(drafter).kind not in DRAFTERS:
-                raise InputError(f"{drafter!r} drafts nothing; choose from {', '.join(DRAFTERS)}")
-            if parse_plan(drafter).lookahead is not None:
-                raise InputError(f"{drafter!r} has a lookahead: write it under lookaheads")
-        except InputError as error:
-            raise InputError(f"drafters: {key}: {error}") from None
-    parse_methods(",".join(names))
-    wanted = needed(names)
-    if "price" in wanted:
-        raise InputError("drafters: one with budget=true chooses its levels itself: leave that out")
-    if "bigrams" in wanted and config.bigrams is None:
-        raise InputError("bigrams: give a table made by data/bigrams.py")
-
-
-def check_plans(part: Part, target: Any, partners: Any) -> None:
-    """Raises InputError, before anything is measured, for what fits no drafter or is missing."""
-    from redrafter.evaluation.plans import planner
-
-    for name in names_of(part):
-        drafter = planner(name, target, partners)([[0]]).drafter
-        if not drafter.drafts_alike:
-            raise InputError(
-                f"drafters: {part.drafter!r} chooses among drafters step by step: what a level "
-                "costs is not known; name the drafters one by one"
-            )
-
-
-def check_same(part: Part, body: dict[str, Any]) -> None:
-    """What was measured is what is asked for: names in tables and classifiers too."""
-    if body.get("lookaheads") != part.lookaheads or body.get("classifiers") != classifiers(part):
-        raise InputError(
-            f"{part.file} was measured with lookaheads of other names, or with classifiers that "
-            "have changed since: remove it, or give another out"
-        )
-
-
-def classifiers(part: Part) -> dict[str, str]:
-    """Path of every folder that a lookahead is loaded from -> digest of its files."""
-    from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.plans import parse_plan
-    from redrafter.files import digest_file, digest_json
-
-    found = {}
-    for name in part.lookaheads.values():
-        lookahead = parse_name(parse_plan(name).lookahead)
-        options = (member.partition("=") for member in lookahead.members or ())
-        path = next((value.strip() for key, _, value in options if key.strip() == "path"), None)
-        if lookahead.kind == "disco" and path is None and part.speed.head is not None:
-            path = f"{part.speed.head}/disco"
-        if path is not None and Path(path).is_dir():
-            files = sorted(p for p in Path(path).iterdir() if p.is_file())
-            found[path] = digest_json({p.name: digest_file(p) for p in files})[:16]
-    return found
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -203,14 +88,19 @@ def measure(
     target: Any,
     partners: Any,
     config: LookaheadEvalConfig,
+    prices: str | None,
     texts: dict[tuple[str, float], Any],
 ) -> dict[str, Any]:
-    """All figures of a part. texts: plain answers that are already known are kept here"""
+    """All figures of a part.
+
+    prices: a file of eval/costs.py; None measures them
+    texts: plain answers that are already known are kept here
+    """
     from redrafter.drafters.profile import step_costs
     from redrafter.evaluation.lookaheads import Measured, reliability, shown, summary
     from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
-    from redrafter.evaluation.speed import decoding, make_batches, noise_warning
+    from redrafter.evaluation.speed import decoding, make_batches, middle_context, noise_warning
     from redrafter.evaluation.steps import judge
 
     speed, wanted = part.speed, decoding(part.speed)
@@ -232,21 +122,29 @@ def measure(
             found = judge(target, planner(name, target, partners), wanted, batches)
             judged |= {} if found is None else {label: found}
     sizes = {step.nodes for rows in steps.values() for row in rows for step in row}
-    meter = meter_for(target, drafter, sizes, batches, answers, speed.temperature)
-    best = best_length({k: steps[k] for k in lengths}, meter)
+    context = middle_context(batches, answers)
+    meter = None
+    if prices is None:
+        meter = meter_for(target, drafter, sizes, context, speed.temperature)
+
+    def costs() -> Any:
+        """As far as they are known by now."""
+        if meter is not None:
+            return step_costs(asdict(meter.table()), None, None)
+        return step_costs(prices, part.drafter, target, context)
+
+    best = best_length({k: steps[k] for k in lengths}, costs())
     if config.timed is None:
         clocked = list(names.values())
     else:
         clocked = ["plain", names[best], *(names[n] for n in config.timed if n in names)]
     runs = timed(part, target, partners, clocked, batches, meter)
-    table = meter.table()
     measured = {
         label: Measured(name, lengths.get(label), steps[label], runs.get(name))
         for label, name in names.items()
     }
     oracle = next((label for label, name in part.lookaheads.items() if _is_oracle(name)), None)
-    costs = asdict(table)
-    body = summary(measured, step_costs(costs, None, None), answers, part.drafter, oracle)
+    body = summary(measured, costs(), answers, part.drafter, oracle)
     drawn = [oracle, body["best_static"] if lengths[body["best_static"]] else body["best_drafting"]]
     others = [*judged] or [label for label in part.lookaheads if label != oracle]
     drawn += others[:_DRAWN]
@@ -266,8 +164,10 @@ def measure(
             label: reliability([p for _, p, _ in found], [right for _, _, right in found])
             for label, found in judged.items()
         },
-        "costs": costs,
-        "warnings": noise_warning(table) + ([warning] if warning else []),
+        "priced_by": priced_by(prices),
+        "costs": asdict(meter.table()) if meter else asdict(costs()),
+        "warnings": (noise_warning(meter.table()) if meter else [])
+        + ([warning] if warning else []),
     }
 
 
@@ -321,14 +221,11 @@ def counted(
     return found
 
 
-def meter_for(
-    target: Any, drafter: Any, sizes: set[int], batches: Any, answers: Any, temperature: float
-) -> Any:
+def meter_for(target: Any, drafter: Any, sizes: set[int], context: int, temperature: float) -> Any:
     """Measures the drafter, and forwards over trees of these sizes; once now."""
     from redrafter.evaluation.costs import CostMeter
-    from redrafter.evaluation.speed import middle_context
 
-    context, limit = middle_context(batches, answers), target.max_positions
+    limit = target.max_positions
     if limit is not None:
         context = max(1, min(context, limit - drafter.max_nodes - 1))
     meter = CostMeter(
@@ -343,11 +240,8 @@ def meter_for(
     return meter
 
 
-def best_length(steps: dict[str, Any], meter: Any) -> str:
-    """The static length of most tokens per second by the costs so far."""
-    from redrafter.drafters.profile import step_costs
-
-    costs = step_costs(asdict(meter.table()), None, None)
+def best_length(steps: dict[str, Any], costs: Any) -> str:
+    """The static length of most tokens per second by these costs."""
 
     def speed(rows: Any) -> float:
         seconds = sum(step.cost_s(costs) for row in rows for step in row)

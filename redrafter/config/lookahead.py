@@ -55,8 +55,8 @@ class DiscoTrainConfig:
     out: str
     """Folder to write; HEAD/disco is found by `lookahead=disco` beside its head."""
     features: list[str] | None = None
-    """Which of the drafter's features to read. None: of models and heads those that cost nothing
-    (`drafters.features.SURE`), of others all."""
+    """Which of the drafter's features to read. None: those that cost nothing (of models and heads
+    `drafters.features.SURE`, of copies `drafters.lookup.SURE_OF_COPIES`), of others all."""
     context: bool = False
     """Read the target's chance of the root too: what there is to know where it decides once per
     step (when=step). Level by level it tells less than it costs."""

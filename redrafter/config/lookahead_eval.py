@@ -39,8 +39,11 @@ class LookaheadEvalConfig(DraftingConfig):
     """Per prompt, the same for every lookahead."""
     repeats: int = 1
     """Times that every prompt is decoded with every lookahead and timed; the median counts."""
+    costs: str | None = None
+    """A file of eval/costs.py that every part is priced by; {temperature} in it is replaced. None
+    measures each part's own, in between the decoding."""
     cost_rounds: int = 60
-    """Measurements of each forward and drafted level."""
+    """Measurements of each forward and drafted level, where they are measured."""
     shown_prompt: int = 0
     """The prompt, of those evaluated, whose steps are drawn."""
     seed: int = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.tree import bucket
-from redrafter.drafters.features import LEAST, columns
+from redrafter.drafters.features import LEAST
 
 Occurrence = Literal["leftmost", "recent"]
 
@@ -101,17 +101,40 @@ def chain_scores(tokens: Tensor, matched: Tensor, noise: Tensor | None) -> Tenso
 CHAIN_FEATURES = ("matched_tokens", "left", "token_noise", "chain_score")
 
 
-def chain_features(tokens: Tensor, valid: Tensor, matched: Tensor, noise: Tensor | None) -> Tensor:
-    """(B, k + 1, F) `CHAIN_FEATURES` of the token of level 1, 2, ... k, and zeros.
+#: what a classifier reads unless told otherwise: that match alone, which costs nothing and says no
+#: less than all (gain of the suffix drafter over its best static length by the prices of forwards,
+#: gsm-stories-6m, greedy: 1.003 on GSM8K and 1.001 on TinyStories, by all 1.001 and 1.000)
+SURE_OF_COPIES = ("matched_tokens",)
+
+
+def chain_features(
+    tokens: Tensor,
+    valid: Tensor,
+    matched: Tensor,
+    noise: Tensor | None,
+    names: Sequence[str] = CHAIN_FEATURES,
+    **others: Tensor,
+) -> Tensor:
+    """(B, k + 1, F) the features named, of the token of level 1, 2, ... k, and zeros.
 
     tokens: (B, k) int64; valid: (B, k) bool, without holes; matched, noise: as for `chain_tree`
+    names: some of `CHAIN_FEATURES` and of `others`, which are (B,), the same for every token
     """
-    left = valid.flip(1).cumsum(1).flip(1).float()
-    own = torch.zeros_like(left)
-    if noise is not None:
-        own = noise[:, : tokens.shape[1]].gather(2, tokens[:, :, None])[:, :, 0].float()
-    score = chain_scores(tokens, matched, noise)[:, 1:].clamp(min=LEAST)
-    told = torch.stack([matched[:, None].float().expand_as(left), left, own, score], 2)
+
+    def made(name: str) -> Tensor:
+        """(B, k), of what is asked for only."""
+        if name == "left":
+            return valid.flip(1).cumsum(1).flip(1)
+        if name == "chain_score":
+            return chain_scores(tokens, matched, noise)[:, 1:].clamp(min=LEAST)
+        if name == "token_noise":
+            if noise is None:
+                return torch.zeros_like(valid)
+            return noise[:, : tokens.shape[1]].gather(2, tokens[:, :, None])[:, :, 0]
+        each = matched if name == "matched_tokens" else others[name]
+        return each[:, None].expand(valid.shape)
+
+    told = torch.stack([made(name).float() for name in names], 2)
     return torch.nn.functional.pad(told * valid[:, :, None], (0, 0, 0, 1))
 
 
@@ -146,16 +169,19 @@ class PromptLookup(Drafter):
         where = place[:, None] + level
         self.valid = (self.ngram > 0)[:, None] & (where < length[:, None])  # (B, K)
         self.tokens = ids.gather(1, where.clamp(max=ids.shape[1] - 1))
-        self.level, self._features = 0, None
+        self.level, self._features = 0, {}
 
     def extend(self, level: int) -> None:
         self.level = level
 
     def features(self, names: Sequence[str] | None = None) -> Tensor:
         """`CHAIN_FEATURES`; all 0 where nothing can be drafted at the level to come."""
-        if self._features is None:
-            self._features = chain_features(self.tokens, self.valid, self.ngram, self.seqs.noise)
-        return columns(self._features[:, self.level], self.feature_names, names)
+        names = self.feature_names if names is None else tuple(names)
+        if names not in self._features:
+            noise = self.seqs.noise
+            made = chain_features(self.tokens, self.valid, self.ngram, noise, names)
+            self._features[names] = made
+        return self._features[names][:, self.level]
 
     def tree(self) -> TokenTree:
         """A chain, cut to the longest one of the batch: one read of the host per step, which is

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
-from redrafter.drafters.features import columns
 from redrafter.drafters.lookup import CHAIN_FEATURES, chain_features, chain_tree
 
 ROOT = 0  # the state of the empty string
@@ -280,7 +279,7 @@ class SuffixDrafter(Drafter):
         self.valid = torch.arange(self.max_depth, device=device) < lengths
         told = [[float(matched), source] for _, matched, source in drafts]
         self.matched, self.source = torch.tensor(told, device=device).unbind(1)  # (B,) each
-        self.level, self._features = 0, None
+        self.level, self._features = 0, {}
 
     def extend(self, level: int) -> None:
         self.level = level
@@ -288,11 +287,12 @@ class SuffixDrafter(Drafter):
     def features(self, names: Sequence[str] | None = None) -> Tensor:
         """Where the match is (1 own text, 2 reference texts), and `CHAIN_FEATURES`; all 0 where
         nothing can be drafted at the level to come."""
-        if self._features is None:
-            chain = chain_features(self.tokens, self.valid, self.matched, self.seqs.noise)
-            source = torch.where(self.valid, self.source[:, None], 0.0)[:, :, None]
-            self._features = torch.cat([torch.nn.functional.pad(source, (0, 0, 0, 1)), chain], 2)
-        return columns(self._features[:, self.level], self.feature_names, names)
+        names = self.feature_names if names is None else tuple(names)
+        if names not in self._features:
+            self._features[names] = chain_features(
+                self.tokens, self.valid, self.matched, self.seqs.noise, names, source=self.source
+            )
+        return self._features[names][:, self.level]
 
     def tree(self) -> TokenTree:
         longest = min(max(self.lengths), self.level)

@@ -46,13 +46,14 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
             "-" if m["equal_rows"] is None else f"{m['equal_rows']}/{body['n_prompts']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    facts = body["provenance"]
+    facts, file = body["provenance"], body.get("priced_by")
+    measured = f"as measured in {file}" if file else "as measured in the same run"
     lines += [
         "",
         f"`{body['drafter']}`, {body['n_prompts']} prompts. {says_best(body)} Intervals: 95 % "
         "bootstrap over prompts, of ratios and shares on the same prompts for both sides. "
         "Forward costs: of every step, the forward over the tree that was verified, the start of "
-        "the draft and the levels drafted, as measured in the same run, without the lookahead's "
+        f"the draft and the levels drafted, {measured}, without the lookahead's "
         "own time; share of the oracle's gain by them. Clock: after the prefill. "
         f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
         f"{str(facts.get('git_commit'))[:10]}.",

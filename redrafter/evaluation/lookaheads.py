@@ -124,8 +124,9 @@ def summary(
     forwards = parse_name(drafter).kind not in TABLES
     return {
         "methods": {
-            label: _figures(m, label, columns, {"cost": best, "clock": against}, oracle, answers,
-                            forwards)
+            label: _figures(
+                m, label, columns, {"cost": best, "clock": against}, oracle, answers, forwards
+            )
             for label, m in measured.items()
         },
         "best_static": best,
@@ -169,9 +170,9 @@ def _figures(
         "target_forwards": len(steps),
         "draft_forwards": levels if forwards else 0,
         "lookahead_share": parts.get("lookahead", 0.0) / decode if decode > 0 else None,
-        "equal_rows": None if m.runs is None else sum(
-            r[0].tokens[0] == list(a) for r, a in zip(m.runs, answers, strict=True)
-        ),
+        "equal_rows": None
+        if m.runs is None
+        else sum(r[0].tokens[0] == list(a) for r, a in zip(m.runs, answers, strict=True)),
     }
     low: dict[str, float] = {}
     high: dict[str, float] = {}

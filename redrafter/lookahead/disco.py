@@ -222,12 +222,13 @@ class DiscoLookahead(Lookahead):
         where the network does not decide by a bar. It is looked for in the range that training
         met, and beyond it taken as found at its ends."""
         n, device = self.config.n_levels, self.known.device
-        if len(self.reads) != 1 or self.when == "step" or self.foresees or device.type == "meta":
+        if len(self.reads) != 1 or self.when == "step" or device.type == "meta":
             return None
         mean, std = self.network.mean[0], self.network.std[0]
         grid = mean + std * torch.linspace(-_RANGE, _RANGE, _GRID, device=device)
-        bars = [torch.zeros_like(self.known[..., 0])]
-        for level in range(1, n):
+        first = 0 if self.foresees and self.rule == "cost" else 1  # else nothing is asked of it
+        bars = [torch.zeros_like(self.known[..., 0])] * first
+        for level in range(first, n):
 
             def goes(x: Tensor, level: int = level) -> Tensor:
                 return self._goes(self.p(self.known, x[..., None], level), level)

@@ -28,6 +28,7 @@ from redrafter.data.replay import (
 from redrafter.data.store import Store
 from redrafter.decode.tree import bucket
 from redrafter.drafters.features import SURE
+from redrafter.drafters.lookup import SURE_OF_COPIES
 from redrafter.drafters.profile import StepCosts, read_costs, step_costs
 from redrafter.lookahead.disco import Disco, DiscoConfig
 from redrafter.training.stopping import choose, inputs_of
@@ -220,7 +221,8 @@ def train_disco(
 def wanted_features(known: list[str], asked: list[str] | None) -> tuple[str, ...]:
     """Raises InputError naming one that the drafter does not publish."""
     if asked is None:
-        return SURE if set(SURE) <= set(known) else tuple(known)
+        sure = (names for names in (SURE, SURE_OF_COPIES) if set(names) <= set(known))
+        return next(sure, tuple(known))
     if unknown := [name for name in asked if name not in known]:
         raise InputError(
             f"features: {', '.join(unknown)}: choose from what the records hold, {', '.join(known)}"
