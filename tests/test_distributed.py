@@ -19,13 +19,13 @@ from transformers import GenerationConfig
 from redrafter.cli.args import parse
 from redrafter.config import LossConfig, OptimConfig, TrainConfig
 from redrafter.contracts import InputError
+from redrafter.data.store import Store
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead, load_head
 from redrafter.processes import join
 from redrafter.target.model import load_target
-from redrafter.training.data import check_settings
 from redrafter.training.engine import check_engine
 from redrafter.training.feed import Batch, Feed, owners
 from redrafter.training.loop import Run, make_optimizer
@@ -116,6 +116,25 @@ def test_data_parallel_then_zero_1(one, argv, folder):
     continued(folder / "ddp", folder / "zero1", 20)
     launch(zero(1), "train/redrafter.py", argv("zero1", resume="auto"), DS_ACCELERATOR="cpu")
     check_agrees(folder / "zero1", one, first=20)
+
+
+def train(argv):
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which was one process
+    assert join().num_processes == 2
+    Run(parse(TrainConfig, argv, "test")).train()
+
+
+def test_hybrid_data_by_two_processes(one, argv, folder):
+    """Each makes the states of its own rows while the first epoch trains, and its share of the
+    store's after it; the later epochs read that."""
+    debug_launcher(train, (argv("hybrid", **{"data.mode": "hybrid"}),), num_processes=2)
+    check_agrees(folder / "hybrid", one)
+    kinds = [Store(path) for path in (folder / "data").glob("states-*")]
+    assert len(kinds) == 2 and len({store.identity["rows"] for store in kinds}) == 1
+    by_length = [sorted(store.lengths.tolist()) for store in kinds]
+    assert by_length[0] == by_length[1], "all rows are in both"
+    for store in kinds:
+        store.verify()
 
 
 def test_zero_3_then_zero_2_then_one_process(one, argv, folder, tiny_target):
@@ -308,13 +327,6 @@ def test_an_engine_that_accelerate_dropped_is_missed(monkeypatch, engine, found,
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(InputError, match=named):
         check_engine(accelerator)
-
-
-def test_hybrid_data_need_one_process(argv):
-    config = parse(TrainConfig, argv("hybrid", **{"data.mode": "hybrid"}), "test")
-    check_settings(config, processes=1)
-    with pytest.raises(InputError, match="make the states first"):
-        check_settings(config, processes=2)
 
 
 def test_ready_configurations_are_read_by_accelerate():

@@ -73,7 +73,9 @@ class DataConfig:
     """How hidden states are stored."""
     mode: Literal["offline", "online", "hybrid"] = "offline"
     """`offline` writes all hidden states, then trains; `online` makes them batch by batch and
-    writes none; `hybrid` writes them while the first epoch trains. The batches are the same."""
+    writes none; `hybrid` writes them while the first epoch trains (of several processes each
+    makes its own rows' then, and its share of the store's after that epoch: twice, without a wait
+    at first). The batches are the same."""
     labels: Literal["tokens", "greedy", "local"] = "tokens"
     """Learn the text's own tokens; what the target says greedily after each of them; or `local`:
     what the target says when it goes on greedily from each position (the paper's distillation)."""

@@ -38,14 +38,9 @@ class TrainingData:
     digest: str
 
 
-def check_settings(config: TrainConfig, processes: int = 1) -> None:
+def check_settings(config: TrainConfig) -> None:
     """Raises InputError where the data, the labels and the loss asked for do not go together."""
     data, teacher = config.data, needed_teacher(config.loss)
-    if data.mode == "hybrid" and processes > 1:
-        raise InputError(
-            f"data.mode hybrid writes its store from one process, {processes} were launched: take "
-            "offline (all of them make the states first) or online (each makes its own rows')"
-        )
     if config.target.shard != "none" and data.mode != "online" and not data.stores:
         raise InputError(
             f"target.shard {config.target.shard} with data.mode {data.mode}: states are not "

@@ -119,7 +119,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         resume_from = self._resume_from()
         # What can be refused is refused before the data is made, which may take days.
-        check_settings(config, self.world)
+        check_settings(config)
         self.target = load_target(config.target, may_shard=True)
         if config.head.init_from is not None:
             head_to_go_on_from(config.head, self.target)
