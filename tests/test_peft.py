@@ -9,17 +9,19 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import safetensors.torch
 import torch
+from accelerate.utils import DistributedType
 from models import alone, prompts, settings, tiny
 from transformers import AutoModelForCausalLM
 
 from redrafter.cli.args import parse
 from redrafter.cli.train_redrafter import main
-from redrafter.config import LoraSettings, SpeedConfig, TargetConfig, TrainConfig
+from redrafter.config import LoraSettings, OptimConfig, SpeedConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
@@ -31,6 +33,7 @@ from redrafter.target.identity import target_identity
 from redrafter.target.model import Target, load_model_config, load_target
 from redrafter.target.skipping import AttentionSkipping
 from redrafter.training import checkpoint
+from redrafter.training.engine import Engine
 from redrafter.training.loop import Run
 
 
@@ -518,3 +521,13 @@ def test_what_lora_cannot_do_is_refused_before_any_work(tiny_target, trained, fi
     with pytest.raises(InputError, match=r"head\.lora\.target_modules"):
         Run(parse(TrainConfig, trained(tiny_target, "n", **options), "test"))
     assert not (first.parent / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_lora_under_an_engine_that_splits_the_head_is_refused(kind):
+    """Before accelerate prepares anything (the stand-in has nothing to prepare with)."""
+    head = lora.adapt(new_head(), LoraSettings(r=3), "some/where/head")
+    stand_in = SimpleNamespace(num_processes=2, distributed_type=DistributedType[kind])
+    loss = SimpleNamespace(head=head, target=None)
+    with pytest.raises(InputError, match=r"head\.lora needs .*ddp\.yaml"):
+        Engine(stand_in, loss, None, OptimConfig(steps=1))
