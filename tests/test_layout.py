@@ -129,7 +129,7 @@ MAY_IMPORT = {
     "data": DATA,
     "training": BASE
     | {"heads", "losses", "data", "decode", "drafters", "target", "processes"}
-    | {"lookahead"},  # DISCO is trained
+    | {"lookahead", "hub.export"},  # DISCO is trained; every export carries what travels with it
     "evaluation": ALL,
     "hub": ALL,
     "planning": ALL,

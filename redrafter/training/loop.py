@@ -24,6 +24,7 @@ from redrafter.files import (
 from redrafter.heads import lora
 from redrafter.heads.owner import belong_to
 from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.hub.export import complete
 from redrafter.target.model import Target, load_target
 from redrafter.training import checkpoint
 from redrafter.training.data import (
@@ -336,6 +337,8 @@ class Run:
             processes=self.world, skipped_steps=self.skipped + int(self.engine.skips[0]),
         )  # fmt: skip
         write_json(self.out / "provenance.json", facts)
+        for text in complete(self.out, self.target, self.measure and self.measure.prompts):
+            print(text)
 
 
 def _scalars(found: dict[str, Any]) -> dict[str, Any]:
