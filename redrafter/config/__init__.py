@@ -26,6 +26,7 @@ from redrafter.config.evaluation import (
     CostsConfig,
     LosslessConfig,
     SpeedConfig,
+    VerifyConfig,
 )
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
@@ -72,4 +73,5 @@ __all__ = [
     "TrainConfig",
     "TrainEvalConfig",
     "TreeConfig",
+    "VerifyConfig",
 ]

@@ -1,4 +1,4 @@
-"""`eval/lossless.py`, `eval/speed.py`, `eval/costs.py`."""
+"""`eval/lossless.py`, `eval/verify.py`, `eval/speed.py`, `eval/costs.py`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ class LosslessConfig(DraftingConfig):
     """Temperatures of the seeded modes, comma-separated; greedy is always run."""
     seed: int = 0
     """Prompt i samples with seed + i."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+    out: str | None = None
+    """JSON file to write."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """`eval/verify.py`: does a head compute here what it did when it was exported?"""
+
+    head: str
+    """Folder or Hub id of an exported head; `--head` itself may be left out."""
+    target: TargetConfig = TargetConfig(path="")
+    """Its path may be left out where the export tells of a Hub id or of a folder that is here;
+    the dtype `auto` is that of the golden batch."""
+    write: bool = False
+    """Make the golden batch, for a head that was exported without one; nothing is compared."""
+    prompts: str | None = None
+    """For `write`: JSON-lines file of prompts; a few rows of its end are taken. None takes fixed
+    texts."""
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
     out: str | None = None

@@ -291,33 +291,37 @@ def _numbers(made: Decoded) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------- read back
 
 
-def read_golden(folder: Path) -> Golden:
-    """The batch in a folder whose files were found whole (`file_faults`)."""
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return Golden(facts, load_file(folder / NUMBERS))
-
-
-def file_faults(folder: Path) -> list[str]:
-    """Files that are not those of the export, by name; empty where all are.
-
-    Raises InputError where there is no golden batch, or one of a later format.
-    """
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """golden.json of a folder, None where it is damaged. Raises InputError where there is none, or
+    one of a later format."""
     file = folder / FACTS
     if not file.is_file():
         raise InputError(
             f"{folder} has no {FACTS}: this head was exported without a golden batch. Make one "
-            f"where the head is known to be good: eval/verify.py {folder} --target.path TARGET "
-            "--write true"
+            f"where the head is known to be good: python eval/verify.py {folder} --target.path "
+            "TARGET --write true"
         )
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         digest = facts.pop("digest")
-    except (ValueError, KeyError, AttributeError) as error:
-        return [f"{FACTS} is damaged and cannot be read ({error})"]
+    except (ValueError, KeyError, AttributeError):
+        return None
     if digest != digest_json(facts):
-        return [f"{FACTS} is damaged: its content has another digest than it says"]
+        return None
     if facts["format"] != FORMAT:
         raise InputError(f"{file} has format {facts['format']}, this version reads {FORMAT}")
+    return facts
+
+
+def read_golden(folder: Path) -> Golden:
+    """The batch in a folder whose files were found whole (`file_faults`)."""
+    return Golden(read_facts(folder), load_file(folder / NUMBERS))
+
+
+def file_faults(folder: Path, facts: dict[str, Any] | None) -> list[str]:
+    """Files that are not those of the export, by name; empty where all are. facts: `read_facts`"""
+    if facts is None:
+        return [f"{FACTS} is damaged: its content is not what was written"]
     found, here = [], digests(folder)
     for name, digest in facts["files"].items():
         if name not in here:
@@ -327,5 +331,4 @@ def file_faults(folder: Path) -> list[str]:
                 f"{name} is not the file that was exported (sha256 {here[name][:12]} instead of "
                 f"{digest[:12]})"
             )
-    found += [f"{name} was not there when exported" for name in here if name not in facts["files"]]
-    return found
+    return found + [f"{name} was not exported" for name in here if name not in facts["files"]]
