@@ -80,9 +80,9 @@ def replay(folder: Path, target: Target, facts: dict[str, Any], faults: list[str
     found += _text_checks(target, facts)
     head, reason = _load(folder, target, found[1])
     found.append(_dtype_check(target, head, facts, reason))
-    wrong = next((c for c in found if c.passed is not True and c.name in _NEEDED), None)
+    wrong = next((c.name for c in found if c.passed is False and c.name in _NEEDED), None)
     if wrong is not None:
-        return found + skipped(NAMES[5:], f"not made, as {wrong.name} differs")
+        return found + skipped(NAMES[5:], f"not made, as {wrong} differs")
     golden = read_golden(folder)
     found.append(_hidden_check(target, golden))
     draft, drift = _draft_check(head, target, golden)
@@ -115,6 +115,8 @@ def _target_check(target: Target, then: dict[str, Any]) -> Check:
         other = [key for key in ("config", "eos") if here[key] != then[key]]
         note = f"; but its {' and '.join(other)} differ from then" if other else ""
         return Check("target", True, about[0] + note)
+    if here["dtype"] != then["dtype"]:
+        return Check("target", None, f"not made, as weights are others in {here['dtype']}")
     return Check(
         "target", False,
         f"another target: {about[0]} here, the golden batch was made with {about[1]}; give the "
@@ -203,7 +205,8 @@ def _draft_check(head: RecurrentHead, target: Target, golden: Golden) -> tuple[C
     own = hidden_states(target, golden.facts["prompts"], 1)[:, 0]
     from_here = draft_logits(head, target, own, path)
     ids = stored["draft_ids"].long().to(logits.device)
-    here = torch.cat((logits.gather(-1, ids), logits.logsumexp(-1, keepdim=True)), -1)
+    in_full = logits.float()  # as they were kept
+    here = torch.cat((in_full.gather(-1, ids), in_full.logsumexp(-1, keepdim=True)), -1)
     then = torch.cat((stored["draft_logits"], stored["draft_logsumexp"][..., None]), -1)
     bound = rounding(logits.dtype, _largest(then), _largest(logits - alone))
     drift = max(bound, 4 * _largest(from_here - logits))

@@ -59,7 +59,7 @@ class _Found:
         if self.faults:
             more = len(self.faults) - 1
             return False, self.faults[0] + (f" (and {more} more like this)" if more else "")
-        ties = f", {self.near_ties} near-ties explained" if self.near_ties else ""
+        ties = f", but for near-ties: {self.near_ties}" if self.near_ties else ""
         return True, f"{self.n} {what}{ties}"
 
 

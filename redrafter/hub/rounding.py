@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-_ROUNDINGS, _SUMS, _FACTOR = 8.0, 64.0, 8.0
+_ROUNDINGS, _SUMS, _FACTOR = 4.0, 64.0, 4.0
 
 
 def rounding(dtype: torch.dtype, largest: float, here: float) -> float:
     """Another device or library adds up in another order, so numbers may differ by up to
 
-        max((8 eps(dtype) + 64 eps(float32)) * largest, 8 * here),   the second at most largest / 4
+        max((4 eps(dtype) + 64 eps(float32)) * largest, 4 * here),   the second at most largest / 4
 
     dtype: what the numbers were computed in; largest: the largest absolute value of the stored ones
     here: measured, how far this device differs from itself where the same is computed in other
