@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
     StopStringCriteria,
+    TemperatureLogitsWarper,
 )
 
 from redrafter.contracts import Generation, InputError, Sequences, StepStats
@@ -121,7 +123,10 @@ class Request:
         for b, prompt in enumerate(self.prompts):
             ids[b, : len(prompt)] = torch.tensor(prompt)
         length = torch.tensor([len(p) for p in self.prompts], device=device)
-        temperature = (self.config.temperature or 1.0) if self.sampled else 1.0
+        warpers = self.warp.processors if self.sampled else ()
+        temperature = math.prod(
+            p.temperature for p in warpers if isinstance(p, TemperatureLogitsWarper)
+        )
         live = torch.ones(self.n_rows, dtype=torch.bool, device=device)
         return Sequences(
             ids.to(device), length, length.clone(), live, temperature=float(temperature),
@@ -176,7 +181,8 @@ class Emitter:
         if token in request.eos:
             return "eos"
         if request.criteria:
-            ids = torch.tensor([request.prompts[row] + self.tokens[row]])
+            known = request.prompts[row] + self.tokens[row]
+            ids = torch.tensor([known], device=request.target.device)
             for criterion in request.criteria:
                 if bool(torch.as_tensor(criterion(ids, None)).any()):
                     is_string = isinstance(criterion, StopStringCriteria)

@@ -289,10 +289,8 @@ def parts_of(model: Any) -> Parts:
         raise InputError(
             f"the model has several adapters ({', '.join(configs)}): delete all but one"
         )
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
     (config,) = configs.values()
-    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "lora_")
+    own = import_peft().mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "lora_")
     base = []
     for name, parameter in model.named_parameters():
         if own in name or ".modules_to_save." in name:
@@ -323,7 +321,7 @@ def _plain(value: Any) -> Any:
 
 def _adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     """As they are saved, without the adapter's name in memory."""
-    from peft import get_peft_model_state_dict
-
     (name,) = model.peft_config
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return import_peft().get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False
+    )

@@ -91,6 +91,12 @@ class Target:
                 f"be masked one by one ({why}); "
                 "a token tree cannot be verified on it"
             )
+        attention = getattr(self.config, "_attn_implementation", None)
+        if attention not in (None, "sdpa", "eager"):  # flash kernels take no mask of single keys
+            raise InputError(
+                f"{self.name}: attn_implementation {attention!r} cannot verify a token tree; load "
+                "the model with attn_implementation='sdpa' (or 'eager')"
+            )
         self.windows = self._windows(kinds)
         #: whether a query may look at every key before it, however far
         self.sees_all = list(self.windows.values()) == [None]

@@ -118,7 +118,10 @@ def load_in_places(
 def reader(model: nn.Module) -> Callable[[Tensor], AbstractContextManager[Tensor]]:
     """Called on a parameter that the model has now: a context with its values, wherever they
     lie."""
-    from accelerate.utils import align_module_device
+    try:
+        from accelerate.utils import align_module_device
+    except ImportError:  # only where this file is used without the library
+        raise InputError("a model with a device_map needs accelerate: pip install it") from None
 
     owners = {
         id(p): (module, name)
