@@ -7,19 +7,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stock_user
 import torch
 from models import EOS, tiny
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+)
 
 import redrafter
 from redrafter.config import TreeConfig
+from redrafter.contracts import InputError
+from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead, load_head
 from redrafter.hub.vendored import vendored_files, write_custom_generate
+from redrafter.target.model import Target
 
 LIBRARY = Path(redrafter.__file__).parent
 FILES = vendored_files()
@@ -200,6 +209,39 @@ def test_without_seeds_torchs_generator_decides(found):
     first, again, then, later = found["sampled"]["torch_seeded"]
     assert first == again  # although the first call read the head
     assert then != again and later != then
+
+
+# ------------------------------------------------------------------------------ the library
+
+
+def test_without_a_tokenizer_the_weights_decide(tmp_path):
+    """transformers' user has one, but does not show it to the model."""
+    words = SimpleNamespace(get_vocab=lambda: {"a": 0})
+    model, other = tiny("llama").model, tiny("llama", num_hidden_layers=1).model
+    head = RecurrentHead.for_target(Target(model, words))
+    head.save_pretrained(tmp_path)
+    load_head(tmp_path, Target(model))
+    load_head(tmp_path, Target(model, words))
+    with pytest.raises(InputError, match="another target"):
+        load_head(tmp_path, Target(other))
+    with pytest.raises(InputError, match="another target"):
+        load_head(tmp_path, Target(model, SimpleNamespace(get_vocab=lambda: {"b": 0})))
+
+
+def test_attention_that_takes_no_mask_is_refused():
+    model = AutoModelForCausalLM.from_config(
+        tiny("llama").model.config, attn_implementation="flex_attention"
+    )
+    with pytest.raises(InputError, match="attn_implementation 'flex_attention'"):
+        Target(model)
+
+
+def test_drafter_is_told_the_temperature_of_any_warper():
+    for sampled, wanted in ((True, 0.6), (False, 1.0)):
+        config = GenerationConfig(do_sample=sampled, temperature=2.0, max_new_tokens=2)
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(0.3)])
+        request = Request(tiny("llama"), [[1]], config, 0, warpers, None, None, None)
+        assert request.sequences(1).temperature == pytest.approx(wanted)
 
 
 # ------------------------------------------------------------------------------ the files

@@ -56,8 +56,8 @@ def check_target(head: Any, target: Any, path: Path, allow: AllowOther = False) 
     trained_for = config.target_fingerprint
     if not trained_for or trained_for == target.fingerprint() or allow is True:
         return
-    if getattr(target, "tokenizer", None) is None and config.target_base:  # then only the weights can tell
-        parts = target.parts()
+    if getattr(target, "tokenizer", None) is None and config.target_base:
+        parts = target.parts()  # nothing else can tell
         if (parts.base, parts.adapter) == (config.target_base, config.target_adapter):
             return
     if allow == "merged":

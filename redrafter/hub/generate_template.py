@@ -93,33 +93,59 @@ def generate(
         if value is not None and value is not False:
             raise _unsupported(name)
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
-    shape = None if tree is None else _tree(tree)
-    source = str(head or _own_source())
+    own = list(logits_processor or ())
+    decoder = _Decoder(
+        str(head or _own_source()), hub, allow_other_target,
+        None if tree is None else _tree(tree), seeds, streamer, own,
+    )  # fmt: skip
     criteria = list(stopping_criteria or ())
-    strings = _stop_strings(model, generation_config, kwargs)
-    if strings:
+    if strings := _stop_strings(model, generation_config, kwargs):
         if tokenizer is None:
             raise InputError("stop_strings: give tokenizer=..., too")
         criteria.append(StopStringCriteria(tokenizer, strings))
         kwargs["stop_strings"] = None  # transformers does not hand the tokenizer on to us
-    own_processors = list(logits_processor or ())
+    with _evaluating(model):
+        # No streamer: transformers would show it the prompt, as the loop does.
+        return type(model).generate(
+            model, inputs, generation_config, logits_processor=own or None,
+            stopping_criteria=criteria or None, custom_generate=decoder, **kwargs,
+        )  # fmt: skip
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **rest):
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What transformers calls in place of its own loop, with all arguments put together."""
+
+    source: str
+    hub: dict[str, Any]
+    allow_other_target: bool | str
+    tree: TreeConfig | None
+    seeds: int | Sequence[int] | None
+    streamer: Any
+    own_processors: list[Any]
+
+    def __call__(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs
+    ):
         config, rows = generation_config, len(input_ids)
-        _check(model, config, rest)
-        mask = rest.get("attention_mask")
-        loaded = _load(model, source, hub, allow_other_target)
-        processors = [p for p in logits_processor if _is_own(p, own_processors)
-                      or not isinstance(p, _MINIMA)]  # fmt: skip
+        _check(model, config, inputs)
+        mask = inputs.get("attention_mask")  # None: no padding
+        processors = [
+            p for p in logits_processor
+            if _is_own(p, self.own_processors) or not isinstance(p, _MINIMA)
+        ]  # fmt: skip
         if mask is not None:
-            _check_padded(processors, own_processors)
-        wanted, criteria, pad = _limits(config, stopping_criteria, input_ids, mask, loaded.target)
+            _check_padded(processors, self.own_processors)
+        seeds = 0
+        if config.do_sample:
+            seeds = _seeds(self.seeds, rows, config.num_return_sequences or 1)
+        loaded = _load(model, self.source, self.hub, self.allow_other_target)
+        target = loaded.target
+        wanted, criteria, pad = _limits(config, stopping_criteria, input_ids, mask, target)
+        tree = self.tree or _usual_tree(rows, target.device)
         result = speculative(
-            loaded.target, input_ids, wanted, attention_mask=mask, streamer=streamer,
-            seeds=_seeds(seeds, rows, config.num_return_sequences or 1) if config.do_sample else 0,
-            drafter=RecurrentDrafter(
-                loaded.head, loaded.target, shape or _usual_tree(rows, loaded.target.device)
-            ),
+            target, input_ids, wanted, attention_mask=mask, seeds=seeds, streamer=self.streamer,
+            drafter=RecurrentDrafter(loaded.head, target, tree),
             logits_processor=processors, stopping_criteria=criteria,
         )  # fmt: skip
         longest = max(map(len, result.tokens))
@@ -128,13 +154,6 @@ def generate(
         if config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)
         return sequences
-
-    with _evaluating(model):
-        # No streamer: transformers would show it the prompt, as the loop does.
-        return type(model).generate(
-            model, inputs, generation_config, logits_processor=own_processors or None,
-            stopping_criteria=criteria or None, custom_generate=decode, **kwargs,
-        )  # fmt: skip
 
 
 def _unsupported(name: str, what: str = "") -> InputError:
