@@ -27,6 +27,7 @@ from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.hub.export import complete
 from redrafter.hub.vendored import vendored_files, write_custom_generate
 from redrafter.target.model import Target
 
@@ -318,6 +319,13 @@ def test_no_name_is_missing():
                 known.add(node.id)
         missing = set(globals_read(compile(text, name, "exec"))) - known
         assert not missing, (name, missing)
+
+
+def test_every_export_carries_them(folders, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folders / "head" / name, tmp_path)
+    complete(tmp_path, SimpleNamespace(sharded=True, name="large"))  # no golden batch of this one
+    assert {p.name: p.read_text() for p in (tmp_path / "custom_generate").iterdir()} == FILES
 
 
 def test_old_files_go(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from redrafter.hub.golden import remove_golden, write_golden
+from redrafter.hub.vendored import write_custom_generate
 from redrafter.target.model import Target
 
 
@@ -23,6 +24,7 @@ def complete(
     """
     folder = Path(folder)
     told: list[str] = []
+    write_custom_generate(folder)
     # Last: the golden batch keeps the digests of what else was written.
     told += _golden(folder, target, prompts)
     return told
