@@ -209,13 +209,13 @@ def sampled(user: User) -> dict:
         return user.ours(4, **SAMPLED, **options).tolist()
 
     del user.model._draft_head  # the first call reads the head
-    first = one(seed=5)
+    first = [one(seed=5), one()]
     return {
         "seeded": one(seeds=SEEDS),
         "one_seed": one(seeds=3),
         "top_k_50": user.ours(4, do_sample=True, seeds=SEEDS).tolist(),
         "copies": one(seeds=SEEDS, num_return_sequences=2),
-        "torch_seeded": [first, one(seed=5), one(), one()],
+        "torch_seeded": [first, [one(seed=5), one()]],
         "prompts": user.prompts[:4],
     }
 
