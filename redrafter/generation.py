@@ -44,7 +44,7 @@ def generate(
     if head is None:
         result = plain(target, rows, config, seeds=seeds)
     else:
-        if not isinstance(head, RecurrentHead):
+        if isinstance(head, (str, Path)):
             head = load_head(head, target)
         drafter = RecurrentDrafter(head, target, tree or TreeConfig())
         result = speculative(target, rows, config, seeds=seeds, drafter=drafter)

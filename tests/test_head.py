@@ -140,7 +140,7 @@ def test_the_scale_of_embeddings_is_folded_for_apple(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(first_state="paper"), dict(cell="gru"), dict(input_norm=True), dict(output="target"),
+        dict(first_state="paper"), dict(cell="gru"), dict(input_norm=True),
         dict(draft_vocab_size=9), dict(cell="sum", embedding_scale="rms"),
     ],
     ids=lambda fields: "-".join(fields),
@@ -283,7 +283,7 @@ def _other_kind(folder):
     ("damage", "named"),
     [
         (_truncate, "model.safetensors is damaged"), (_drop_a_tensor, "rnn_u.bias"),
-        (_other_shape, "model.safetensors: tensor"), (_pickle, "model.safetensors does not exist"),
+        (_other_shape, "model.safetensors: tensor"), (_pickle, "pytorch_model.bin alone, a pickle"),
         (_other_kind, "llama"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),

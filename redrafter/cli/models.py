@@ -13,7 +13,7 @@ _PRICE_CONTEXT, _PRICE_ROUNDS = 128, 20
 
 
 def load_both(config: Any) -> tuple[Any, Any]:
-    """(Target, RecurrentHead or None) of an evaluation's configuration; sets torch's threads."""
+    """(Target, draft head or None) of an evaluation's configuration; sets torch's threads."""
     import torch
 
     from redrafter.heads.recurrent import load_head

@@ -11,6 +11,7 @@ from redrafter.config.common import (
     TargetConfig,
     TreeConfig,
 )
+from redrafter.config.convert import ConvertConfig
 from redrafter.config.data import (
     AnswersConfig,
     BigramsConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "AnswersConfig",
     "BigramsConfig",
     "CheckConfig",
+    "ConvertConfig",
     "CostsConfig",
     "DType",
     "DataConfig",

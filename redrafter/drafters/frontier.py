@@ -56,13 +56,16 @@ class Frontier(ABC):
 
 
 class HeadFrontier(Frontier):
-    """A recurrent head: context is the target's hidden state, tokens enter the recurrence."""
+    """A recurrent head, or another that answers `RecurrentHead.read`: context is the target's
+    hidden state, tokens enter the recurrence."""
 
     needs = frozenset({"hidden"})
 
     def __init__(self, head: RecurrentHead, target: Target):
         self.head, self.target = head, target
         self.vocab_size = target.vocab_size
+        if head.max_depth is not None:
+            self.levels = head.max_depth
 
     def fingerprint(self) -> str:
         return self.head.fingerprint()
@@ -71,7 +74,7 @@ class HeadFrontier(Frontier):
         self.context = truth.last_hidden()[:, None]
 
     def start(self) -> Tensor:
-        self.states = None
+        self.states, self._level = None, 0
         return self._read(self.seqs.root[:, None])
 
     def advance(self, tokens: Tensor, place: Tensor) -> Tensor:
@@ -80,8 +83,10 @@ class HeadFrontier(Frontier):
         return self._read(tokens)
 
     def _read(self, tokens: Tensor) -> Tensor:
-        self.states = self.head.step(self.target.embed(tokens), self.states)
-        logits = self.head.logits(self.context, self.states)
+        self._level += 1
+        self.states, logits = self.head.read(
+            self.target, tokens, self.context, self.states, self._level
+        )
         if self.head.config.draft_vocab_size is None:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))

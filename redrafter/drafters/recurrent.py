@@ -29,6 +29,7 @@ from redrafter.target.model import Target
 class RecurrentDrafter(Drafter):
     """W beams of depth K from a `RecurrentHead`, as a tree of one of `TreeConfig`'s shapes.
 
+    head: or an `MLPSpeculator`: anything that answers `RecurrentHead.read`
     budget: chooses in every step how many of the W x K nodes are verified, the best ones, at most
         `tree.nodes`, and how many levels are drafted, at most K; instead of `tree.shape`
     """
@@ -46,6 +47,11 @@ class RecurrentDrafter(Drafter):
         tree = tree or TreeConfig()
         if tree.width < 1 or tree.depth < 1:
             raise InputError(f"tree: width {tree.width} and depth {tree.depth} must be positive")
+        if head.max_depth is not None and tree.depth > head.max_depth:
+            raise InputError(
+                f"tree: depth {tree.depth}, but this head drafts {head.max_depth} tokens ahead at "
+                f"most: name it head:{tree.width}x{head.max_depth}, or set tree.depth"
+            )
         if budget is None and tree.shape == "best" and not tree.nodes:
             raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
         self.head, self.target, self.shape = head, target, tree
@@ -82,7 +88,7 @@ class RecurrentDrafter(Drafter):
         root = self.seqs.root[:, None]
         self.tokens, self.parents = [root], [self._zeros]
         self.log_q = [torch.zeros(root.shape, dtype=self.context.dtype, device=root.device)]
-        self.states: Tensor | None = None  # (B, w, H), of the parents of the frontier
+        self.states: Tensor | None = None  # (B, w, S), of the parents of the frontier
         noise = self.seqs.noise if self.shape.seeded else None
         if noise is not None and self.head.config.draft_vocab_size is not None:
             noise = noise[..., self.head.draft_ids]
@@ -96,8 +102,9 @@ class RecurrentDrafter(Drafter):
         if self._ended:
             return
         frontier = self.tokens[-1]
-        states = self.head.step(self.target.embed(frontier), self.states)
-        scores = self.head.logits(self.context, states)  # (B, w, Vd)
+        states, scores = self.head.read(  # (B, w, S) and (B, w, Vd)
+            self.target, frontier, self.context, self.states, level
+        )
         if self.noise is not None:
             scores = scores / self.seqs.temperature
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)

@@ -2,24 +2,26 @@
 
 The maths and the tensor names are the same as ours, so weights are copied, not converted. What
 their format has no place for is refused, but for the frozen scale of the embeddings, which is
-folded into the matrix that reads them.
+folded into the matrix that reads them. Their drafter, when it decodes, also takes the row's maximum
+off the logits and keeps the best 50: that changes no order, so it is left to their code.
+Source: apple/ml-recurrent-drafter, configuration_drafter.py and modeling_drafter.py.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+import transformers
 from torch import Tensor
 
 from redrafter.contracts import InputError
+from redrafter.files import write_json, write_tensors
+from redrafter.heads.reading import read_config
 from redrafter.heads.recurrent import (
     RecurrentHead,
     RecurrentHeadConfig,
     check_config,
-    read_config,
-    read_tensors,
+    with_weights,
 )
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -40,15 +42,14 @@ def load_apple(folder: str | Path) -> RecurrentHead:
         cell="simple" if fields.get("rnn", False) else "sum",
     )
     check_config(config, str(file))
-    head = RecurrentHead(config)
-    expected = {name: tuple(t.shape) for name, t in head.state_dict().items()}
-    head.load_state_dict(read_tensors(folder / "model.safetensors", expected))
-    return head
+    return with_weights(RecurrentHead(config), folder)
 
 
 def save_apple(head: RecurrentHead, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` as Apple's code reads them.
 
+    A head that draws on the target's lm_head must be bound to it: the matrix behind its last map is
+    multiplied out, (V, H) x (H, E), and is from then on the head's own.
     Raises InputError naming what their format cannot express.
     """
     config = head.config
@@ -56,7 +57,6 @@ def save_apple(head: RecurrentHead, folder: str | Path) -> None:
         "first_state": config.first_state == "code" or config.cell == "sum",
         "cell": config.cell in ("simple", "sum"),
         "input_norm": not config.input_norm,
-        "output": config.output == "own",
         "draft_vocab_size": config.draft_vocab_size is None,
         # The sum has no matrix to take the scale up.
         "embedding_scale": config.embedding_scale == "none" or config.cell == "simple",
@@ -68,21 +68,29 @@ def save_apple(head: RecurrentHead, folder: str | Path) -> None:
             "keep the format of this library"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in head.state_dict().items()}
     scale: Tensor | None = tensors.pop("inverse_rms", None)
     if scale is not None:
-        tensors["rnn_w.weight"] = tensors["rnn_w.weight"] * scale
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        matrix = tensors["rnn_w.weight"]
+        tensors["rnn_w.weight"] = (matrix.double() * scale.double()).to(matrix.dtype)
+    if head.draws_on_target:
+        last = tensors.pop("to_hidden.weight")
+        matrix = head.vocab_matrix().detach().cpu().float() @ last.float()
+        tensors[f"lm_head.{config.num_draft_layers}.weight"] = matrix.to(last.dtype)
+    dtype = next(iter(tensors.values())).dtype
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    # Every key that their `save_pretrained` writes. num_lookback_tokens is never read by their
+    # code, and no launcher of theirs sets it; the dtype has the name that all versions read.
     content = {
         "architectures": ["Drafter"],
-        "model_type": MODEL_TYPE,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
         "exit_dim": config.exit_dim,
+        "hidden_size": config.hidden_size,
+        "model_type": MODEL_TYPE,
         "num_draft_layers": config.num_draft_layers,
+        "num_lookback_tokens": -1,
         "rnn": config.cell == "simple",
-        "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": transformers.__version__,
+        "vocab_size": config.vocab_size,
     }
-    text = json.dumps(content, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", content)

@@ -18,11 +18,9 @@ The caller supplies embeddings (`target.embed(tokens)`): the head never owns the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +31,7 @@ from redrafter.contracts import InputError
 from redrafter.files import digest_weights
 from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import AllowOther, check_target, describe
+from redrafter.heads.reading import read_config, read_tensors, weight_files
 
 _CHOICES = {
     "first_state": ("code", "paper"),
@@ -106,6 +105,8 @@ class RecurrentHead(PreTrainedModel):
 
     config_class = RecurrentHeadConfig
     main_input_name = "context"
+    #: levels that it can draft; None: any
+    max_depth: int | None = None
 
     def __init__(self, config: RecurrentHeadConfig) -> None:
         check_config(config)
@@ -240,7 +241,7 @@ class RecurrentHead(PreTrainedModel):
             return effective_weight(self.lm_head[-1])
         if self._frozen_matrix is None:
             raise InputError(
-                "this head draws on the target's lm_head: call head.bind(target) before using it"
+                "this head draws on the target's lm_head: give the target too (head.bind(target))"
             )
         return self._frozen_matrix
 
@@ -248,6 +249,18 @@ class RecurrentHead(PreTrainedModel):
         """Scores of the token after the last one seen. c, s: (..., H). Returns (..., Vd)."""
         matrix = self.vocab_matrix()
         return F.linear(self.features(c, s).to(matrix.dtype), matrix)
+
+    def read(
+        self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
+    ) -> tuple[Tensor, Tensor]:
+        """One level of a draft, as every head answers it.
+
+        tokens: (B, w) int64, read next by each path; context: (B, 1, H) c of each row
+        states: (B, w, S) of each path before, None at level 1; level: 1, 2, ...
+        Returns states after them (B, w, S), and logits of what follows (B, w, Vd).
+        """
+        states = self.step(target.embed(tokens), states)
+        return states, self.logits(context, states)
 
     def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
         """Features of all K steps of given paths, teacher-forced (training).
@@ -310,78 +323,67 @@ def embedding_rms(target: Any, rows: int = 8192) -> float:
     return (total / count) ** 0.5
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a head's folder. Raises InputError naming the file."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: {folder} is not the folder of a draft head")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid JSON ({error}): save the head again") from None
-
-
-def read_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file whose names and shapes must be the expected ones.
-
-    Raises InputError naming the file where it is missing, damaged, or holds something else.
-    """
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: save the head again or give another folder")
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            found = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-            missing = sorted(set(expected) - set(found))
-            unknown = sorted(set(found) - set(expected))
-            if missing or unknown:
-                raise InputError(
-                    f"{file}: missing tensors {missing}, unknown tensors {unknown}; "
-                    "the weights do not belong to the config.json beside them"
-                )
-            for name, shape in expected.items():
-                if found[name] != shape:
-                    raise InputError(
-                        f"{file}: tensor {name} has shape {found[name]}, config.json says {shape}"
-                    )
-            return {name: opened.get_tensor(name) for name in expected}
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{file} is damaged ({error}): copy or save it again") from None
-
-
-def load_head(
-    path: str | Path, target: Any = None, allow_other_target: AllowOther = False
-) -> RecurrentHead:
-    """Read a head (ours or Apple's) from a folder; nothing is unpickled.
+def load_head(path: str | Path, target: Any = None, allow_other_target: AllowOther = False) -> Any:
+    """Read a head from a folder, told apart by its `config.json`; nothing is unpickled.
 
     target: if given, the head must have its width and vocabulary and its fingerprint; the head is
         then moved to its device and bound
     allow_other_target: "merged" takes a target that computes the same, too (compared with what was
         recorded in training: a base merged with its adapter); True takes any
+    Returns a RecurrentHead (ours or Apple's), or an MLPSpeculator (IBM's or Arctic's), which drafts
+    alike but is not trained here.
     Raises InputError naming the file for anything that does not fit.
     """
+    # These import this module.
+    from redrafter.heads import apple, mlp_speculator
+
     path = Path(path)
     fields = read_config(path)
+    loaders = {
+        RecurrentHeadConfig.model_type: _load_ours,
+        apple.MODEL_TYPE: apple.load_apple,
+        mlp_speculator.MODEL_TYPE: mlp_speculator.load_mlp_speculator,
+    }
     kind = fields.get("model_type")
-    if kind == "recurrent_drafting_drafter":
-        from redrafter.heads.apple import load_apple  # it imports this module
-
-        head = load_apple(path)
-    elif kind == RecurrentHeadConfig.model_type:
-        config = RecurrentHeadConfig.from_dict(fields)
-        check_config(config, str(path / "config.json"))
-        head = RecurrentHead(config)
-        expected = {name: tuple(t.shape) for name, t in head.state_dict().items()}
-        tensors = read_tensors(path / "model.safetensors", expected)
-        stored = next(t.dtype for t in tensors.values() if t.is_floating_point())
-        head.to(stored).load_state_dict(tensors)
-    else:
+    if kind not in loaders:
         raise InputError(
-            f"{path / 'config.json'}: model_type {kind!r} is not a recurrent draft head "
-            f"({RecurrentHeadConfig.model_type} or recurrent_drafting_drafter)"
+            f"{path / 'config.json'}: model_type {kind!r} is no draft head known here "
+            f"({', '.join(loaders)})"
         )
+    head = loaders[kind](path)
     if target is not None:
         check_target(head, target, path, allow_other_target)
         head = head.to(target.device).bind(target)
     head.name_or_path = str(path)  # what was trained for it may lie beside it
     return head.eval()
+
+
+def load_recurrent(
+    path: str | Path, target: Any = None, allow_other_target: AllowOther = False
+) -> RecurrentHead:
+    """`load_head` for whoever goes on training the head, or writes it in another layout.
+
+    Raises InputError for a head that is not recurrent, too.
+    """
+    head = load_head(path, target, allow_other_target)
+    if not isinstance(head, RecurrentHead):
+        raise InputError(
+            f"{path}: a {type(head).__name__} can draft here, but neither be trained nor written; "
+            "give a recurrent head (ours or Apple's)"
+        )
+    return head
+
+
+def _load_ours(path: Path) -> RecurrentHead:
+    config = RecurrentHeadConfig.from_dict(read_config(path))
+    check_config(config, str(path / "config.json"))
+    return with_weights(RecurrentHead(config), path)
+
+
+def with_weights(head: RecurrentHead, folder: Path) -> RecurrentHead:
+    """The head with the weights of a folder, in the dtype that they are stored in."""
+    expected = {name: tuple(t.shape) for name, t in head.state_dict().items()}
+    tensors = read_tensors(weight_files(folder), expected)
+    stored = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    head.to(stored).load_state_dict(tensors)
+    return head

@@ -11,12 +11,8 @@ from transformers import AutoModelForCausalLM
 from redrafter.config import HeadConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.heads import lora
-from redrafter.heads.recurrent import (
-    RecurrentHead,
-    RecurrentHeadConfig,
-    load_head,
-    read_config,
-)
+from redrafter.heads.reading import read_config
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_recurrent
 from redrafter.planning.tracing import storage_bytes
 from redrafter.target.devices import pick_device
 from redrafter.target.model import Target, check_path, load_model_config
@@ -108,7 +104,9 @@ def ghost_head(wanted: HeadConfig, target: GhostTarget) -> RecurrentHead:
     """The head that a training with this configuration begins with."""
     if wanted.init_from is not None:
         if read_config(wanted.init_from).get("model_type") != RecurrentHeadConfig.model_type:
-            head = load_head(wanted.init_from)  # Apple's: only loading tells what it is made of
+            head = load_recurrent(
+                wanted.init_from
+            )  # Apple's: only loading tells what it is made of
             return head.float().to("meta").bind(target)
         config = RecurrentHeadConfig.from_dict(read_config(wanted.init_from))
     else:

@@ -17,7 +17,7 @@ from redrafter.data.answers import generation_config
 from redrafter.data.rows import Rows, offsets_of
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.recurrent import RecurrentHead, load_recurrent
 from redrafter.planning.ghosts import has_weights
 from redrafter.planning.memory import ghost_batch
 from redrafter.planning.plan import Duration, Plan
@@ -96,7 +96,7 @@ def states_seconds(maker: StateMaker, row_tokens: int, most: float) -> float:
 def new_head(wanted: HeadConfig, ghost: RecurrentHead, target: Target) -> RecurrentHead:
     """A real head of a ghost's shape."""
     if wanted.init_from is not None:
-        return load_head(wanted.init_from, target, allow_other_target=True).float()
+        return load_recurrent(wanted.init_from, target, allow_other_target=True).float()
     return RecurrentHead(ghost.config).to(target.device).bind(target)
 
 

@@ -26,7 +26,8 @@ from redrafter.contracts import InputError
 from redrafter.data.store import disk_errors
 from redrafter.files import new_folder, write_json
 from redrafter.heads import lora
-from redrafter.heads.recurrent import RecurrentHead, read_tensors
+from redrafter.heads.reading import read_tensors
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.training.sharded import AVERAGES, trained
 
 

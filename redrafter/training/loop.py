@@ -23,7 +23,7 @@ from redrafter.files import (
 )
 from redrafter.heads import lora
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.recurrent import RecurrentHead, load_recurrent
 from redrafter.hub.export import complete
 from redrafter.target.model import Target, load_target
 from redrafter.training import checkpoint
@@ -80,7 +80,7 @@ def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.Adam
 
 def head_to_go_on_from(config: HeadConfig, target: Target) -> RecurrentHead:
     """`head.init_from` for this target, in float32, with LoRA where that is asked for."""
-    head = load_head(config.init_from, target, allow_other_target=True).float()
+    head = load_recurrent(config.init_from, target, allow_other_target=True).float()
     belong_to(head, target)
     return head if config.lora is None else lora.adapt(head, config.lora, config.init_from)
 

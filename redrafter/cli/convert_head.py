@@ -1,0 +1,38 @@
+"""`scripts/convert_head.py`: a recurrent head in another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.config import ConvertConfig
+
+_DESCRIPTION = """\
+Write a recurrent draft head in another layout: Apple's (ml-recurrent-drafter) or this library's.
+Weights are copied, so logits stay what they are. For Apple's layout a scale of the embeddings is
+folded in, and the target's lm_head, where the head draws on it (head.output target), which needs
+--target.path. It has no place for a pruned vocabulary, an input norm, a GRU or the paper's first
+state: such heads are refused.
+
+  python scripts/convert_head.py --head runs/head --to apple --out runs/head-apple
+  python scripts/convert_head.py --head APPLE --to redrafter --out runs/head --target.path MODEL
+
+Reading needs no conversion: --head of every command takes Apple's folders too, and IBM's and
+Arctic's mlp_speculator heads.
+"""
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(ConvertConfig, argv, "scripts/convert_head.py", _DESCRIPTION, alone=True)
+    from redrafter.hub.fetch import fetch
+    from redrafter.hub.layouts import convert
+    from redrafter.target.model import load_target
+
+    target = None if config.target is None else load_target(config.target)
+    head = convert(fetch(config.head, "head"), config.to, config.out, target)
+    print(f"{config.out}: a head in the layout {config.to}")
+    if config.to == "redrafter":
+        whose = head.config.target_name or "no target (give --target.path to record one)"
+        print(f"made for {whose}")
+    return 0

@@ -1,0 +1,24 @@
+"""`scripts/convert_head.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from redrafter.config.common import TargetConfig
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write a recurrent draft head in another layout; its own layout is read off its folder."""
+
+    head: str
+    """Folder or Hub id of the head, in this library's layout or Apple's."""
+    to: Literal["apple", "redrafter"]
+    """Layout to write: `apple` is ml-recurrent-drafter's, which its code and TensorRT-LLM's
+    converter read; `redrafter` is this library's."""
+    out: str
+    """Folder to write; it must not exist, or be empty."""
+    target: TargetConfig | None = None
+    """The target that the head was trained for: its sizes and fingerprint are compared with what
+    the head says, and `redrafter` records them (Apple's layout has no place for them)."""
