@@ -46,7 +46,7 @@ def generate(
     else:
         if isinstance(head, (str, Path)):
             head = load_head(head, target)
-        drafter = RecurrentDrafter(head, target, tree or TreeConfig())
+        drafter = RecurrentDrafter(head, target, tree)
         result = speculative(target, rows, config, seeds=seeds, drafter=drafter)
     result.extra["texts"] = target.tokenizer.batch_decode(result.tokens, skip_special_tokens=True)
     return result

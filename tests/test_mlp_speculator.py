@@ -240,6 +240,7 @@ def test_it_drafts_no_further_than_it_was_trained(tmp_path):
     head = load_head(save(tmp_path, IBM, their_weights(IBM)), target)
     with pytest.raises(InputError, match="drafts 3 tokens ahead at most: name it head:2x3"):
         build_drafter("head:2x4", target, Partners(head=head))
+    assert RecurrentDrafter(head, target).max_depth == 3, "what nobody chose is what it can do"
     multi = build_drafter("multi:source=head:children=[2,1,1,1]:how=top", target, Partners(head))
     made = speculative(target, prompts(), settings(eos_token_id=-1), drafter=multi)
     assert made.stats.drafted_at[2] > 0

@@ -44,7 +44,7 @@ class RecurrentDrafter(Drafter):
         tree: TreeConfig | None = None,
         budget: NodeBudget | None = None,
     ):
-        tree = tree or TreeConfig()
+        tree = tree or TreeConfig(depth=head.max_depth or TreeConfig.depth)
         if tree.width < 1 or tree.depth < 1:
             raise InputError(f"tree: width {tree.width} and depth {tree.depth} must be positive")
         if head.max_depth is not None and tree.depth > head.max_depth:
