@@ -45,7 +45,7 @@ from redrafter.planning.speed import bound
 from redrafter.planning.tracing import traced
 from redrafter.planning.training_job import plan_training
 from redrafter.planning.world import World, shares, world_of
-from redrafter.target.model import load_target
+from redrafter.target.model import load_target, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / "configs/plan"
@@ -106,10 +106,16 @@ def test_a_ghost_has_the_parameters_of_the_real_target(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "head"), [("8b", 8_030_261_248, None), ("70b", 70_553_706_496, None)]
-)
-def test_llama_is_as_large_as_published(name, parameters, head):
-    ghost = GhostTarget(TargetConfig(path=str(LLAMA / f"llama-3.1-{name}"), device="cuda"))
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496),
+        ("vicuna-7b", 6_738_415_616), ("qwen3-8b", 8_190_735_360), ("gemma-3-1b", 999_885_952),
+    ],
+)  # fmt: skip
+def test_targets_are_as_large_as_published(name, parameters):
+    config = TargetConfig(path=str(LLAMA / name), device="cuda")
+    ghost = GhostTarget(config)
+    assert load_tokenizer(config) is None, "a tokenizer was made out of nothing"
     assert ghost.n_parameters == parameters and ghost.weight_bytes == 2 * parameters
     wide, vocab = 2 * ghost.hidden_size, ghost.vocab_size
     head = sum(p.numel() for p in ghost_head(HeadConfig(), ghost).parameters())

@@ -341,9 +341,11 @@ def load_tokenizer(config: TargetConfig) -> Any:
             return AutoTokenizer.from_pretrained(str(adapter.folder))
         config = adapter.base_config(config)
     try:
-        return AutoTokenizer.from_pretrained(check_path(config), revision=config.revision)
+        found = AutoTokenizer.from_pretrained(check_path(config), revision=config.revision)
     except (OSError, ValueError, KeyError):
         return None
+    # Without its files transformers makes some families' tokenizers of special tokens alone.
+    return found if len(found) > len(found.all_special_tokens) else None
 
 
 def load_model_config(config: TargetConfig) -> Any:
