@@ -123,6 +123,20 @@ def test_targets_are_as_large_as_published(name, parameters):
     assert head == 2 * hidden**2 + hidden + 2 * (wide**2 + wide) + vocab * wide
 
 
+@pytest.mark.parametrize("name", ["vicuna-7b", "llama-3.1-8b", "qwen3-8b", "gemma-3-1b"])
+def test_the_recipes_say_what_their_configurations_give(name):
+    said = (ROOT / "docs/recipes.md").read_text()
+    given = ["--config", str(ROOT / f"configs/{name}.yaml"), "--output_dir=o", "--target.path",
+             str(LLAMA / name), "--target.device=cuda"]  # fmt: skip
+    config = parse(TrainConfig, given, "test")
+    ghost = GhostTarget(config.target)
+    head = sum(p.numel() for p in ghost_head(config.head, ghost).parameters())
+    plan = said.split(f"  target {name}: ")[1].split("```")[0]
+    assert plan.startswith(f"{ghost.n_parameters:,} parameters")
+    assert f"  head: {head:,} parameters" in plan
+    assert f"  {config.optim.steps} steps" in plan
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_a_ghost_head_has_the_parameters_of_the_real_head(name, both, tmp_path):
     ghost, real = both

@@ -13,7 +13,8 @@ class DraftingConfig:
     """What drafters are made from; each is asked for where a method needs it."""
 
     head: str | None = None
-    """Folder or Hub id of a trained draft head."""
+    """Folder or Hub id of a trained draft head: ours, Apple's ReDrafter, or IBM's or Arctic's
+    mlp_speculator."""
     tree: TreeConfig = TreeConfig()
     """Of the method `head` without a size."""
     draft: str | None = None
