@@ -220,10 +220,11 @@ def test_import_stays_light(module):
 def test_console_script_has_every_launcher():
     from redrafter.cli.main import SUBCOMMANDS
 
-    modules = {
-        re.search(r"^from redrafter\.cli\.(\w+) import main$", (ROOT / path).read_text(), re.M)[1]
-        for path in LAUNCHERS
-    }
+    launches = re.compile(r"^from redrafter\.cli\.(\w+) import main$", re.MULTILINE)
+    found = {path: launches.search((ROOT / path).read_text()) for path in LAUNCHERS}
+    assert all(found.values())
+    scripts = [launches.search(path.read_text()) for path in (ROOT / "scripts").glob("*.py")]
+    modules = {match[1] for match in [*found.values(), *scripts] if match}
     assert modules == set(SUBCOMMANDS)
 
 

@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "regret": "selectors beside their arms on a stream of prompts (eval/regret.py)",
     "lookahead": "when to stop drafting, beside every static length (eval/lookahead.py)",
     "static": "predict which fixed size of drafts pays best on this device (eval/static.py)",
+    "convert_head": "write a head in Apple's layout, or Apple's in ours (scripts/convert_head.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
 }
 
