@@ -16,18 +16,22 @@ def test_a_repository_or_a_part_of_it(tmp_path, monkeypatch):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "b.safetensors").write_bytes(b"")
 
-    def download(repo, revision=None, allow_patterns=None):
-        asked.append((repo, revision, allow_patterns))
+    def download(repo, revision=None, allow_patterns=None, token=None):
+        asked.append((repo, revision, allow_patterns, token))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert fetch("me/heads", "head") == str(tmp_path)
     want = str(tmp_path / "tables" / "b.safetensors")
     assert fetch("me/heads/tables/b.safetensors@v1.2", "bigrams") == want
+    fetch("me/heads", "head", revision="v2", token="hf_x")
     assert asked == [
-        ("me/heads", None, None),
-        ("me/heads", "v1.2", ["tables/b.safetensors", "tables/b.safetensors/*"]),
+        ("me/heads", None, None, None),
+        ("me/heads", "v1.2", ["tables/b.safetensors", "tables/b.safetensors/*"], None),
+        ("me/heads", "v2", None, "hf_x"),
     ]
+    with pytest.raises(InputError, match="'me/heads@v1' names a revision, and revision is 'v2'"):
+        fetch("me/heads@v1", "head", revision="v2")
     with pytest.raises(InputError, match="bigrams: me/heads on the Hub has no 'c'"):
         fetch("me/heads/c", "bigrams")
 

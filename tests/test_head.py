@@ -287,7 +287,7 @@ def _other_kind(folder):
         (_other_kind, "llama"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid"),
         (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
-        (shutil.rmtree, "config.json does not exist"),
+        (shutil.rmtree, "does not exist, and is no owner/name of the Hub"),
     ],
 )  # fmt: skip
 def test_a_damaged_head_is_refused_by_name(tmp_path, damage, named):

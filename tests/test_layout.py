@@ -121,7 +121,7 @@ MAY_IMPORT = {
     "files": {"config"},
     "processes": {"contracts"},
     "target": BASE | {"processes"},  # of several processes each has its own device
-    "heads": BASE,
+    "heads": BASE | {"hub.fetch"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
     "decode": BASE | {"target"},
     "drafters": BASE | {"target", "heads"} | DECODE_PARTS,

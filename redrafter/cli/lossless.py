@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partners, counted_on = load_partners(names, config, target, head, others, greedy)
     planners = {name: planner(name, target, partners) for name in names}
     rows = ragged([p.ids for p in prompts])
-    warning = head and holdout_warning(config.head, config.prompts, prompts[0].row)
+    warning = head and holdout_warning(head.name_or_path, config.prompts, prompts[0].row)
     results, skipped = compare(target, planners, rows, batch_sizes, modes_of(temperatures), config)
     print(show(results, skipped))
     if warning:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bigram_counted_on": counted_on,
         "warnings": [warning] if warning else [],
     }
-    write_result(config.out, config, target, body)
+    write_result(config.out, config, target, body, head)
     return 1 if any(r.unexplained for modes in results.values() for r in modes.values()) else 0
 
 

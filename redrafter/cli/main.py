@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "static": "predict which fixed size of drafts pays best on this device (eval/static.py)",
     "convert_head": "write a head in Apple's layout, or Apple's in ours (scripts/convert_head.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
+    "push": "publish a head with its card on the Hub (scripts/push_to_hub.py)",
 }
 
 

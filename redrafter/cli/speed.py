@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target, head = load_both(config)
     body = measure(config, names, target, head)
     print(show(body))
-    write_result(config.out, config, target, body)
+    write_result(config.out, config, target, body, head)
     return 0
 
 
@@ -49,7 +49,7 @@ def measure(config: SpeedConfig, names: Sequence[str], target: Any, head: Any) -
     body = measure_speed(target, methods, batches, answers, config)
     if counted_on is not None:
         body["bigram_counted_on"] = counted_on
-    warning = head and holdout_warning(config.head, config.prompts, prompts[0].row)
+    warning = head and holdout_warning(head.name_or_path, config.prompts, prompts[0].row)
     if warning:
         body["warnings"].append(warning)
     return body

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         body = read_result(file, part, target.fingerprint(), "eval/table.py")
         if body is None:
             print(f"{name}: {len(names)} methods, {part.n_prompts} prompts", flush=True)
-            write_result(part.out, part, target, measure(part, names, target, head))
+            body = measure(part, names, target, head)
+            write_result(part.out, part, target, body, head)
             body = json.loads(file.read_text(encoding="utf-8"))
         bodies[name] = body
     write_config(out / "config.yaml", config)

@@ -29,6 +29,7 @@ from redrafter.config.evaluation import (
     SpeedConfig,
     VerifyConfig,
 )
+from redrafter.config.hub import PushConfig
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
 from redrafter.config.plan import PlanConfig
@@ -64,6 +65,7 @@ __all__ = [
     "PlanConfig",
     "PrepareConfig",
     "ProbeConfig",
+    "PushConfig",
     "RecordsConfig",
     "RegretConfig",
     "SourceConfig",

@@ -72,7 +72,7 @@ def build_answers(
     sizes = [len(group) for _ in passes for group in groups]
     return fill(
         job, sizes, make, what="answers", unit="row", progress=progress,
-        together=target.together, input=sum(sizes),
+        together=target.together, input=sum(sizes), made_from=prompts.lineage,
     )  # fmt: skip
 
 

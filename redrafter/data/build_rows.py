@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from glob import has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from redrafter.data.chat import Renderer
 from redrafter.data.filling import open_filled
 from redrafter.data.prepare import prepared
 from redrafter.data.rows import RejectedRow, TokenRow
-from redrafter.data.sources import read_source
+from redrafter.data.sources import Source, read_source
 from redrafter.data.store import Job, Store, open_job
 from redrafter.files import plain_values
 from redrafter.processes import by_main, main_first
@@ -58,7 +59,8 @@ def build_rows(
         "max_tokens": max_tokens,
     }
     read = lambda: prepared(source, Renderer(tokenizer, config), config, keep, max_tokens)  # noqa: E731
-    store = write_rows(read, keep, folder, identity, named, _total(source) if progress else 0)
+    total = _total(source) if progress else 0
+    store = write_rows(read, keep, folder, identity, named, total, made_from=[origin(source)])
     if not store.n_rows:
         reasons = {r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"]}
         raise InputError(
@@ -75,20 +77,40 @@ def write_rows(
     identity: dict[str, Any],
     named: bool = False,
     total: int | None = 0,
+    **facts: Any,
 ) -> Store:
     """Rows into a store, or what was written before. Text is read in order and only once, so the
     main process writes it all while others wait.
 
     read: called only if there is something to do
     total: rows to expect, for the progress bar (None: unknown; 0: no bar)
+    facts: for the manifest
     """
     job = open_job(folder, kind, identity, named)
     if not job.complete:
-        by_main(lambda: _write(job, read(), kind, total))
+        by_main(lambda: _write(job, read(), kind, total, facts))
     return open_filled(job)
 
 
-def _write(job: Job, items: Iterable[TokenRow | RejectedRow], kind: str, total: int | None) -> None:
+def origin(source: Source) -> dict[str, Any]:
+    """Where text came from, for the receipt: a Hub id as it is, of a local path its name alone."""
+    config = source.config
+    on_hub = not Path(config.path).exists() and not has_magic(config.path)
+    where = {"split": config.split, "subset": config.subset, "revision": config.revision}
+    return {
+        "kind": "source", "name": config.path if on_hub else Path(config.path).name,
+        "on_hub": on_hub, "digest": source.digest, **(where if on_hub else {}),
+        "n_rows": config.n_rows, "holdout_rows": config.holdout_rows,
+    }  # fmt: skip
+
+
+def _write(
+    job: Job,
+    items: Iterable[TokenRow | RejectedRow],
+    kind: str,
+    total: int | None,
+    facts: dict[str, Any],
+) -> None:
     bar = tqdm(items, total=total, desc=kind, unit="row", disable=total == 0)
     row = shards = n = 0
     for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):
@@ -97,7 +119,7 @@ def _write(job: Job, items: Iterable[TokenRow | RejectedRow], kind: str, total: 
             left_out = [asdict(item) for item in chunk if isinstance(item, RejectedRow)]
             job.write(index, columns_of(kept, range(row, row + len(kept))), left_out)
         row, shards, n = row + len(kept), index + 1, n + len(chunk)
-    job.finish(shards, input=n)
+    job.finish(shards, input=n, **facts)
 
 
 def _total(source: Any) -> int | None:

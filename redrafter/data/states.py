@@ -215,8 +215,10 @@ def state_columns(maker: StateMaker, rows: Store, chosen: Tensor, bar: tqdm | No
 
 
 def facts_of(rows: Store, kept: Tensor) -> dict[str, Any]:
-    """What the manifest adds to its counts: rows given, and duplicates among them."""
-    return {"input": rows.n_rows, "duplicates": rows.n_rows - len(kept)}
+    """What the manifest adds to its counts: rows given, duplicates among them, and the receipt of
+    the stages before."""
+    duplicates = rows.n_rows - len(kept)
+    return {"input": rows.n_rows, "duplicates": duplicates, "made_from": rows.lineage}
 
 
 def groups_of(sizes: Tensor, limit: int) -> list[Tensor]:

@@ -46,6 +46,8 @@ from redrafter.processes import by_main, wait_to_see
 
 FORMAT = 1
 _PER_ROW = ("row", "source_row", "length", "check")
+#: settings of a job that its receipt tells of
+_TOLD = ("temperatures", "samples_per_prompt", "max_new_tokens", "seed", "dtype", "continuation")
 
 
 def shard_name(index: int) -> str:
@@ -280,6 +282,14 @@ class Store:
     def digest(self) -> str:
         """Of everything that the content depends on, and of the content itself."""
         return digest_json([self.identity, [s["sha256"] for s in self.shards]])
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """For people, from the source to this store: what each stage was and how much of it there
+        is. Names no folder."""
+        own = {"kind": self.identity["kind"], "digest": self.digest, **self.counts}
+        own |= {k: self.identity[k] for k in _TOLD if k in self.identity}
+        return [*self.manifest.get("made_from", []), own]
 
     @property
     def n_rows(self) -> int:

@@ -54,14 +54,15 @@ def with_interval(
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def markdown(title: str, body: dict[str, Any]) -> str:
-    """The figures of `measure_speed` as a table in Markdown."""
+def markdown(title: str, body: dict[str, Any], level: int = 2) -> str:
+    """The figures of `measure_speed` as a table in Markdown, under a heading of this level."""
     depth = min(_DEPTHS, max((len(a["unconditional"]) for m in body["methods"].values()
                               if (a := m.get("acceptance"))), default=0))  # fmt: skip
     columns = ["method", "tokens/step", *(f"depth {k}" for k in range(1, depth + 1)), "nodes",
                "draft ms", "verify ms", "bound", "x stock", "x best plain", "efficiency",
                "= plain"]  # fmt: skip
-    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    head = "| " + " | ".join(columns) + " |"
+    lines = [f"{'#' * level} {title}", "", head, "|---" * len(columns) + "|"]
     for name, m in body["methods"].items():
         rates = m.get("acceptance", {}).get("unconditional", [])[:depth]
         parts = m.get("bound_parts") or {}
@@ -97,8 +98,13 @@ def markdown(title: str, body: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_result(path: str | None, config: Any, target: Target, body: dict[str, Any]) -> None:
-    """Write a result beside everything that it depends on; nothing where `path` is None."""
+def write_result(
+    path: str | None, config: Any, target: Target, body: dict[str, Any], head: Any = None
+) -> None:
+    """Write a result beside everything that it depends on; nothing where `path` is None.
+
+    head: the RecurrentHead that was measured, if one was
+    """
     if path is None:
         return
     facts = provenance(
@@ -109,6 +115,7 @@ def write_result(path: str | None, config: Any, target: Target, body: dict[str, 
             "dtype": str(target.dtype).removeprefix("torch."),
             "attention": getattr(target.config, "_attn_implementation", None),
         },
+        head=None if head is None else {"fingerprint": head.fingerprint()},
         device=device_name(target.device),
         threads=torch.get_num_threads(),
     )

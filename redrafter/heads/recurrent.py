@@ -32,6 +32,7 @@ from redrafter.files import digest_weights
 from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import AllowOther, check_target, describe
 from redrafter.heads.reading import read_config, read_tensors, weight_files
+from redrafter.hub.fetch import fetch
 
 _CHOICES = {
     "first_state": ("code", "paper"),
@@ -323,13 +324,23 @@ def embedding_rms(target: Any, rows: int = 8192) -> float:
     return (total / count) ** 0.5
 
 
-def load_head(path: str | Path, target: Any = None, allow_other_target: AllowOther = False) -> Any:
-    """Read a head from a folder, told apart by its `config.json`; nothing is unpickled.
+def load_head(
+    path: str | Path,
+    target: Any = None,
+    allow_other_target: AllowOther = False,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Any:
+    """Read a head from a folder or the Hub (`owner/name`, `owner/name@revision`), told apart by its
+    `config.json`; nothing is unpickled. A Hub repository is fetched whole: what was trained for the
+    head (disco/) and measured on it (profiles/) comes with it.
 
     target: if given, the head must have its width and vocabulary and its fingerprint; the head is
         then moved to its device and bound
     allow_other_target: "merged" takes a target that computes the same, too (compared with what was
         recorded in training: a base merged with its adapter); True takes any
+    revision, token: of a head on the Hub; token None is the usual one (HF_TOKEN, or a login)
     Returns a RecurrentHead (ours or Apple's), or an MLPSpeculator (IBM's or Arctic's), which drafts
     alike but is not trained here.
     Raises InputError naming the file for anything that does not fit.
@@ -337,10 +348,10 @@ def load_head(path: str | Path, target: Any = None, allow_other_target: AllowOth
     # These import this module.
     from redrafter.heads import apple, mlp_speculator
 
-    path = Path(path)
+    path = Path(fetch(str(path), "head", revision=revision, token=token))
     fields = read_config(path)
     loaders = {
-        RecurrentHeadConfig.model_type: _load_ours,
+        RecurrentHeadConfig.model_type: _load_own,
         apple.MODEL_TYPE: apple.load_apple,
         mlp_speculator.MODEL_TYPE: mlp_speculator.load_mlp_speculator,
     }
@@ -350,7 +361,17 @@ def load_head(path: str | Path, target: Any = None, allow_other_target: AllowOth
             f"{path / 'config.json'}: model_type {kind!r} is no draft head known here "
             f"({', '.join(loaders)})"
         )
-    head = loaders[kind](path)
+    return _given_to(target, loaders[kind](path), path, allow_other_target)
+
+
+def load_own(
+    folder: str | Path, target: Any = None, allow_other_target: AllowOther = False
+) -> RecurrentHead:
+    """`load_head` of a local folder of this library's own layout."""
+    return _given_to(target, _load_own(Path(folder)), Path(folder), allow_other_target)
+
+
+def _given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
     if target is not None:
         check_target(head, target, path, allow_other_target)
         head = head.to(target.device).bind(target)
@@ -374,7 +395,7 @@ def load_recurrent(
     return head
 
 
-def _load_ours(path: Path) -> RecurrentHead:
+def _load_own(path: Path) -> RecurrentHead:
     config = RecurrentHeadConfig.from_dict(read_config(path))
     check_config(config, str(path / "config.json"))
     return with_weights(RecurrentHead(config), path)

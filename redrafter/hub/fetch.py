@@ -11,11 +11,14 @@ from redrafter.contracts import InputError
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(/[^@]+)?(?:@([\w./-]+))?")
 
 
-def fetch(path: str, option: str) -> str:
+def fetch(
+    path: str, option: str, *, revision: str | None = None, token: str | bool | None = None
+) -> str:
     """A local path as it is; else `owner/name[/inside][@revision]` of the Hub, downloaded into its
     cache. Returns the local path.
 
     option: what the path was given for, for messages
+    revision: for one that is not in `path`; token: None is the usual one (HF_TOKEN, or a login)
     Raises InputError where there is neither.
     """
     if Path(path).exists():
@@ -25,11 +28,15 @@ def fetch(path: str, option: str) -> str:
         raise InputError(f"{option}: {path!r} does not exist, and is no owner/name of the Hub")
     from huggingface_hub import snapshot_download
 
-    repo, inside, revision = match.groups()
+    repo, inside, in_path = match.groups()
+    if revision is not None and in_path not in (None, revision):
+        raise InputError(f"{option}: {path!r} names a revision, and revision is {revision!r}")
     inside = (inside or "").strip("/")
     patterns = [inside, f"{inside}/*"] if inside else None
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            repo, revision=in_path or revision, allow_patterns=patterns, token=token
+        )
     except Exception as error:  # offline, unknown, gated, interrupted: each its own class
         first = str(error).strip().splitlines()[0]
         raise InputError(

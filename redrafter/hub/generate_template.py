@@ -40,7 +40,7 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.recurrent import RecurrentHead, load_own
 from redrafter.target.model import Target
 
 #: arguments about downloads, which `generate` hands on as they are
@@ -332,7 +332,7 @@ def _load(model: Any, source: str, hub: dict[str, Any], allow: Any) -> _Loaded:
     for parameter in trainable:  # a target is frozen; the user's model is as it was
         parameter.requires_grad_(True)
     with torch.random.fork_rng(devices=[]):  # its tensors are drawn before they are read
-        head = load_head(folder, target, allow)
+        head = load_own(folder, target, allow)
     place = target.lm_head_weight.data_ptr()
     model._draft_head = _Loaded(target, head, key, place)
     return model._draft_head

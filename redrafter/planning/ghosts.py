@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from redrafter.contracts import InputError
 from redrafter.heads import lora
 from redrafter.heads.reading import read_config
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_recurrent
+from redrafter.hub.fetch import fetch
 from redrafter.planning.tracing import storage_bytes
 from redrafter.target.devices import pick_device
 from redrafter.target.model import Target, check_path, load_model_config
@@ -103,10 +104,10 @@ def has_weights(config: TargetConfig) -> bool:
 def ghost_head(wanted: HeadConfig, target: GhostTarget) -> RecurrentHead:
     """The head that a training with this configuration begins with."""
     if wanted.init_from is not None:
+        wanted = replace(wanted, init_from=fetch(wanted.init_from, "head.init_from"))
         if read_config(wanted.init_from).get("model_type") != RecurrentHeadConfig.model_type:
-            head = load_recurrent(
-                wanted.init_from
-            )  # Apple's: only loading tells what it is made of
+            # Apple's: only loading tells what it is made of
+            head = load_recurrent(wanted.init_from)
             return head.float().to("meta").bind(target)
         config = RecurrentHeadConfig.from_dict(read_config(wanted.init_from))
     else:

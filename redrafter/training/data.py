@@ -31,11 +31,13 @@ from redrafter.training.step import needed_teacher
 
 @dataclass
 class TrainingData:
-    """parts, weights: see `reading.py`; digest: of all that the batches' content depends on."""
+    """parts, weights: see `reading.py`; digest: of all that the batches' content depends on;
+    receipt: per part its weight and the stages that made it (`Store.lineage`)"""
 
     parts: list[Part]
     weights: list[float]
     digest: str
+    receipt: list[dict[str, Any]]
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -76,15 +78,18 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
     n = continuation_tokens(data, config.optim.depth)
     maker = StateMaker(target, data.states, n)
     part: Part
+    made = rows
     if data.mode == "offline":
-        part = Stored(build_states(target, rows, data.states, folder, continuation=n, named=True))
+        made = build_states(target, rows, data.states, folder, continuation=n, named=True)
+        part = Stored(made)
     else:
         check_context(rows, target)
         part = (
             Fresh(rows, maker) if data.mode == "online" else Hybrid(rows, maker, folder, named=True)
         )
     content = _content(config, rows.digest, maker.identity())
-    return TrainingData([part], [1.0], digest_json([[content, 1.0]]))
+    receipt = [{"weight": 1.0, "stages": made.lineage}]
+    return TrainingData([part], [1.0], digest_json([[content, 1.0]]), receipt)
 
 
 def _content(config: TrainConfig, rows: str, made: dict[str, Any]) -> list:
@@ -159,7 +164,11 @@ def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
                 f"{path} holds {top_k[1]} probable tokens per position, {parts[0].store.name} "
                 f"{top_k[0]}: stores that are mixed need one teacher_top_k"
             )
-    return TrainingData(parts, weights, digest_json(content))
+    receipt = [
+        {"weight": weight, "stages": part.store.lineage}
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    return TrainingData(parts, weights, digest_json(content), receipt)
 
 
 def check_target(store: Store, target: Target) -> None:

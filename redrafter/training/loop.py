@@ -138,7 +138,7 @@ class Run:
             draft_ids=getattr(head, "draft_ids", None), teacher=needed_teacher(config.loss),
             share=share,
         )  # fmt: skip
-        self.data_digest = data.digest
+        self.data_digest, self.data_receipt = data.digest, data.receipt
         self.done = 0  # optimiser steps
         self.skipped = 0  # of them, before this process began
         self.best: dict[str, Any] | None = None
@@ -333,8 +333,9 @@ class Run:
         step = self.best["step"] if self.best else self.done
         checkpoint.export(self.checkpoints / f"step-{step}", self.head, self.out)
         facts = provenance(
-            **self._facts(), step=step, best=self.best, history=self.history,
-            processes=self.world, skipped_steps=self.skipped + int(self.engine.skips[0]),
+            **self._facts(), data=self.data_receipt, step=step, best=self.best,
+            history=self.history, processes=self.world,
+            skipped_steps=self.skipped + int(self.engine.skips[0]),
         )  # fmt: skip
         write_json(self.out / "provenance.json", facts)
         for text in complete(self.out, self.target, self.measure and self.measure.prompts):

@@ -1,0 +1,59 @@
+"""`scripts/push_to_hub.py`: publish a head with its card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from redrafter.cli.args import parse, reports_input_errors
+from redrafter.config import PushConfig
+
+_DESCRIPTION = """\
+Publish a trained head on the Hugging Face Hub, with what makes it checkable.
+
+  python scripts/push_to_hub.py --head runs/head --repo USER/NAME --dry-run
+      writes runs/head/card/README.md and lists what would be uploaded; reaches no network
+  python scripts/push_to_hub.py --head runs/head --repo USER/NAME [--private] [--pr]
+
+Uploaded in one commit: the head, its lookahead (disco/), device profiles, what eval/lossless.py
+(lossless.json) and eval/speed.py (speed.json, results/) wrote into its folder, the golden batch,
+code for plain transformers, pictures, settings and provenance without the names of folders, and the
+card. Checkpoints, data and logs stay. The token is the usual one: `hf auth login`, or HF_TOKEN.
+After a failure the same command can be given again.
+"""
+_SWITCHES = ("private", "pr", "dry_run")
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    words = switched(sys.argv[1:] if argv is None else argv)
+    config = parse(PushConfig, words, "scripts/push_to_hub.py", _DESCRIPTION, alone=True)
+    from redrafter.hub.push import prepare, push
+
+    release = prepare(config)
+    sizes = release.sizes()
+    width = max(len(f"{size:,}") for size in sizes.values())
+    print(f"{config.repo}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    for name, size in sizes.items():
+        print(f"  {size:>{width},}  {name}")
+    if release.left_out:
+        print(f"left out: {', '.join(release.left_out)}")
+    for note in release.notes:
+        print(f"note: {note}")
+    print(f"card: {release.card / 'README.md'}", flush=True)
+    if config.dry_run:
+        print("dry run: nothing was uploaded")
+        return 0
+    print(f"published: {push(release, config)}")
+    return 0
+
+
+def switched(words: Sequence[str]) -> list[str]:
+    """Switches are given without a value, as --dry-run; jsonargparse's flags take one."""
+    found = []
+    for place, word in enumerate(words):
+        name = word.removeprefix("--").replace("-", "_")
+        given = word.startswith("--") and name in _SWITCHES
+        value = words[place + 1].lower() if place + 1 < len(words) else ""
+        found.append(f"--{name}=true" if given and value not in ("true", "false") else word)
+    return found
