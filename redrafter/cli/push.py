@@ -49,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def switched(words: Sequence[str]) -> list[str]:
-    """Switches are given without a value, as --dry-run; jsonargparse's flags take one."""
+    """Options with `-` or `_` in their names, and switches without a value: jsonargparse wants
+    underscores, and a value after a flag."""
     found = []
-    for place, word in enumerate(words):
-        name = word.removeprefix("--").replace("-", "_")
-        given = word.startswith("--") and name in _SWITCHES
-        value = words[place + 1].lower() if place + 1 < len(words) else ""
-        found.append(f"--{name}=true" if given and value not in ("true", "false") else word)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+            if word[2:] in _SWITCHES and following.lower() not in ("true", "false"):
+                word += "=true"
+        found.append(word)
     return found

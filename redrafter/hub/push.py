@@ -99,7 +99,8 @@ def push(release: Release, config: PushConfig, api: Any = None) -> str:
 
     api, repo, doing = api or HfApi(), config.repo, "making the repository"
     try:
-        api.create_repo(repo, private=config.private or None, exist_ok=True)
+        if not (config.pr and api.repo_exists(repo)):  # who may not write there may propose
+            api.create_repo(repo, private=config.private or None, exist_ok=True)
         doing = "reading what it holds"
         if config.private and not api.repo_info(repo).private:
             raise InputError(
@@ -131,6 +132,10 @@ def what_happened(error: Exception, repo: str, doing: str, api: Any) -> str:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     again = "Nothing is published; run the same command again"
+    what = error  # an upload's own error says only which file it was
+    while what is not None and not isinstance(what, HfHubHTTPError):
+        what = what.__cause__
+    error = what or error
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo}: HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it. {again}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
