@@ -54,15 +54,14 @@ def with_interval(
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def markdown(title: str, body: dict[str, Any], level: int = 2) -> str:
-    """The figures of `measure_speed` as a table in Markdown, under a heading of this level."""
+def markdown(title: str, body: dict[str, Any]) -> str:
+    """The figures of `measure_speed` as a table in Markdown."""
     depth = min(_DEPTHS, max((len(a["unconditional"]) for m in body["methods"].values()
                               if (a := m.get("acceptance"))), default=0))  # fmt: skip
     columns = ["method", "tokens/step", *(f"depth {k}" for k in range(1, depth + 1)), "nodes",
                "draft ms", "verify ms", "bound", "x stock", "x best plain", "efficiency",
                "= plain"]  # fmt: skip
-    head = "| " + " | ".join(columns) + " |"
-    lines = [f"{'#' * level} {title}", "", head, "|---" * len(columns) + "|"]
+    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, m in body["methods"].items():
         rates = m.get("acceptance", {}).get("unconditional", [])[:depth]
         parts = m.get("bound_parts") or {}

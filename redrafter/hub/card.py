@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redrafter.evaluation.report import markdown, with_interval
+from redrafter.evaluation.report import with_interval
 from redrafter.hub.recipe import data, pictures_of, sources, table, training
 from redrafter.hub.release import CARD_CONTENT, CONTENT, matches
 from redrafter.hub.run import Result, Run
@@ -116,7 +116,6 @@ def _introduction(run: Run) -> str:
     depth = head.trained_depth
     vocabulary = head.draft_vocab_size or head.vocab_size
     rows = [
-        ("target", shown),
         ("licence", _licence(run)),
         ("head", f"{weights:,} weights in {dtype}, {head.num_draft_layers} residual blocks, "
          f"cell `{head.cell}`, output: {_output(run)}"),
@@ -130,7 +129,7 @@ def _introduction(run: Run) -> str:
         "all guesses in one forward pass: **the text is the target's own, only sooner**. A "
         "recurrent head after ReDrafter ([2403.09919](https://arxiv.org/abs/2403.09919))."
     )
-    return text + "\n\n" + table(["", ""], rows)
+    return text + "\n\n" + table(["target", shown], rows)
 
 
 def _output(run: Run) -> str:
@@ -182,7 +181,7 @@ def _measured(run: Run, pictures: Mapping[str, str]) -> str:
         lines = [line for result in run.speeds for line in _headlines(result)]
         parts.append("\n".join(lines))
         parts.append(pictures_of(pictures, ["speedup", "acceptance"]))
-        parts += [markdown(f"{r.title} (`{r.name}`)", r.body, level=3) for r in run.speeds]
+        parts += [_measured_table(result) for result in run.speeds]
     else:
         parts.append("Speed was not measured: no speed is claimed.")
     return "\n\n".join(part for part in parts if part)
@@ -201,7 +200,34 @@ def _headlines(result: Result) -> list[str]:
             f"plain loop ({result.body['n_prompts']} prompts, {facts['device']}, "
             f"{facts['threads']} thread(s), {facts['target']['dtype']})"
         )
-    return lines
+    return lines + [f"    - warning: {warning}" for warning in result.body["warnings"] if lines]
+
+
+def _measured_table(result: Result) -> str:
+    """All methods of a file, those that draft with something else too."""
+    body, facts = result.body, result.body["provenance"]
+    rows = []
+    for method, m in body["methods"].items():
+        tau, stock, plain = (
+            with_interval(m[key], m["low"].get(key), m["high"].get(key)) for key in METRICS
+        )
+        bound, efficiency = (with_interval(m[key], None, None) for key in ("bound", "efficiency"))
+        equal = f"{m['equal_rows']}/{body['n_prompts']}"
+        rows.append([f"`{method}`", tau, stock, plain, bound, efficiency,
+                     f"({equal})" if m["law_only"] else equal])  # fmt: skip
+    columns = ["method", "tokens/step", "x `model.generate`", "x best plain loop", "bound",
+               "efficiency", "= plain"]  # fmt: skip
+    share = with_interval(body["loop_share"], None, None)
+    caption = (
+        f"{body['n_prompts']} prompts of up to {result.config['max_new_tokens']} new tokens each; "
+        f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}; best plain "
+        f"loop `{body['best_plain']}`; intervals: 95 % bootstrap over prompts; bound: what the "
+        "measured costs allow with these tokens per step; efficiency: speed after the prefill / "
+        "bound; = plain: rows whose text is plain decoding's (in brackets: plain's law, another "
+        f"text); share of the plain text that repeats itself: {share}. Acceptance by depth, costs "
+        f"and seconds stand in [{result.name}]({result.name})."
+    )
+    return f"### {result.title} (`{result.name}`)\n\n{table(columns, rows)}\n\n{caption}"
 
 
 def _exactness(run: Run) -> str:
@@ -226,7 +252,7 @@ def _exactness(run: Run) -> str:
             "near-tie that the measured rounding explains."
         )
     else:
-        verdict = "Every token is that of plain decoding."
+        verdict = "Every compared token is that of plain decoding."
     columns = ["method", "mode", "prompts", "batches", "tokens compared", "near-ties",
                "unexplained"]  # fmt: skip
     return verdict + "\n\n" + table(columns, rows)

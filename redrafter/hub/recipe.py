@@ -12,8 +12,8 @@ from redrafter.hub.run import Run
 
 _CAPTIONS = {
     "training": "Tokens per step of held-out prompts while training",
-    "speedup": "Decoding speed over the best plain loop, with 95 % intervals; the red tick is what "
-    "the measured costs allow at best",
+    "speedup": "Speed after the prefill over the best plain loop, with 95 % intervals; the red "
+    "tick is what the measured costs allow with these tokens per step",
     "acceptance": "Share of the steps whose first k drafted levels were all accepted",
 }
 
@@ -106,7 +106,7 @@ def _stage(stage: Mapping[str, Any]) -> list[Any]:
         kept += [f"without the last {stage['holdout_rows']}"] if stage.get("holdout_rows") else []
         return ["source", ", ".join([shown, *kept]), "", "", "", "", digest]
     told = {
-        "temperatures": lambda v: "T = " + ", ".join(f"{t:g}" for t in v),
+        "temperatures": lambda v: "T = " + " and ".join(f"{t:g}" for t in v),
         "samples_per_prompt": lambda v: f"{v} sample(s) each",
         "max_new_tokens": lambda v: f"up to {v} tokens",
         "dtype": str,
@@ -119,7 +119,7 @@ def _stage(stage: Mapping[str, Any]) -> list[Any]:
 
 def pictures_of(pictures: Mapping[str, str], wanted: Sequence[str]) -> str:
     return "\n\n".join(
-        f"![{_CAPTIONS[name]}]({pictures[name]})\n*{_CAPTIONS[name]}.*"
+        f"![{_CAPTIONS[name]}]({pictures[name]})\n\n*{_CAPTIONS[name]}.*"
         for name in wanted if name in pictures
     )  # fmt: skip
 
