@@ -16,10 +16,10 @@ step() {
 }
 SECONDS=0
 
-step "1/5 a small target model, trained on the standard library's sources"
+step "1/6 a small target model, trained on the standard library's sources"
 python scripts/make_tiny_target.py --output_dir quickstart/target
 
-step "2/5 its own answers to prompts, and its hidden states on them"
+step "2/6 its own answers to prompts, and its hidden states on them"
 rm -rf quickstart/prompts quickstart/answers quickstart/states quickstart/head
 python data/prepare.py --target.path quickstart/target --output_dir quickstart/prompts \
   --source.path quickstart/target/prompts_train.jsonl --source.n_rows 600 --show 1
@@ -28,25 +28,29 @@ python data/answers.py --target.path quickstart/target --prompts quickstart/prom
 python data/states.py --target.path quickstart/target --rows quickstart/answers \
   --states.forward_tokens 4096 --output_dir quickstart/states
 
-step "3/5 a draft head for it"
+step "3/6 a draft head for it"
 accelerate launch --num_processes 1 train/redrafter.py --config configs/quickstart.yaml \
   --target.path quickstart/target --output_dir quickstart/head
 
-step "4/5 is every token the same with and without drafting?"
+step "4/6 is every token the same with and without drafting?"
 python eval/lossless.py --target.path quickstart/target --head quickstart/head \
-  --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --out quickstart/lossless.json
+  --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --out quickstart/head/lossless.json
 
-step "5/5 how fast?"
+step "5/6 how fast?"
 # Prints the table that the quickstart ends with.
 python eval/speed.py --target.path quickstart/target --head quickstart/head \
   --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 \
-  --methods stock,plain,lookup,head --out quickstart/speed.json
+  --methods stock,plain,lookup,head --out quickstart/head/speed.json
+
+step "6/6 what publishing it would upload (a dry run: nothing leaves this machine)"
+python scripts/push_to_hub.py --head quickstart/head --repo USER/quickstart --dry-run
 
 step "done; made:"
-printf '  %-28s %s\n' \
+printf '  %-30s %s\n' \
   quickstart/target "the model; its prompts_train.jsonl and prompts_heldout.jsonl" \
   quickstart/answers "what it said to the prompts; data/check.py --show 3 prints some" \
   quickstart/states "its hidden states there: what the head was trained on" \
   quickstart/head "the draft head" \
-  quickstart/lossless.json "what was compared, token by token" \
-  quickstart/speed.json "the numbers of the table above"
+  quickstart/head/lossless.json "what was compared, token by token" \
+  quickstart/head/speed.json "the numbers of the table above" \
+  quickstart/head/card "the model card that publishing it would write"

@@ -1,6 +1,7 @@
 """Publishing a head: the round trip through a local Hub, refusals and repeats, the card."""
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -97,7 +98,7 @@ def released(run: Path, **changes):
 # ------------------------------------------------------------------------------ round trip
 
 DOWNLOAD = """
-import json, sys
+import importlib.util, json, sys
 from huggingface_hub import snapshot_download
 from redrafter import RecurrentHead, generate, load_head, load_target
 
@@ -114,6 +115,11 @@ heads = {
 found = {n: generate(target, text, head=h, **options) for n, h in heads.items()}
 steps = {n: (g.tokens, g.stats.steps, g.stats.accepted_at) for n, g in found.items()}
 json.dump({"folder": folder, "steps": steps}, open(out, "w"))
+if importlib.util.find_spec("redrafter.cli.verify"):
+    from redrafter.cli.verify import main
+
+    status = main(["me/tiny", f"--target.path={target_path}"])
+    open(out.replace("json", "verified"), "w").write(str(status))
 """
 
 
@@ -152,6 +158,8 @@ def test_a_run_goes_up_and_comes_down_the_same(made, run, tiny_target, hub, tmp_
     found = json.loads((tmp_path / "out.json").read_text())
     for name in ("config.json", "model.safetensors"):
         assert (Path(found["folder"]) / name).read_bytes() == (made / name).read_bytes()
+    if importlib.util.find_spec("redrafter.cli.verify"):
+        assert (tmp_path / "out.verified").read_text() == "0"
     assert found["steps"]["local"][0][0]
     for name, steps in found["steps"].items():
         assert steps == found["steps"]["local"], name
