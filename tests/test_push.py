@@ -409,6 +409,7 @@ def test_what_is_slow_or_wrong_is_said(run):
     _, text = card_of(run)
     assert "`head` was **slower** than the best plain loop (0.81 x)" in text
     assert "75% of the plain text repeats itself" in text
+    assert "which did not hold when it was checked" in text
     assert "**Not lossless: 2 differences from plain decoding are unexplained.**" in text
 
 
@@ -423,6 +424,12 @@ def test_the_targets_licence_is_that_of_its_own_card(run, tiny_target, tmp_path)
     card, text = card_of(run)
     assert card.data.license == "cc-by-4.0"
     assert "| licence | cc-by-4.0, as stated by the card in its folder |" in text
+    other = "---\nlicense: other\nlicense_name: ours\nlicense_link: LICENSE.md\n---\n"
+    (folder / "README.md").write_text(other)
+    card, text = card_of(run, base_model="owner/model")
+    link = "https://huggingface.co/owner/model/blob/main/LICENSE.md"
+    assert (card.data.license_name, card.data.license_link) == ("ours", link)
+    assert f"| licence | [ours]({link}), as stated" in text
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     assert card_of(run)[0].data.license is None
 

@@ -124,10 +124,13 @@ def _introduction(run: Run) -> str:
         ("target's fingerprint", f"`{head.target_fingerprint or 'not recorded'}`"),
         ("head's fingerprint", f"`{run.head.fingerprint()}`"),
     ]  # fmt: skip
+    claim = "**the text is the target's own, only sooner**"
+    if sum(row[-1] for row in _compared(run)):
+        claim = "the text should be the target's own, **which did not hold when it was checked**"
     text = (
         f"A draft head for {shown}. It guesses the target's next few tokens, and the target checks "
-        "all guesses in one forward pass: **the text is the target's own, only sooner**. A "
-        "recurrent head after ReDrafter ([2403.09919](https://arxiv.org/abs/2403.09919))."
+        f"all guesses in one forward pass: {claim}. A recurrent head after ReDrafter "
+        "([2403.09919](https://arxiv.org/abs/2403.09919))."
     )
     return text + "\n\n" + table(["target", shown], rows)
 
@@ -230,19 +233,23 @@ def _measured_table(result: Result) -> str:
     return f"### {result.title} (`{result.name}`)\n\n{table(columns, rows)}\n\n{caption}"
 
 
+def _compared(run: Run) -> list[list[Any]]:
+    """Rows of the table of exactness; the last two columns are near-ties and unexplained tokens."""
+    return [
+        [f"`{method}`", f"{mode.replace('_', ' ')}, T = {r['temperature']:g}",
+         f"{proof.prompts}, {r['prompts']}", proof.config["batch_sizes"], r["compared_tokens"],
+         r["near_ties"], r["unexplained"]]
+        for proof in run.proofs
+        for method, modes in proof.body["methods"].items()
+        for mode, r in modes.items()
+    ]  # fmt: skip
+
+
 def _exactness(run: Run) -> str:
     """What eval/lossless.py found."""
     if not run.proofs:
         return "Whether drafting changes a token was not checked on this head (no `lossless.json`)."
-    rows = []
-    for proof in run.proofs:
-        for method, modes in proof.body["methods"].items():
-            rows += [
-                [f"`{method}`", f"{mode.replace('_', ' ')}, T = {r['temperature']:g}",
-                 f"{proof.prompts}, {r['prompts']}", proof.config["batch_sizes"],
-                 r["compared_tokens"], r["near_ties"], r["unexplained"]]
-                for mode, r in modes.items()
-            ]  # fmt: skip
+    rows = _compared(run)
     bad, ties = (sum(row[i] for row in rows) for i in (6, 5))
     if bad:
         verdict = f"**Not lossless: {bad} differences from plain decoding are unexplained.**"

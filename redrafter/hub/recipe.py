@@ -10,6 +10,7 @@ from typing import Any
 from redrafter.hub.release import without_folders
 from redrafter.hub.run import Run
 
+_ROWS = 12  # of a training's history in a card; the picture has all
 _CAPTIONS = {
     "training": "Tokens per step of held-out prompts while training",
     "speedup": "Speed after the prefill over the best plain loop, with 95 % intervals; the red "
@@ -42,7 +43,9 @@ def training(run: Run, pictures: Mapping[str, str]) -> str:
             [h["step"], *(f"{h['tokens_per_step'][name]:.2f}" for name in names)]
             for h in facts["history"]
         ]
-        shown = rows if len(rows) <= 12 else [*rows[:: -(-len(rows) // 11)], rows[-1]]
+        kept = {*range(0, len(rows), -(-len(rows) // _ROWS)), len(rows) - 1}
+        kept |= {i for i, row in enumerate(rows) if row[0] == facts.get("step")}
+        shown = [rows[i] for i in sorted(kept)]
         parts.append(
             "Tokens per step on held-out prompts while training "
             f"({settings['eval']['prompts']} prompts):\n\n"

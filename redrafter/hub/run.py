@@ -173,6 +173,11 @@ def target_facts(
     if hub_id is not None and not stated:
         card = _on_hub(hub_id, "README.md", revision if hub_id == path else None, online)
         stated, found = (_license_in(Path(card)) if card else {}), "its card on the Hub"
+    link = stated.get("license_link")
+    if link and "://" not in link:  # a file beside the target
+        del stated["license_link"]
+        if hub_id is not None:
+            stated["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
     if license is not None:
         stated, found = {"license": license}, "the one who published the head"
     name = hub_id or config.target_name or (Path(path).name if path else "") or "unknown"
