@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped path fails at once, not after minutes of look-ups
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,21 @@ def tiny_target(tmp_path_factory, worker_id) -> Path:
         )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def published_run(tiny_target, tmp_path_factory) -> Path:
+    """A training run that was measured: the folder that people publish. Not to be written to."""
+    from published import make_run
+
+    out = tmp_path_factory.mktemp("made") / "run"
+    make_run(tiny_target, out)
+    return out
+
+
+@pytest.fixture
+def run(published_run, tmp_path) -> Path:
+    """A copy of `published_run`, without checkpoints and data, that a test may change."""
+    out = tmp_path / "run"
+    left_out = shutil.ignore_patterns("checkpoints", "data", "card")
+    return Path(shutil.copytree(published_run, out, ignore=left_out))

@@ -1,11 +1,10 @@
-"""Publishing a head: the round trip through a local Hub, refusals and repeats, the card."""
+"""Publishing a head: the round trip through a local Hub, refusals and repeats."""
 
 import base64
 import importlib.util
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,70 +13,25 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-import torch
 import yaml
 from hub_server import HubServer, check_card, sha256
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, constants
+from published import released
 
-from redrafter.cli.lossless import main as lossless
 from redrafter.cli.push import main, switched
-from redrafter.cli.speed import main as speed
-from redrafter.cli.train_redrafter import main as train
-from redrafter.config import PushConfig
 from redrafter.contracts import InputError
-from redrafter.evaluation.report import with_interval
-from redrafter.heads.recurrent import load_head
 from redrafter.hub.push import prepare, push
-from redrafter.hub.recipe import launch_line
 from redrafter.hub.release import is_ours, without_folders
-from redrafter.hub.run import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {
-    "data.source.format": "text", "data.source.n_rows": 24, "data.source.holdout_rows": 8,
-    "data.answers.max_new_tokens": 24, "data.buffer_rows": 10, "optim.steps": 8,
-    "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2, "eval.prompts": 4,
-    "eval.max_new_tokens": 12, "eval.every_steps": 4, "eval.tree.width": 2, "eval.tree.depth": 2,
-    "save_steps": 4, "log_steps": 2, "tracker": "null",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def made(tiny_target, tmp_path_factory) -> Path:
-    """A training run that was measured: the folder that people publish. Not to be written to."""
-    out = tmp_path_factory.mktemp("made") / "run"
-    given = {
-        "target.path": tiny_target, "data.source.path": tiny_target / "prompts_train.jsonl",
-        "output_dir": out, **SETTINGS,
-    }  # fmt: skip
-    train([f"--{key}={value}" for key, value in given.items()])
-    shared = [
-        f"--target.path={tiny_target}", f"--head={out}", "--n_prompts=3", "--max_new_tokens=16",
-        f"--prompts={tiny_target / 'prompts_heldout.jsonl'}",
-    ]  # fmt: skip
-    assert lossless([*shared, f"--out={out / 'lossless.json'}", "--batch_sizes=2"]) == 0
-    speed([*shared, f"--out={out / 'speed.json'}", "--cost_rounds=2", "--methods=stock,plain,head"])
-    (out / "notes.txt").write_text("mine alone")
-    (out / "disco").mkdir()
-    (out / "disco" / "config.json").write_text("{}")
-    return out
-
-
-@pytest.fixture
-def run(made, tmp_path) -> Path:
-    """A copy, without checkpoints and data, that a test may change."""
-    out = tmp_path / "run"
-    shutil.copytree(made, out, ignore=shutil.ignore_patterns("checkpoints", "data", "card"))
-    return out
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub for clients of this process, whose retries do not wait."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     for name in ("HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
@@ -87,12 +41,6 @@ def hub(monkeypatch):
 
 def api(hub: HubServer, token: str | bool = "hf_me") -> HfApi:
     return HfApi(endpoint=hub.url, token=token)
-
-
-def released(run: Path, **changes):
-    """(Release, PushConfig), made without a network."""
-    config = PushConfig(head=str(run), repo="me/tiny", **changes)
-    return prepare(replace(config, dry_run=True)), config
 
 
 # ------------------------------------------------------------------------------ round trip
@@ -132,11 +80,11 @@ def client(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_a_run_goes_up_and_comes_down_the_same(made, run, tiny_target, hub, tmp_path):
+def test_a_run_goes_up_and_comes_down_the_same(published_run, tiny_target, hub, tmp_path):
     env = client(hub, tmp_path / "home")
     script = [sys.executable, str(ROOT / "scripts" / "push_to_hub.py")]
-    push_it = [*script, "--head", str(made), "--repo", "me/tiny", "--card", str(tmp_path / "card")]
-    done = subprocess.run(push_it, env=env, cwd=tmp_path, capture_output=True, text=True)
+    where = ["--head", str(published_run), "--card", str(tmp_path / "card"), "--repo", "me/tiny"]
+    done = subprocess.run([*script, *where], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left out: checkpoints, data, notes.txt" in done.stdout.replace("logs, ", "")
     repo = hub.repos["me/tiny"]
@@ -152,12 +100,13 @@ def test_a_run_goes_up_and_comes_down_the_same(made, run, tiny_target, hub, tmp_
     assert set(repo.files) - exported == wanted | pictures
     assert repo.lfs >= {"model.safetensors"}
 
-    code = [sys.executable, "-c", DOWNLOAD, str(made), str(tiny_target), str(tmp_path / "out.json")]
+    paths = [str(published_run), str(tiny_target), str(tmp_path / "out.json")]
+    code = [sys.executable, "-c", DOWNLOAD, *paths]
     done = subprocess.run(code, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     for name in ("config.json", "model.safetensors"):
-        assert (Path(found["folder"]) / name).read_bytes() == (made / name).read_bytes()
+        assert (Path(found["folder"]) / name).read_bytes() == (published_run / name).read_bytes()
     if importlib.util.find_spec("redrafter.cli.verify"):
         assert (tmp_path / "out.verified").read_text() == "0"
     assert found["steps"]["local"][0][0]
@@ -165,16 +114,16 @@ def test_a_run_goes_up_and_comes_down_the_same(made, run, tiny_target, hub, tmp_
         assert steps == found["steps"]["local"], name
 
 
-def test_nothing_published_names_a_folder_of_this_machine(made, hub):
-    release, config = released(made, card=str(made.parent / "card"))
+def test_nothing_published_names_a_folder_of_this_machine(published_run, hub):
+    release, config = released(published_run, card=str(published_run.parent / "card"))
     push(release, config, api(hub))
     repo = hub.repos["me/tiny"]
     texts = {n: c.decode() for n, c in repo.files.items() if n.endswith((".json", ".yaml", ".md"))}
     assert len(texts) > 6
-    secret = [str(made), str(made.parent), str(Path(sys.executable).parent), str(ROOT)]
+    secret = [str(published_run.parent), str(Path(sys.executable).parent), str(ROOT)]
     for name, text in texts.items():
         assert not [path for path in secret if path in text], name
-    local = json.loads((made / "speed.json").read_text())
+    local = json.loads((published_run / "speed.json").read_text())
     assert json.loads(texts["speed.json"])["methods"] == local["methods"], "figures stay"
     config_there = yaml.safe_load(texts["config.yaml"])
     assert config_there["data"]["source"]["path"] == "prompts_train.jsonl"
@@ -230,10 +179,10 @@ def test_refusals_say_what_to_do(run, hub, monkeypatch):
     for repo in ("tiny", "me/a/b", "me/ti ny", "me/x..y", "me/-x"):
         with pytest.raises(InputError, match="repo: "):
             prepare(replace(config, repo=repo, dry_run=True))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         push(release, config, api(hub))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.server_close()
     with pytest.raises(InputError, match=r"it broke .* once the network is back"):
         push(release, config, HfApi(endpoint="http://127.0.0.1:9", token="hf_me"))
@@ -307,155 +256,7 @@ def test_switches():
     assert switched(given) == wanted
 
 
-# ------------------------------------------------------------------------------------ the card
-
-
-def card_of(run: Path, **changes) -> tuple[ModelCard, str]:
-    release, _ = released(run, **changes)
-    text = (release.card / "README.md").read_text()
-    assert not check_card(text)
-    return ModelCard(text), text
-
-
-def test_figures_in_the_card_are_those_of_the_files(run):
-    card, text = card_of(run, base_model="owner/model", license="mit")
-    body = json.loads((run / "speed.json").read_text())
-    figures = body["methods"]["head"]
-    metrics = {"tokens_per_step", "speedup_stock", "speedup_plain"}
-    found = {
-        (r.metric_name.split(",")[0], r.metric_value, r.metric_args["low"], r.metric_args["high"])
-        for r in card.data.eval_results
-    }
-    assert found == {
-        (label, figures[key], figures["low"][key], figures["high"][key])
-        for key, label in (
-            ("tokens_per_step", "tokens per target forward"),
-            ("speedup_stock", "speedup over model.generate"),
-            ("speedup_plain", "speedup over the best plain loop"),
-        )
-    }, "nothing of methods that need no head"
-    (table,) = re.findall(r"^### .*? \(`speed\.json`\)\n(.*?)^## ", text, re.M | re.S)
-    for name, m in body["methods"].items():
-        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` | "))
-        for key in metrics:
-            assert with_interval(m[key], m["low"].get(key), m["high"].get(key)) in row, (name, key)
-    proof = json.loads((run / "lossless.json").read_text())["methods"]["head"]
-    for mode, r in proof.items():
-        counts = f"{r['compared_tokens']} | {r['near_ties']} | {r['unexplained']} |"
-        assert re.search(rf"\| `head` \| {mode}, T = .*\| {re.escape(counts)}", text)
-    assert card.data.base_model == "owner/model" and card.data.license == "mit"
-    assert "[owner/model](https://huggingface.co/owner/model)" in text
-    facts = json.loads((run / "provenance.json").read_text())
-    for entry in facts["history"]:
-        assert f"| {entry['step']} | {entry['tokens_per_step']['greedy']:.2f} |" in text
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (run / "card" / picture).is_file()
-
-
-def test_the_receipt_of_the_data(run, made, tiny_target):
-    facts = json.loads((run / "provenance.json").read_text())
-    (part,) = facts["data"]
-    source, prompts, answers, states = part["stages"]
-    assert [s["kind"] for s in part["stages"]] == ["source", "prompts", "answers", "states"]
-    assert source["name"] == "prompts_train.jsonl" and not source["on_hub"]
-    for stage in (prompts, states):  # beside the training's there are held-out prompts
-        found = [json.loads(p.read_text()) for p in (made / "data").glob("*/manifest.json")]
-        counts = [m["counts"] for m in found if m["identity"]["kind"] == stage["kind"]]
-        assert {k: stage[k] for k in counts[0]} in counts
-    assert prompts["rows"] + prompts["skipped"] == source["n_rows"] == 24
-    assert answers["temperatures"] == [0.0, 1.0] and answers["max_new_tokens"] == 24
-    _, text = card_of(run)
-    for stage in part["stages"]:
-        assert f"`{stage['digest'][:16]}`" in text
-    assert (
-        f"| answers | T = 0 and 1, 1 sample(s) each, up to 24 tokens | {answers['rows']} |" in text
-    )
-    assert f"`{facts['data_digest']}`" in text
-    line = launch_line({**facts, "argv": ["/x/train/redrafter.py", "--a=/b/c"], "processes": 2})
-    assert line == "accelerate launch --num_processes 2 train/redrafter.py --a=c"
-    words = ["/x/bin/redrafter train_redrafter", "train_redrafter", "--a", "1"]
-    line = launch_line({"argv": words})
-    assert line == "redrafter train_redrafter --a 1"
-
-
-def test_a_source_on_the_hub_is_named_in_the_metadata(run):
-    facts = json.loads((run / "provenance.json").read_text())
-    source = facts["data"][0]["stages"][0]
-    source |= {"name": "openai/gsm8k", "on_hub": True, "split": "train", "revision": None}
-    (run / "provenance.json").write_text(json.dumps(facts))
-    card, text = card_of(run)
-    assert card.data.datasets == ["openai/gsm8k"]
-    assert "[openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k), split train" in text
-
-
-def test_a_run_without_measurements_claims_nothing(run):
-    for name in ("speed.json", "lossless.json", "provenance.json"):
-        (run / name).unlink()
-    card, text = card_of(run)
-    assert not card.data.eval_results and "model-index" not in text
-    assert "no speed is claimed" in text and "was not recorded" in text
-    assert not re.search(r"\d\.\d+ *x|tokens per step\*\*", text)
-    assert not (run / "card" / "pictures").exists() or not any((run / "card/pictures").iterdir())
-
-
-def test_what_is_slow_or_wrong_is_said(run):
-    body = json.loads((run / "speed.json").read_text())
-    body["methods"]["head"]["speedup_plain"] = 0.81
-    body["loop_share"] = 0.75
-    (run / "speed.json").write_text(json.dumps(body))
-    proof = json.loads((run / "lossless.json").read_text())
-    proof["methods"]["head"]["greedy"]["unexplained"] = 2
-    (run / "lossless.json").write_text(json.dumps(proof))
-    _, text = card_of(run)
-    assert "`head` was **slower** than the best plain loop (0.81 x)" in text
-    assert "75% of the plain text repeats itself" in text
-    assert "which did not hold when it was checked" in text
-    assert "**Not lossless: 2 differences from plain decoding are unexplained.**" in text
-
-
-def test_the_targets_licence_is_that_of_its_own_card(run, tiny_target, tmp_path):
-    folder = shutil.copytree(tiny_target, tmp_path / "target")
-    facts = json.loads((run / "provenance.json").read_text())
-    facts["config"]["target"]["path"] = str(folder)
-    (run / "provenance.json").write_text(json.dumps(facts))
-    card, text = card_of(run)
-    assert card.data.license is None and "not known where this card was made" in text
-    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nA model.\n")
-    card, text = card_of(run)
-    assert card.data.license == "cc-by-4.0"
-    assert "| licence | cc-by-4.0, as stated by the card in its folder |" in text
-    other = "---\nlicense: other\nlicense_name: ours\nlicense_link: LICENSE.md\n---\n"
-    (folder / "README.md").write_text(other)
-    card, text = card_of(run, base_model="owner/model")
-    link = "https://huggingface.co/owner/model/blob/main/LICENSE.md"
-    assert (card.data.license_name, card.data.license_link) == ("ours", link)
-    assert f"| licence | [ours]({link}), as stated" in text
-    (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    assert card_of(run)[0].data.license is None
-
-
-def test_figures_of_another_head_are_refused(run, tmp_path):
-    head = load_head(run)
-    with torch.no_grad():
-        head.rnn_w.weight.mul_(1.5)
-    head.save_pretrained(run)
-    with pytest.raises(InputError, match=r"speed\.json was measured with another head"):
-        released(run)
-    body = json.loads((run / "speed.json").read_text())
-    for change, match in (
-        ({"provenance": {**body["provenance"], "head": None}}, "does not say which head"),
-        ({"provenance": {}}, "is no result of"),
-    ):
-        (run / "speed.json").write_text(json.dumps({**body, **change}))
-        with pytest.raises(InputError, match=match):
-            read_run(run)
-    (run / "speed.json").write_text("{")
-    with pytest.raises(InputError, match=r"speed\.json cannot be read"):
-        released(run)
-    (run / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"model\.safetensors does not exist"):
-        released(run)
-    assert not (run / "card").exists(), "nothing is written before all is checked"
+# ---------------------------------------------------------------------------- texts and names
 
 
 def test_folders_are_left_out_of_texts():
