@@ -246,6 +246,8 @@ class StepStats:
     drafted_at[k], accepted_at[k]: row-steps that drafted at least depth k+1; whose first k+1
               levels were all accepted (and emitted)
     seconds:  host wall-clock by part: "prefill", "draft", "lookahead", "verify", "total"
+    lengths:  (B,) lists, tokens that each step emitted, in order; empty where nobody drafts, a step
+              then makes one
     """
 
     steps: list[int]
@@ -255,6 +257,7 @@ class StepStats:
     nodes_verified: int = 0
     forwards: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    lengths: list[list[int]] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float | None:

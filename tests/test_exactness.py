@@ -314,6 +314,7 @@ def test_replay_and_dummy_do_draft():
     assert stats.steps == [2] * 4 and stats.tokens_per_step == 5 and stats.forwards == 2
     # The limit leaves room for a fifth token of the second step, but not for a bonus after it.
     assert stats.accepted_at == stats.drafted_at == [8, 8, 8, 8]
+    assert stats.lengths == [[5, 5]] * 4
     stats = speculative(target, rows, config, drafter=drafters["never"]).stats
     assert stats.steps == [10] * 4 and stats.tokens_per_step == 1
     assert stats.accepted_at == [0] * 4

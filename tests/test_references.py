@@ -56,15 +56,16 @@ def test_steps_are_forwards_after_the_first():
     # A draft of one token each: every step accepts 0 or 1, and the bonus.
     run = method("hf-lookup:1", config).run(Batch([row], [0]))
     assert run.tokens == [text] and set(run.nodes) <= {1, 2}
-    known, steps, first = list(row), 0, None
+    known, lengths, first = list(row), [], None
     while len(known) < len(row) + 12:
         kept = known + text[len(known) - len(row) :][: 1 + _copied(known, text, len(row))]
         if first is None:
             first = len(kept) - len(known)
         else:
-            steps += 1
+            lengths.append(len(kept) - len(known))
         known = kept
-    assert run.stats.steps == [steps] and run.stats.emitted == [12 - first]
+    assert run.stats.steps == [len(lengths)] and run.stats.emitted == [12 - first]
+    assert run.stats.lengths == [lengths]
 
 
 def _copied(known, text, start):

@@ -40,6 +40,8 @@ def check(target, rows, config, want, finish, texts, **more):
         got = speculative(target, rows, config, seeds=range(len(rows)), drafter=drafter, **more)
         assert (got.tokens, got.finish) == (want, finish), name
         assert got.stats.emitted == [len(w) - 1 for w in want]
+        assert [sum(steps) for steps in got.stats.lengths] == got.stats.emitted
+        assert [len(steps) for steps in got.stats.lengths] == got.stats.steps
         assert sum(got.stats.accepted_at) <= sum(got.stats.emitted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from redrafter.config.common import TargetConfig, TreeConfig
+from redrafter.config.common import PromptFormat, TargetConfig, TreeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class LosslessConfig(DraftingConfig):
     """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
     n_prompts: int = 30
     """Rows to use, from the end of the file."""
-    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
@@ -120,7 +120,7 @@ class CostsConfig:
     """For `ngrammys`: JSON-lines file of prompts; rows are taken from its end."""
     n_prompts: int = 20
     """Rows to use, from the end of the file."""
-    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
@@ -146,7 +146,7 @@ class SpeedConfig(DraftingConfig):
     """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
     n_prompts: int = 30
     """Rows to use, from the end of the file."""
-    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""

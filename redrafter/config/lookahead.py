@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from redrafter.config.common import TargetConfig
+from redrafter.config.common import PromptFormat, TargetConfig
 from redrafter.config.evaluation import DraftingConfig
 
 
@@ -24,7 +23,7 @@ class RecordsConfig(DraftingConfig):
     """Rows to walk over."""
     skip_rows: int = 100
     """Rows at the end of the file that are left out: what eval/ measures on."""
-    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""

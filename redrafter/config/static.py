@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from redrafter.config.common import TargetConfig, at_least
+from redrafter.config.common import PromptFormat, TargetConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class StaticConfig:
     """Every K up to this."""
     n_prompts: int = 30
     """Rows that acceptance is recorded on."""
-    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""

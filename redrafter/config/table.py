@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from redrafter.config.common import TargetConfig, at_least, check_temperatures
+from redrafter.config.common import PromptFormat, TargetConfig, at_least, check_temperatures
 from redrafter.config.evaluation import DraftingConfig
 
 
@@ -55,7 +54,7 @@ class AcceptanceConfig(DraftingConfig):
     """Ways of drafting, comma-separated; all of them, with their options, stand below."""
     n_prompts: int = 30
     """Rows to use, from the end of the file."""
-    prompt_format: Literal["auto", "text", "question", "messages", "turns"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""

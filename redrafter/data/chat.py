@@ -1,63 +1,33 @@
 """From the content of a row to token ids, and to the tokens that are to be learned from.
 
-    text       {"text": ...}                  its first tokens are the prompt, the rest is learned
-    question   {"question": ..., "answer": ...}      one user message, and the assistant's
-    messages   {"messages": [{role, content}, ...]}  or ShareGPT "conversations", whose keys may be
-               {from, value} and whose roles human and gpt
-    turns      {"turns": [...]}               what a user says, turn by turn
-    columns    a user's message and an assistant's, in columns that the configuration names
-
-The tokenizer's own chat template is used; without one the messages stand one below the other,
-behind the tokens that the tokenizer puts first (BOS). Which tokens are the assistant's is always
-found in the rendered *text* and carried over to tokens by their offsets: never by comparing token
-ids, which fails where a tokenizer joins characters across the border.
+What a row may hold stands in `formats.py`. The tokenizer's own chat template is used; without one
+the messages stand one below the other, behind the tokens that the tokenizer puts first (BOS). Which
+tokens are the assistant's is always found in the rendered *text* and carried over to tokens by
+their offsets: never by comparing token ids, which fails where a tokenizer joins characters across
+the border.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
+from redrafter.data.formats import (
+    Messages,
+    field,
+    format_of,
+    messages_of,
+    shortened,
+    turns_of,
+)
 from redrafter.data.show import marked
 
-Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
-# What a row holds, told by its keys; the first match counts.
-_FORMAT_OF_KEY = {
-    "turns": "turns",
-    "messages": "messages",
-    "conversations": "messages",
-    "question": "question",
-    "text": "text",
-}
-# The same roles as different sources spell them. What a template does with a tool's is its own.
-_ROLES = {
-    "system": "system", "developer": "developer", "tool": "tool", "function": "function",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-}  # fmt: skip
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def format_of(content: dict[str, Any], where: str) -> str:
-    """What `format: auto` means for a row, by its keys. Raises InputError naming them."""
-    for key, name in _FORMAT_OF_KEY.items():
-        if content.get(key) is not None:
-            return name
-    raise InputError(
-        f"{where}: none of this row's keys {sorted(content)} is one of "
-        f"{', '.join(_FORMAT_OF_KEY)}; name the format (and for columns the column), or rename "
-        "a key"
-    )
-
-
-def category_of(content: dict[str, Any]) -> str | None:
-    """The category that a row names, if any."""
-    value = content.get("category")
-    return None if value is None else str(value)
 
 
 class Renderer:
@@ -81,6 +51,7 @@ class Renderer:
         if config.answer_column is not None and not named:
             raise InputError(f"{config.path}: answer_column needs prompt_column and format columns")
         self.tokenizer, self.config = tokenizer, config
+        self._columns = (config.prompt_column, config.answer_column)
         self._format = "columns" if named else config.format
         self._detected = False
         self._template = None
@@ -98,7 +69,7 @@ class Renderer:
         first `text_prompt_tokens` tokens.
         """
         if self._format_for(content, where) == "text":
-            ids = self._ids(_field(content, "text", str, where))[: self._n_text_prompt()]
+            ids = self._ids(field(content, "text", str, where))[: self._n_text_prompt()]
         else:
             messages = self._messages(content, where, answered=False)
             last = _last_answer(messages)
@@ -120,7 +91,7 @@ class Renderer:
         """
         form = self._format_for(content, where)
         if form == "text":
-            ids = self._ids(_field(content, "text", str, where))
+            ids = self._ids(field(content, "text", str, where))
             n_prompt = self._n_text_prompt()
             supervised = [i >= n_prompt for i in range(len(ids))]
         else:
@@ -137,6 +108,17 @@ class Renderer:
             raise self._one_sided(ids, supervised, form, where)
         return tuple(ids), tuple(supervised)
 
+    def turns(self, content: dict[str, Any], where: str) -> list[Messages]:
+        """What is said before each of the assistant's answers, in order; not of a `text`."""
+        form = self._format_for(content, where)
+        if form == "text":
+            raise InputError(f"{where}: a text asks nothing; give rows of another format")
+        return self._telling(turns_of, content, form, where, self._columns)
+
+    def conversation(self, messages: Messages, where: str) -> tuple[int, ...]:
+        """A chat up to where the assistant would begin."""
+        return tuple(self._ids(self._render(messages, True, where)))
+
     # ------------------------------------------------------------ what a row says
 
     def _format_for(self, content: dict[str, Any], where: str) -> str:
@@ -147,23 +129,12 @@ class Renderer:
     def _messages(self, content: dict[str, Any], where: str, answered: bool) -> Messages:
         """answered: look for an answer beside the question, too."""
         form = self._format_for(content, where)
+        return self._telling(messages_of, content, form, where, self._columns, answered)
+
+    def _telling(self, read: Callable, content: dict, form: str, where: str, *more: Any) -> Any:
+        """read(...), whose errors say so where the format was guessed."""
         try:
-            if form == "messages":
-                return _chat_of(content, where)
-            if form == "turns":
-                first = _field(content, "turns", list, where)[0]
-                if not isinstance(first, str):
-                    raise InputError(f"{where}: the first of 'turns' is not a text")
-                return [{"role": "user", "content": _whole(first, where)}]
-            named = form == "columns"
-            prompt_key = self.config.prompt_column if named else "question"
-            answer_key = self.config.answer_column if named else "answer"
-            user = _field(content, prompt_key, str, where)
-            messages = [{"role": "user", "content": user}]
-            if answered and answer_key is not None and content.get(answer_key) is not None:
-                answer = _field(content, answer_key, str, where)
-                messages.append({"role": "assistant", "content": answer})
-            return messages
+            return read(content, form, where, *more)
         except InputError as error:
             if self._detected:
                 raise InputError(f"{error} (format auto saw {form} in the first row)") from None
@@ -315,59 +286,10 @@ class Renderer:
         return InputError(
             f"{where}: {'all' if any(supervised) else 'none'} of the {len(ids)} tokens would be "
             f"learned from; {remedy}. The row, learned tokens in brackets:\n"
-            f"{_shortened(marked(ids, supervised, self.tokenizer, color=False))}"
+            f"{shortened(marked(ids, supervised, self.tokenizer, color=False))}"
         )
 
 
 def _last_answer(messages: Messages) -> int | None:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return answers[-1] if answers else None
-
-
-def _chat_of(content: dict[str, Any], where: str) -> Messages:
-    """Messages with `role` and `content`, whatever the source calls them; other keys stay."""
-    key = "messages" if content.get("messages") is not None else "conversations"
-    messages = []
-    for i, message in enumerate(_field(content, key, list, where), 1):
-        given = message if isinstance(message, dict) else {}
-        given = {k: v for k, v in given.items() if v is not None}
-        role = given.pop("role", given.get("from"))
-        text = given.pop("content", given.get("value"))
-        calls = text is None and "tool_calls" in given
-        if role is None or not (isinstance(text, str) or calls):
-            raise InputError(
-                f"{where}: message {i} needs 'role' and 'content' (or 'from' and 'value') holding "
-                f"texts, but is {_shortened(repr(message), 200)}"
-            )
-        if role not in _ROLES:
-            raise InputError(
-                f"{where}: message {i} has the unknown role {role!r}; known are "
-                f"{', '.join(_ROLES)}. Rename it, or remove the row"
-            )
-        others = {k: v for k, v in given.items() if k not in ("from", "value")}
-        said = {} if calls else {"content": _whole(text, where)}
-        messages.append({"role": _ROLES[role], **said, **others})
-    return messages
-
-
-def _field(content: dict[str, Any], name: str, kind: type, where: str) -> Any:
-    value = content.get(name)
-    if not isinstance(value, kind) or not value:
-        raise InputError(
-            f"{where}: no {name!r} holding a {'text' if kind is str else 'list'}; this row has "
-            f"the keys {sorted(content)}. Is the format right?"
-        )
-    return _whole(value, where) if kind is str else value
-
-
-def _whole(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half a character ({error}); mend or remove the row") from None
-    return text
-
-
-def _shortened(text: str, chars: int = 800) -> str:
-    half = chars // 2
-    return text if len(text) <= chars else f"{text[:half]} [...] {text[-half:]}"

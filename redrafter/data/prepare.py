@@ -8,7 +8,8 @@ from typing import Literal
 
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
-from redrafter.data.chat import Renderer, category_of
+from redrafter.data.chat import Renderer
+from redrafter.data.formats import category_of
 from redrafter.data.rows import RejectedRow, TokenRow, row_digest
 from redrafter.data.sources import Source
 

@@ -1,8 +1,8 @@
 """Prompts of one file, all at once: for evaluation, and for what training measures itself on.
 
-Formats are those of `chat.py`, files those of `sources.py`. Convention: training reads a file from
-its front (`part="first"`) and never its last `holdout_rows` rows; evaluation reads rows from its
-end (`part="last"`).
+Formats are those of `formats.py`, files those of `sources.py`. Convention: training reads a file
+from its front (`part="first"`) and never its last `holdout_rows` rows; evaluation reads rows from
+its end (`part="last"`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from redrafter.config import SourceConfig
+from redrafter.config import PromptFormat, SourceConfig
 from redrafter.contracts import InputError
-from redrafter.data.chat import Renderer, category_of, format_of
+from redrafter.data.chat import Renderer
+from redrafter.data.formats import category_of, format_of
 from redrafter.data.sources import Row, Source, read_source
-
-Format = Literal["auto", "text", "question", "messages", "turns"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Prompt:
 def load_prompts(
     path: str | Path,
     tokenizer: Any,
-    format: Format,
+    format: PromptFormat,
     n: int | None = None,
     part: Literal["first", "last"] = "first",
     holdout_rows: int = 0,

@@ -16,6 +16,7 @@ class StepTimer:
         self.stats = StepStats(
             [0] * n_rows, [0] * n_rows, [0] * depth, [0] * depth,
             seconds={"prefill": 0.0, "draft": 0.0, "lookahead": 0.0, "verify": 0.0},
+            lengths=[[] for _ in range(n_rows)],
         )  # fmt: skip
         self._inner_s = 0.0
 
@@ -34,6 +35,7 @@ def count_step(stats: StepStats, row: int, drafted: int, accepted: int, emitted:
     """One step of a live row: levels drafted, levels accepted and emitted, tokens emitted."""
     stats.steps[row] += 1
     stats.emitted[row] += emitted
+    stats.lengths[row].append(emitted)
     for level in range(drafted):
         stats.drafted_at[level] += 1
         stats.accepted_at[level] += level < accepted

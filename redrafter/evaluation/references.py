@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,9 +96,11 @@ class ForwardCounter:
         if steps < 1:
             return StepStats([0], [0])
         # Before a step the cache holds all but the last known token.
-        first = self.cached[1] + 1 - prompt_tokens
+        known = [n + 1 for n in self.cached[1:]] + [prompt_tokens + new_tokens]
+        lengths = [max(0, after - before) for before, after in pairwise(known)]
+        emitted = max(0, known[-1] - known[0])
         return StepStats(
-            [steps], [max(0, new_tokens - first)], nodes_verified=sum(self.new[1:]), forwards=steps
+            [steps], [emitted], nodes_verified=sum(self.new[1:]), forwards=steps, lengths=[lengths]
         )
 
 

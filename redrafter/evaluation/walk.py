@@ -35,7 +35,8 @@ def walk(
         needs = ", ".join(sorted(drafter.needs | ({"cache"} if drafter.borrows_cache else set())))
         raise InputError(f"walk: the drafter needs the target's {needs}, texts alone do not do")
     depth = drafter.max_depth
-    stats = StepStats([0] * len(prompts), [0] * len(prompts), [0] * depth, [0] * depth)
+    n = len(prompts)
+    stats = StepStats([0] * n, [0] * n, [0] * depth, [0] * depth, lengths=[[] for _ in prompts])
     stats.seconds = {"draft": 0.0}
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         limit = len(answer) if max_new_tokens is None else max_new_tokens
