@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "verify": "replay what was stored with a head, and say where it differs (eval/verify.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",
+    "spec_bench": "Spec-Bench's protocol and its answer files (eval/spec_bench.py)",
     "table": "one table and its pictures over prompt sets and temperatures (eval/table.py)",
     "acceptance": "what is accepted beside what could be, rule by rule (eval/acceptance.py)",
     "regret": "selectors beside their arms on a stream of prompts (eval/regret.py)",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from redrafter.config.common import (
     DType,
+    PromptFormat,
     SourceConfig,
     TargetConfig,
     TreeConfig,
@@ -33,6 +34,7 @@ from redrafter.config.hub import PushConfig
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
 from redrafter.config.plan import PlanConfig
+from redrafter.config.spec_bench import SpecBenchConfig
 from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
@@ -66,9 +68,11 @@ __all__ = [
     "PrepareConfig",
     "ProbeConfig",
     "PushConfig",
+    "PromptFormat",
     "RecordsConfig",
     "RegretConfig",
     "SourceConfig",
+    "SpecBenchConfig",
     "SpeedConfig",
     "StatesConfig",
     "StaticConfig",

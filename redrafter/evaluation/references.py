@@ -94,7 +94,7 @@ class ForwardCounter:
         together: it is the prefill, and all that it emitted is the prefill's own."""
         steps = len(self.new) - 1
         if steps < 1:
-            return StepStats([0], [0])
+            return StepStats([0], [0], lengths=[[]])
         # Before a step the cache holds all but the last known token.
         known = [n + 1 for n in self.cached[1:]] + [prompt_tokens + new_tokens]
         lengths = [max(0, after - before) for before, after in pairwise(known)]
