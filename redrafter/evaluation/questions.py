@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,10 @@ def open_questions(target: Target, config: SpecBenchConfig) -> tuple[Chat, list[
     if target.tokenizer is None:
         raise InputError(f"target.path: {target.name} has no tokenizer, and questions are text")
     source = read_source(given)
-    if config.format == "auto" and config.prompt_column is None:
+    form = "columns" if config.prompt_column is not None else str(config.format)
+    if form == "auto":
         row, content = source.first()
-        given = replace(given, format=format_of(content, source.where(row)))
-    elif config.prompt_column is not None:
-        given = replace(given, format="columns")
+        form = format_of(content, source.where(row))
     tokenizer = with_template(target.tokenizer, config.chat_template, target.name)
     room = None if target.max_positions is None else target.max_positions - config.max_new_tokens
     if room is not None and room < 1:
@@ -107,10 +106,9 @@ def open_questions(target: Target, config: SpecBenchConfig) -> tuple[Chat, list[
             f"of {target.max_positions} tokens of {target.name}"
         )
     renderer = Renderer(tokenizer, given)
-    default = config.category or str(given.format)
     return (
         Chat(renderer, room, config.long_prompts),
-        list(_questions(source, renderer, default)),
+        list(_questions(source, renderer, config.category or form)),
         source.digest,
     )
 
