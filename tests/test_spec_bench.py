@@ -141,6 +141,19 @@ def test_figures_can_be_recomputed(made):
     assert "strict-compat" in shown and shown.count("`suffix:4x1`") == 4
 
 
+@pytest.mark.parametrize(
+    "folder", sorted(ROOT.glob("eval/results/spec-bench*")), ids=lambda p: p.name
+)
+def test_committed_figures_can_be_recomputed(folder):
+    body = check_figures(folder)
+    assert body["exact"] and body["counts"]["questions"] == 480
+    assert {
+        task: of["questions"] for task, of in body["figures"]["plain"].items()
+    } == dict.fromkeys(
+        ["mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"], 80
+    ) | {"overall": 480}
+
+
 def test_answer_files_are_spec_benchs(made, tiny_target):
     """Their keys, in which another program finds what the result says."""
     body = json.loads((made / "spec-bench.json").read_text())
@@ -298,7 +311,7 @@ def test_every_method_has_its_own_history(target, tmp_path):
     for words in (" pass and more ", "return None"):
         said = [*tokenizer(words, add_special_tokens=False).input_ids, ends]
         method = Scripted("stock", target, [said, said])
-        turns = asker.one(method, question, 0)
+        turns = asker.one(method, question)
         first, second = (
             [{"role": "user", "content": text}] for text in QUESTIONS[0]["turns"]
         )  # fmt: skip
@@ -355,12 +368,12 @@ def test_prompts_longer_than_the_context(target, tmp_path):
         config = settings(tmp_path, long_prompts=rule)
         chat, (long, short), _ = open_questions(target, config)
         asker, method = Asker(target, chat, config), Scripted("stock", target, [[9], [9]])
-        assert "methods" in asker.all([method], short, 0)
+        assert "methods" in asker.all([method], short)
         if told:
             with pytest.raises(InputError, match=rf"q\.jsonl:1: a prompt of .*{told}"):
-                asker.all([method], long, 0)
+                asker.all([method], long)
         else:
-            assert "a prompt of" in asker.all([method], long, 0)["skipped"]
+            assert "a prompt of" in asker.all([method], long)["skipped"]
     with pytest.raises(InputError, match="max_new_tokens: 512 leaves no room"):
         open_questions(target, settings(tmp_path, max_new_tokens=512))
 
@@ -425,11 +438,11 @@ def test_a_stopped_run_goes_on(tiny_target, made, tmp_path, monkeypatch, capsys)
     write(tmp_path / "q.jsonl", QUESTIONS)
     asked, one = [], Asker.one
 
-    def counted(self, method, question, index):
+    def counted(self, method, question):
         if len(asked) == stop:
             raise KeyboardInterrupt
         asked.append((question.id, method.name))
-        return one(self, method, question, index)
+        return one(self, method, question)
 
     monkeypatch.setattr(Asker, "one", counted)
     stop, args = 4 + 3 * 4 + 2, command(tiny_target, tmp_path)  # warm-up, three and a half
@@ -456,6 +469,9 @@ def test_a_stopped_run_goes_on(tiny_target, made, tmp_path, monkeypatch, capsys)
     # Fewer questions are a part of it; another configuration is another run.
     assert cli.main([*args, "--n_questions=2", "--repeats=1"]) == 0 and not asked
     assert json.loads((tmp_path / "out/spec-bench.json").read_text())["counts"]["questions"] == 2
+    assert cli.main([*args, "--n_questions=1", "--question_begin=5"]) == 0 and not asked
+    body = json.loads((tmp_path / "out/spec-bench.json").read_text())
+    assert body["per_question"]["question_id"] == [401]
     for change in ("--max_new_tokens=9", "--seed=1", "--chat_template=question"):
         with pytest.raises(SystemExit):
             cli.main([*args, change])
@@ -529,7 +545,7 @@ def test_seconds_are_of_decoding_alone(target, tmp_path, monkeypatch):
         return render(*args)
 
     monkeypatch.setattr(chat.renderer, "conversation", slowly)
-    (turn,) = Asker(target, chat, config).one(Slow("stock", target, []), question, 0)
+    (turn,) = Asker(target, chat, config).one(Slow("stock", target, []), question)
     assert turn["seconds"] == 3
 
 
@@ -541,6 +557,7 @@ def test_wrong_requests_are_named(tiny_target, tmp_path, capsys):
         ({"methods": "plain,bigram:2x2"}, "give --bigrams"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 must be at least 1"),
         ({"questions": tmp_path / "no.jsonl"}, "no.jsonl does not exist"),
+        ({"question_begin": 1, "methods": "plain"}, "question_begin: 1 leaves out all 1 rows"),
         ({"format": "columns", "methods": "plain"}, "prompt_column"),
     ):
         with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ from redrafter.config import SpecBenchConfig
 from redrafter.contracts import InputError
 
 # What changes no answer and no figure of a question, so that a run may go on under another one.
-_FREE = ("out", "n_questions", "repeats", "warmups", "compat", "model_id")
+_FREE = ("out", "question_begin", "n_questions", "repeats", "warmups", "compat", "model_id")
 
 
 @reports_input_errors
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from redrafter.evaluation.answer_files import file_names
     from redrafter.evaluation.journal import Journal
+    from redrafter.evaluation.prompts import holdout_warning
     from redrafter.evaluation.questions import open_questions
     from redrafter.evaluation.report import write_result
     from redrafter.evaluation.spec_bench import run_questions
@@ -48,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(config.out)
     journal = Journal(out / "journal.jsonl", _identity(config, target, head, chat, digest))
     run_questions(target, methods, questions, chat, config, journal)
-    law_only = [method.name for method in methods if method.law_only]
+    first, law_only = questions[0].row, [method.name for method in methods if method.law_only]
     body = _report(config, questions, journal, names, files, law_only, chat)
+    if head is not None and (told := holdout_warning(config.head, config.questions, first)):
+        body["warnings"].append(told)
     write_config(out / "config.yaml", config)
     write_result(str(out / "spec-bench.json"), config, target, body)
     whole = json.loads((out / "spec-bench.json").read_text(encoding="utf-8"))

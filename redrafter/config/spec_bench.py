@@ -29,8 +29,10 @@ class SpecBenchConfig(DraftingConfig):
     """Configuration name of a Hub data set."""
     revision: str | None = None
     """Hub revision of the questions."""
+    question_begin: int = 0
+    """Rows to leave out at the front, e.g. those that the head was trained on."""
     n_questions: int | None = None
-    """Rows to take, from the front; none takes all."""
+    """Rows to take behind them; none takes all."""
     category: str | None = None
     """Of rows that name none; none takes the name of their format."""
     chat_template: str | None = None
@@ -58,10 +60,10 @@ class SpecBenchConfig(DraftingConfig):
     model_id: str | None = None
     """Of the answer files, before the method's name; none takes the name of the target's folder."""
     seed: int = 0
-    """Question i samples with seed + i."""
+    """Row i samples with seed + i."""
     threads: int | None = None
     """CPU threads of torch; None leaves its own choice."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "n_questions", "max_new_tokens", "repeats")
-        at_least(0, self, "warmups", "temperature")
+        at_least(0, self, "question_begin", "warmups", "temperature")

@@ -33,9 +33,11 @@ _ID_KEYS = ("question_id", "task_id", "prompt_id", "id")
 
 @dataclass(frozen=True)
 class Question:
-    """turns: what is said before each answer; where: `file:line`, for messages."""
+    """turns: what is said before each answer; row: 0-based, in the source; where: `file:line`, for
+    messages."""
 
     id: int | str
+    row: int
     category: str
     turns: list[Messages]
     where: str
@@ -89,7 +91,7 @@ def open_questions(target: Target, config: SpecBenchConfig) -> tuple[Chat, list[
     given = SourceConfig(
         path=config.questions, format=config.format, prompt_column=config.prompt_column,
         split=config.split, subset=config.subset, revision=config.revision,
-        n_rows=config.n_questions,
+        n_rows=config.n_questions and config.question_begin + config.n_questions,
     )  # fmt: skip
     if target.tokenizer is None:
         raise InputError(f"target.path: {target.name} has no tokenizer, and questions are text")
@@ -106,11 +108,13 @@ def open_questions(target: Target, config: SpecBenchConfig) -> tuple[Chat, list[
             f"of {target.max_positions} tokens of {target.name}"
         )
     renderer = Renderer(tokenizer, given)
-    return (
-        Chat(renderer, room, config.long_prompts),
-        list(_questions(source, renderer, config.category or form)),
-        source.digest,
-    )
+    every = list(_questions(source, renderer, config.category or form))
+    if not (kept := every[config.question_begin :]):
+        raise InputError(
+            f"question_begin: {config.question_begin} leaves out all {len(every)} rows of "
+            f"{config.questions}; lower it"
+        )
+    return Chat(renderer, room, config.long_prompts), kept, source.digest
 
 
 def _questions(source: Source, renderer: Renderer, default: str) -> Iterable[Question]:
@@ -126,7 +130,7 @@ def _questions(source: Source, renderer: Renderer, default: str) -> Iterable[Que
             )
         seen[name] = where
         turns = renderer.turns(content, where)
-        yield Question(name, category_of(content) or default, turns, where)
+        yield Question(name, row, category_of(content) or default, turns, where)
 
 
 def with_template(tokenizer: Any, choice: str | None, name: str) -> Any:

@@ -44,12 +44,12 @@ def run_questions(
     with bar:
         for _ in range(config.warmups if todo else 0):
             bar.set_postfix_str("warm-up")
-            asker.all(methods, questions[0], 0)
+            asker.all(methods, questions[0])
         for run, i in todo:
             bar.set_postfix_str(questions[i].category)
             first = (run + i) % len(methods)
             order = [*methods[first:], *methods[:first]]
-            journal.add((run, questions[i].id), asker.all(order, questions[i], i))
+            journal.add((run, questions[i].id), asker.all(order, questions[i]))
             bar.update()
 
 
@@ -59,20 +59,20 @@ class Asker:
     def __init__(self, target: Target, chat: Chat, config: SpecBenchConfig):
         self.target, self.chat, self.config = target, chat, config
 
-    def all(self, methods: Sequence[Method], question: Question, index: int) -> dict[str, Any]:
+    def all(self, methods: Sequence[Method], question: Question) -> dict[str, Any]:
         """{"methods": {name: turns}}, or {"skipped": why} where any method's prompt is too long and
         such questions are to be left out."""
         made: dict[str, list[Turn]] = {}
         try:
             for method in methods:
-                made[method.name] = self.one(method, question, index)
+                made[method.name] = self.one(method, question)
         except PromptTooLong as error:
             if self.config.long_prompts != "skip":
                 raise
             return {"skipped": str(error)}
         return {"methods": made}
 
-    def one(self, method: Method, question: Question, index: int) -> list[Turn]:
+    def one(self, method: Method, question: Question) -> list[Turn]:
         """All turns of a question by one method: its answers are its history."""
         history: list[dict[str, Any]] = []
         turns = []
@@ -80,7 +80,7 @@ class Asker:
             where = question.where if i == 0 else f"{question.where}, turn {i + 1}"
             history += said
             prompt, n_cut = self.chat.prompt(history, where)
-            batch = Batch([prompt], [self.config.seed + index])
+            batch = Batch([prompt], [self.config.seed + question.row])
             if "texts" in needed([method.name]):
                 batch.texts.append(prompt + self._plain(method.config, batch))
             method.prepare(batch)
