@@ -200,6 +200,7 @@ def test_a_converted_head_remembers_its_target_and_its_training(tmp_path, saved_
     unknown = load_head(tmp_path / "apple", double)  # Apple's files say nothing of it
     assert unknown.config.target_fingerprint == ""
     convert(tmp_path / "apple", "redrafter", tmp_path / "back", double)
+    assert (tmp_path / "back" / "custom_generate" / "generate.py").is_file()
     with pytest.raises(InputError, match="trained for another target"):
         load_head(tmp_path / "back", tiny("qwen3"))
 

@@ -39,7 +39,6 @@ from redrafter.contracts import InputError
 from redrafter.files import digest_weights
 from redrafter.heads.reading import read_config, read_tensors, stored_shapes, weight_files
 
-MODEL_TYPE = "mlp_speculator"
 _EPS = 1e-6
 _GATES = ("forget", "input", "output", "cell")
 

@@ -346,14 +346,15 @@ def load_head(
     Raises InputError naming the file for anything that does not fit.
     """
     # These import this module.
-    from redrafter.heads import apple, mlp_speculator
+    from redrafter.heads.apple import load_apple
+    from redrafter.heads.mlp_speculator import load_mlp_speculator
 
     path = Path(fetch(str(path), "head", revision=revision, token=token))
     fields = read_config(path)
     loaders = {
         RecurrentHeadConfig.model_type: _load_own,
-        apple.MODEL_TYPE: apple.load_apple,
-        mlp_speculator.MODEL_TYPE: mlp_speculator.load_mlp_speculator,
+        "recurrent_drafting_drafter": load_apple,
+        "mlp_speculator": load_mlp_speculator,
     }
     kind = fields.get("model_type")
     if kind not in loaders:

@@ -11,12 +11,14 @@ from redrafter.files import new_folder, provenance, write_json
 from redrafter.heads.apple import save_apple
 from redrafter.heads.owner import belong_to
 from redrafter.heads.recurrent import RecurrentHead, load_recurrent
+from redrafter.hub.export import complete
 
 
 def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> RecurrentHead:
     """Write the head of a folder in the layout `to` ("apple" or "redrafter") as the folder `out`.
 
-    target: the one it was trained for; "redrafter" records it, so that another one is refused later
+    target: the one it was trained for; "redrafter" records it, so that another one is refused
+        later, and adds what every export carries
     Returns the head. Raises InputError, before anything is written, where the head does not fit the
     target, the layout cannot express it, or `out` holds something.
     """
@@ -37,6 +39,9 @@ def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> R
                 belong_to(read, target)
             read.save_pretrained(part)
         write_json(part / "provenance.json", provenance(layout=to, converted_from=_origin(head)))
+        if to == "redrafter" and target is not None:
+            for told in complete(part, target):
+                print(told, flush=True)
     return read
 
 
