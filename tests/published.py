@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 from redrafter.cli.lossless import main as lossless
 from redrafter.cli.speed import main as speed
@@ -38,7 +40,10 @@ def make_run(target: Path, out: Path) -> None:
     (out / "disco" / "config.json").write_text("{}")
 
 
-def released(run: Path, **changes) -> tuple[Release, PushConfig]:
-    """What would be published of it, made without a network."""
+def released(run: Path, draw: bool = False, **changes) -> tuple[Release, PushConfig]:
+    """What would be published of it, made without a network. draw: the pictures too, which takes
+    seconds"""
     config = PushConfig(head=str(run), repo="me/tiny", **changes)
-    return prepare(replace(config, dry_run=True)), config
+    undrawn = patch("redrafter.hub.push.pictures_or_none", lambda run: {})
+    with nullcontext() if draw else undrawn:
+        return prepare(replace(config, dry_run=True)), config

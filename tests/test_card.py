@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from hub_server import check_card
@@ -26,7 +27,7 @@ def card_of(run: Path, **changes) -> tuple[ModelCard, str]:
 
 
 def test_figures_in_the_card_are_those_of_the_files(run):
-    card, text = card_of(run, base_model="owner/model", license="mit")
+    card, text = card_of(run, draw=True, base_model="owner/model", license="mit")
     body = json.loads((run / "speed.json").read_text())
     figures = body["methods"]["head"]
     metrics = {"tokens_per_step", "speedup_stock", "speedup_plain"}
@@ -56,8 +57,13 @@ def test_figures_in_the_card_are_those_of_the_files(run):
     facts = json.loads((run / "provenance.json").read_text())
     for entry in facts["history"]:
         assert f"| {entry['step']} | {entry['tokens_per_step']['greedy']:.2f} |" in text
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(pictures) == 3
+    for picture in pictures:  # opaque: readable on a light page and on a dark one
         assert (run / "card" / picture).is_file()
+        pixels = matplotlib.image.imread(run / "card" / picture)
+        assert pixels.shape[-1] == 3 or pixels[..., 3].min() == 1.0
+        assert pixels[..., :3].max() - pixels[..., :3].min() > 0.9
 
 
 def test_the_receipt_of_the_data(run, published_run):
@@ -101,7 +107,7 @@ def test_a_source_on_the_hub_is_named_in_the_metadata(run):
 def test_a_run_without_measurements_claims_nothing(run):
     for name in ("speed.json", "lossless.json", "provenance.json"):
         (run / name).unlink()
-    card, text = card_of(run)
+    card, text = card_of(run, draw=True)
     assert not card.data.eval_results and "model-index" not in text
     assert "no speed is claimed" in text and "was not recorded" in text
     assert not re.search(r"\d\.\d+ *x|tokens per step\*\*", text)
