@@ -1,6 +1,7 @@
 """`custom_generate/`: what a user of transformers alone gets, and that it is the library's code."""
 
 import ast
+import copy
 import json
 import os
 import shutil
@@ -231,7 +232,9 @@ def test_without_a_tokenizer_the_weights_decide(tmp_path):
 
 def test_attention_that_takes_no_mask_is_refused():
     model = AutoModelForCausalLM.from_config(
-        tiny("llama").model.config, attn_implementation="flex_attention"
+        # A copy: it is written to, and the target is everybody's.
+        copy.deepcopy(tiny("llama").model.config),
+        attn_implementation="flex_attention",
     )
     with pytest.raises(InputError, match="attn_implementation 'flex_attention'"):
         Target(model)
