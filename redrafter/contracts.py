@@ -216,6 +216,11 @@ class Lookahead:
     #: the drafter's features that `go_on` is given, in this order; None: all
     reads: Sequence[str] | None = None
 
+    def speculates(self, device: torch.device) -> bool:
+        """Whether it may ever draft in a generation on this device. Where it is known beforehand
+        that it will not, the generation is plain decoding, and costs that."""
+        return True
+
     def begin(self, seqs: Sequences) -> None:
         """A new generation starts. What was learned in earlier ones may be kept."""
 

@@ -168,6 +168,27 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     assert together.stats.steps == [steps for steps, _, _ in made]
 
 
+@pytest.mark.parametrize("kind", ["model", "suffix"])
+def test_a_classifier_that_never_drafts_costs_nothing(kind, monkeypatch):
+    """Not even the loop: with one that drafts nothing at first, the drafter is never begun."""
+    target = tiny("llama")
+    drafter, rows, config = DRAFTERS[kind](target), prompts(LENGTHS, seed=1), settings()
+    rates = {"first_rate": 50.0, "start_rate": 50.0}
+    never = DiscoLookahead(network_for(drafter, target, **rates), drafter)
+    assert never.speculates(target.device) is False
+    assert DiscoLookahead(network_for(drafter, target), drafter).speculates(target.device)
+    unsure = DiscoLookahead(network_for(drafter, target, context=True, **rates), drafter)
+    assert unsure.speculates(target.device), "what the target says may change its mind"
+
+    made = speculative(target, rows, config, drafter=drafter, lookahead=unsure)
+    monkeypatch.setattr(drafter, "begin", lambda seqs: pytest.fail("begun"))
+    seeds = range(len(rows))
+    plainly = speculative(target, rows, config, seeds=seeds, drafter=drafter, lookahead=never)
+    assert plainly.tokens == alone(target, rows, config)[0]
+    assert plainly.stats.drafted_at == made.stats.drafted_at == [0] * K
+    assert plainly.stats.steps == made.stats.steps and plainly.extra["drafter"] == {}
+
+
 def test_the_best_depth_by_trying_all():
     random = torch.Generator().manual_seed(0)
     p, price = torch.rand(200, 5, generator=random).sort(1, descending=True)[0], torch.rand(200, 5)

@@ -23,6 +23,7 @@ from redrafter.contracts import (
     root_tree,
 )
 from redrafter.decode.cache import RowCache
+from redrafter.decode.plain import plain
 from redrafter.decode.ratio import RULES, Rule, accepting_noise, verify_ratio
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
@@ -56,11 +57,19 @@ def speculative(
     """
     if rule not in ("seeded", *RULES):
         raise InputError(f"rule: {rule!r} is not one of seeded, {', '.join(RULES)}")
+    depth = drafter.max_depth if drafter else 0
+    if lookahead and not lookahead.speculates(target.device):
+        made = plain(
+            target, prompts, generation_config, seeds=seeds, logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria, streamer=streamer, attention_mask=attention_mask,
+        )  # fmt: skip
+        made.stats.drafted_at, made.stats.accepted_at = [0] * depth, [0] * depth
+        made.extra["drafter"] = {}
+        return made
     request = Request(
         target, prompts, generation_config, seeds,
         logits_processor, stopping_criteria, streamer, attention_mask,
     )  # fmt: skip
-    depth = drafter.max_depth if drafter else 0
     emitter, timer = Emitter(request), StepTimer(request.n_rows, depth)
     seqs = request.sequences(slack=depth + 1)
     limit = torch.tensor(request.limit, device=target.device)

@@ -176,6 +176,13 @@ class DiscoLookahead(Lookahead):
         self.log: list[tuple[int, Tensor]] | None = None
         self._device: torch.device | None = None
 
+    def speculates(self, device: torch.device) -> bool:
+        """Nothing follows from a step that drafted nothing but the next one: where the first drafts
+        nothing, none does."""
+        if self._device != device:
+            self._prepare(device)
+        return self.log is not None or self.ever
+
     def begin(self, seqs: Sequences) -> None:
         if self._device != seqs.length.device:
             self._prepare(seqs.length.device)
@@ -198,6 +205,8 @@ class DiscoLookahead(Lookahead):
         tabulated = not self.config.context
         self.plans = self._plan(self.known) if tabulated and self._decides_before else None
         self.bars = self._bars() if tabulated else None
+        known = self.plans is not None and device.type != "meta"
+        self.ever = not known or bool(self.plans[0, 0] > 0)
 
     @property
     def _decides_before(self) -> bool:
