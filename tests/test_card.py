@@ -53,6 +53,7 @@ def test_figures_in_the_card_are_those_of_the_files(run):
         counts = f"{r['compared_tokens']} | {r['near_ties']} | {r['unexplained']} |"
         assert re.search(rf"\| `head` \| {mode}, T = .*\| {re.escape(counts)}", text)
     assert card.data.base_model == "owner/model" and card.data.license == "mit"
+    assert "custom_generate" in card.data.tags
     assert "[owner/model](https://huggingface.co/owner/model)" in text
     facts = json.loads((run / "provenance.json").read_text())
     for entry in facts["history"]:

@@ -50,23 +50,24 @@ def model_card(run: Run, repo: str, files: Sequence[str], pictures: Mapping[str,
         _made_by(run),
     ]
     text = "\n\n".join(part for part in parts if part)
-    return str(ModelCard(f"---\n{metadata(run, name).to_yaml()}\n---\n\n{text}\n"))
+    return str(ModelCard(f"---\n{metadata(run, name, files).to_yaml()}\n---\n\n{text}\n"))
 
 
 # -------------------------------------------------------------------------------- metadata
 
 
-def metadata(run: Run, name: str) -> Any:
+def metadata(run: Run, name: str, files: Sequence[str]) -> Any:
     """huggingface_hub.ModelCardData: what the Hub filters and shows by."""
     from huggingface_hub import ModelCardData
 
+    runs_alone = ["custom_generate"] * any(f.startswith("custom_generate/") for f in files)
     datasets = sorted({s["name"] for s in sources(run) if s["on_hub"]})
     return ModelCardData(
         model_name=name,
         base_model=run.target.hub_id,
         library_name="redrafter",
         pipeline_tag="text-generation",
-        tags=TAGS,
+        tags=[*TAGS, *runs_alone],  # the Hub lists those that generate() takes by that word
         datasets=datasets or None,
         eval_results=eval_results(run) or None,
         **run.target.license,
