@@ -59,7 +59,7 @@ def test_commands_end_with_the_message(config, argv, said, capsys):
     ("changes", "said"),
     [
         ({"eval.prompts": 2}, "no held-out prompts to measure on"),
-        ({"head.init_from": "nothing"}, "is not the folder of a draft head"),
+        ({"head.init_from": "nothing"}, "head.init_from: 'nothing' does not exist"),
         ({"loss.kl": 1.0, "loss.teacher": "top_k"}, "needs data.states.teacher_top_k"),
     ],
 )

@@ -331,6 +331,7 @@ def load_head(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    option: str = "head",
 ) -> Any:
     """Read a head from a folder or the Hub (`owner/name`, `owner/name@revision`), told apart by its
     `config.json`; nothing is unpickled. A Hub repository is fetched whole: what was trained for the
@@ -341,6 +342,7 @@ def load_head(
     allow_other_target: "merged" takes a target that computes the same, too (compared with what was
         recorded in training: a base merged with its adapter); True takes any
     revision, token: of a head on the Hub; token None is the usual one (HF_TOKEN, or a login)
+    option: what the path was given for, for messages
     Returns a RecurrentHead (ours or Apple's), or an MLPSpeculator (IBM's or Arctic's), which drafts
     alike but is not trained here.
     Raises InputError naming the file for anything that does not fit.
@@ -349,7 +351,7 @@ def load_head(
     from redrafter.heads.apple import load_apple
     from redrafter.heads.mlp_speculator import load_mlp_speculator
 
-    path = Path(fetch(str(path), "head", revision=revision, token=token))
+    path = Path(fetch(str(path), option, revision=revision, token=token))
     fields = read_config(path)
     loaders = {
         RecurrentHeadConfig.model_type: _load_own,
@@ -381,13 +383,16 @@ def _given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther
 
 
 def load_recurrent(
-    path: str | Path, target: Any = None, allow_other_target: AllowOther = False
+    path: str | Path,
+    target: Any = None,
+    allow_other_target: AllowOther = False,
+    option: str = "head",
 ) -> RecurrentHead:
     """`load_head` for whoever goes on training the head, or writes it in another layout.
 
     Raises InputError for a head that is not recurrent, too.
     """
-    head = load_head(path, target, allow_other_target)
+    head = load_head(path, target, allow_other_target, option=option)
     if not isinstance(head, RecurrentHead):
         raise InputError(
             f"{path}: a {type(head).__name__} can draft here, but neither be trained nor written; "

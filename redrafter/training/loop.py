@@ -80,7 +80,7 @@ def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.Adam
 
 def head_to_go_on_from(config: HeadConfig, target: Target) -> RecurrentHead:
     """`head.init_from` for this target, in float32, with LoRA where that is asked for."""
-    head = load_recurrent(config.init_from, target, allow_other_target=True).float()
+    head = load_recurrent(config.init_from, target, True, "head.init_from").float()
     belong_to(head, target)
     return head if config.lora is None else lora.adapt(head, config.lora, config.init_from)
 
