@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -164,9 +165,17 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), {}
-        make_wide(folder)
         known = cases(folder, args)
-        for case in args.cases.split(",") if args.cases else known:
+        asked = args.cases.split(",") if args.cases else list(known)
+        if any(case.startswith("wide") for case in asked):
+            # In a process of its own: the kernel counts a parent's memory as its children's, up to
+            # the moment that they are another program.
+            maker = multiprocessing.get_context("spawn").Process(target=make_wide, args=(folder,))
+            maker.start()
+            maker.join()
+            if maker.exitcode:
+                raise SystemExit("the synthetic target could not be made")
+        for case in asked:
             found[case] = compare(*known[case], folder)
             row = found[case]
             print(
