@@ -187,6 +187,7 @@ def test_a_classifier_that_never_drafts_costs_nothing(kind, monkeypatch):
     assert plainly.tokens == alone(target, rows, config)[0]
     assert plainly.stats.drafted_at == made.stats.drafted_at == [0] * K
     assert plainly.stats.steps == made.stats.steps and plainly.extra["drafter"] == {}
+    assert plainly.stats.seconds["lookahead"] == 0
 
 
 def test_the_best_depth_by_trying_all():

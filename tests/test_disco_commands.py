@@ -52,7 +52,8 @@ def made(tiny_target, tmp_path_factory):
 def test_head_and_classifier_load_from_one_folder(made, tiny_target, capsys):
     folder, head, _, _ = made
     assert (folder / "head" / "disco" / "model.safetensors").is_file()
-    names = [f"{DRAFTER}:lookahead={text}" for text in ("disco", "disco(when=step)")]
+    names = [f"{DRAFTER}:lookahead={text}" for text in
+             ("disco", "disco(when=step)", "disco(rule=threshold)")]  # fmt: skip
     out = folder / "speed.json"
     assert speed_cli.main([
         *head, "--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--n_prompts", "2",
@@ -61,7 +62,9 @@ def test_head_and_classifier_load_from_one_folder(made, tiny_target, capsys):
     ]) == 0  # fmt: skip
     body = json.loads(out.read_text())
     assert body["exact"] and all(body["methods"][n]["equal_rows"] == 2 for n in names)
-    assert all(body["methods"][n]["seconds"]["lookahead"] > 0 for n in names)
+    took = [body["methods"][n]["seconds"]["lookahead"] for n in names]
+    # Where the costs measured here say not to draft at all, the first two are plain decoding.
+    assert took[-1] > 0 and min(took) >= 0
     capsys.readouterr()
     with pytest.raises(SystemExit):  # the same head, another draft
         speed_cli.main([

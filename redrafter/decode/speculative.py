@@ -64,6 +64,7 @@ def speculative(
             stopping_criteria=stopping_criteria, streamer=streamer, attention_mask=attention_mask,
         )  # fmt: skip
         made.stats.drafted_at, made.stats.accepted_at = [0] * depth, [0] * depth
+        made.stats.seconds["lookahead"] = 0.0
         made.extra["drafter"] = {}
         return made
     request = Request(
