@@ -28,7 +28,7 @@ _PUBLIC = {
     "plain": "redrafter.decode.plain",
     "speculative": "redrafter.decode.speculative",
     "generate": "redrafter.generation",
-    "load_head": "redrafter.heads.recurrent",
+    "load_head": "redrafter.heads.load",
 }
 
 __all__ = ["__version__", *_PUBLIC]

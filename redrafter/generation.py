@@ -12,7 +12,8 @@ from redrafter.contracts import Generation, InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
 

@@ -28,7 +28,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.figures import bootstrap
 from redrafter.files import git_commit, versions, write_json
-from redrafter.heads.recurrent import load_head
+from redrafter.heads.load import load_head
 from redrafter.target.devices import device_name
 from redrafter.target.model import load_target
 

@@ -14,7 +14,7 @@ from published import released
 
 from redrafter.contracts import InputError
 from redrafter.evaluation.report import with_interval
-from redrafter.heads.recurrent import load_head
+from redrafter.heads.load import load_head
 from redrafter.hub.recipe import launch_line
 from redrafter.hub.run import read_run
 

@@ -23,7 +23,8 @@ from redrafter.data.store import Store
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.processes import join
 from redrafter.target.model import load_target
 from redrafter.training.engine import check_engine

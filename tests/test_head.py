@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from redrafter.contracts import InputError
 from redrafter.heads.apple import load_apple, save_apple
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.target.adapters import Parts
 
 

@@ -15,8 +15,9 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.heads.load import load_head
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub.layouts import convert
 from redrafter.target.model import load_target
 

@@ -16,8 +16,8 @@ from redrafter.contracts import InputError, Sequences, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.heads.load import load_head, load_recurrent
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
-from redrafter.heads.recurrent import load_head, load_recurrent
 
 HIDDEN = 32
 

@@ -27,7 +27,8 @@ from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads import lora
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.losses import chunked, cross_entropy
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target, load_model_config, load_target

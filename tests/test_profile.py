@@ -17,7 +17,8 @@ from redrafter.drafters.profile import StepCosts, profile_of, profile_path, step
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.report import write_result
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import load_target
 
 

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from redrafter.cli.args import parse
 from redrafter.config import PlanConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
-from redrafter.heads.recurrent import load_head
+from redrafter.heads.load import load_head
 from redrafter.planning.ghosts import GhostTarget
 from redrafter.planning.parts import Ground
 from redrafter.planning.world import World

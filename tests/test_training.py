@@ -24,7 +24,8 @@ from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
 from redrafter.data.reading import Stored
 from redrafter.data.states import build_states
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import load_target
 from redrafter.training import checkpoint
 from redrafter.training.feed import Batch, Feed, frequent_ids

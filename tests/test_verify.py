@@ -14,7 +14,8 @@ from redrafter.cli.args import parse
 from redrafter.cli.verify import main, with_head
 from redrafter.config import TrainConfig
 from redrafter.contracts import InputError
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub import replay_decode
 from redrafter.hub.export import complete
 from redrafter.hub.golden import FACTS, NUMBERS, read_facts, read_golden, write_golden

@@ -16,7 +16,7 @@ def load_both(config: Any) -> tuple[Any, Any]:
     """(Target, draft head or None) of an evaluation's configuration; sets torch's threads."""
     import torch
 
-    from redrafter.heads.recurrent import load_head
+    from redrafter.heads.load import load_head
     from redrafter.hub.fetch import fetch
     from redrafter.target.model import load_target
 

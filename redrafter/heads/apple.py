@@ -16,13 +16,8 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.files import write_json, write_tensors
-from redrafter.heads.reading import read_config
-from redrafter.heads.recurrent import (
-    RecurrentHead,
-    RecurrentHeadConfig,
-    check_config,
-    with_weights,
-)
+from redrafter.heads.reading import read_config, with_weights
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, check_config
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 

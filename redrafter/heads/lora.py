@@ -6,7 +6,7 @@
 
 Every `nn.Linear` of the head can be adapted: the recurrence (rnn_w, rnn_u), the residual blocks,
 the maps between widths, and the output matrix, where it is the head's own. That one is never
-called but read as a matrix (chunked loss), so `RecurrentHead.vocab_matrix` adds its W + s B A: a
+called but read as a matrix (chunked loss), so the head's `vocab_matrix` adds its W + s B A: a
 gradient of the size of W is there during a step, as without LoRA; AdamW's averages and checkpoints
 are small. `dropout` does not reach it. Not adapted: a GRU cell (no linear layer), norms, biases,
 and an output matrix that is the target's.
@@ -15,25 +15,24 @@ and an output matrix that is the target's.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from redrafter.config import LoraSettings
 from redrafter.contracts import InputError
 from redrafter.files import write_tensors
-
-if TYPE_CHECKING:
-    from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.reading import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's, of the only adapter
 _PREFIX = "base_model.model."  # so that peft's own PeftModel.from_pretrained(head, folder) reads it
 
 
-def adapt(head: RecurrentHead, settings: LoraSettings, start: str | Path) -> RecurrentHead:
+def adapt(head: PreTrainedModel, settings: LoraSettings, start: str | Path) -> PreTrainedModel:
     """Freeze the head and put LoRA on it, in place; all it says stays the same until it is trained.
 
     start: where the head came from; its name is written into the adapter's configuration
@@ -46,7 +45,7 @@ def adapt(head: RecurrentHead, settings: LoraSettings, start: str | Path) -> Rec
     return head
 
 
-def inject(head: RecurrentHead, settings: LoraSettings, start: str | Path) -> None:
+def inject(head: PreTrainedModel, settings: LoraSettings, start: str | Path) -> None:
     """`adapt`, of a head whose weights may have no content."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -93,7 +92,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     return layer.weight + layer.get_delta_weight(_NAME)
 
 
-def merged(head: RecurrentHead) -> RecurrentHead:
+def merged(head: PreTrainedModel) -> PreTrainedModel:
     """A plain head with the LoRA maps added in, for measuring and export; a head without LoRA is
     returned as it is. The adapted one is not touched."""
     if not is_adapted(head):
@@ -113,27 +112,25 @@ def merged(head: RecurrentHead) -> RecurrentHead:
     return plain.eval()
 
 
-def _tensors(head: RecurrentHead) -> dict[str, Tensor]:
+def _tensors(head: PreTrainedModel) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(head, save_embedding_layers=False)
     return {_PREFIX + name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def save(head: RecurrentHead, folder: str | Path) -> None:
+def save(head: PreTrainedModel, folder: str | Path) -> None:
     """The adapter alone, as peft lays it out. `folder` must exist."""
     head.peft_config[_NAME].save_pretrained(str(folder))
     about = {"format": "pt", "start": head.lora_start}
     write_tensors(Path(folder) / WEIGHTS, _tensors(head), about)
 
 
-def load(folder: str | Path, head: RecurrentHead) -> None:
+def load(folder: str | Path, head: PreTrainedModel) -> None:
     """Put the weights of `save` into a head that was adapted alike.
 
     Raises InputError naming the file where it is missing, damaged, or was trained on another head.
     """
-    from redrafter.heads.recurrent import read_tensors  # it imports this module
-
     file = Path(folder) / WEIGHTS
     expected = {name: tuple(tensor.shape) for name, tensor in _tensors(head).items()}
     tensors = read_tensors(file, expected)

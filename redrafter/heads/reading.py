@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.contracts import InputError
+
+Head = TypeVar("Head", bound=nn.Module)
 
 _WEIGHTS = "model.safetensors"
 #: to be run by whoever trusts the file; tied matrices share memory, which safetensors refuses
@@ -111,3 +113,12 @@ def read_tensors(
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 tensors[name] = opened.get_tensor(name)
     return {name: tensors[name] for name in expected}
+
+
+def with_weights(head: Head, folder: Path) -> Head:
+    """The head with the weights of a folder, in the dtype that they are stored in."""
+    expected = {name: tuple(t.shape) for name, t in head.state_dict().items()}
+    tensors = read_tensors(weight_files(folder), expected)
+    stored = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    head.to(stored).load_state_dict(tensors)
+    return head

@@ -40,7 +40,8 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.recurrent import RecurrentHead, load_own
+from redrafter.heads.load import load_own
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.target.model import Target
 
 #: arguments about downloads, which `generate` hands on as they are

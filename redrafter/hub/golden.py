@@ -30,7 +30,8 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
 from redrafter.evaluation.lossless import RecordingDrafter, processed, ragged
 from redrafter.files import digest_file, digest_json, versions, write_json, write_tensors
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub.texts import describe_text
 from redrafter.target.adapters import probe_tokens
 from redrafter.target.devices import device_name

@@ -9,8 +9,9 @@ from typing import Any
 from redrafter.contracts import InputError
 from redrafter.files import new_folder, provenance, write_json
 from redrafter.heads.apple import save_apple
+from redrafter.heads.load import load_recurrent
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead, load_recurrent
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub.export import complete
 
 

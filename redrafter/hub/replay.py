@@ -38,7 +38,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from redrafter.contracts import InputError
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub.golden import (
     Golden,
     describe_target,

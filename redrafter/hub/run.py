@@ -11,7 +11,9 @@ from typing import Any
 
 from redrafter.contracts import InputError
 from redrafter.evaluation.methods import needed
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_head, read_config
+from redrafter.heads.load import load_head
+from redrafter.heads.reading import read_config
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_KEYS = ("license", "license_name", "license_link")

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from redrafter.config import HeadConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.heads import lora
+from redrafter.heads.load import load_recurrent
 from redrafter.heads.reading import read_config
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, load_recurrent
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.hub.fetch import fetch
 from redrafter.planning.tracing import storage_bytes
 from redrafter.target.devices import pick_device

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from redrafter.config import HeadConfig, LossConfig, OptimConfig, PlanConfig, TargetConfig
+from redrafter.config import LossConfig, OptimConfig, PlanConfig, TargetConfig
 from redrafter.data.answers import generation_config
 from redrafter.data.rows import Rows, offsets_of
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
-from redrafter.heads.recurrent import RecurrentHead, load_recurrent
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning.ghosts import has_weights
 from redrafter.planning.memory import ghost_batch
-from redrafter.planning.plan import Duration, Plan
-from redrafter.target.model import Target, load_target
+from redrafter.planning.plan import Plan
+from redrafter.target.model import Target
 from redrafter.training.loop import make_optimizer
 from redrafter.training.step import batch_loss, total_weight
-
-if TYPE_CHECKING:
-    from redrafter.planning.training_job import TrainingPlan
 
 _LEAST_TOKENS = 4  # decoded by a probe
 
@@ -93,13 +90,6 @@ def states_seconds(maker: StateMaker, row_tokens: int, most: float) -> float:
     return repeated(most, lambda: maker.columns(made), maker.target.device) / len(ids)
 
 
-def new_head(wanted: HeadConfig, ghost: RecurrentHead, target: Target) -> RecurrentHead:
-    """A real head of a ghost's shape."""
-    if wanted.init_from is not None:
-        return load_recurrent(wanted.init_from, target, allow_other_target=True).float()
-    return RecurrentHead(ghost.config).to(target.device).bind(target)
-
-
 def step_seconds(
     head: RecurrentHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int, most: float
 ) -> float:
@@ -123,44 +113,3 @@ def step_seconds(
         optimizer.zero_grad()
 
     return repeated(most, step, target.device)
-
-
-def probe_training(job: TrainingPlan) -> None:
-    """Adds the hours of a training to its plan."""
-    plan, config, wanted = job.ground.plan, job.config, job.wanted
-    names = ["answers", "hidden states", f"{config.optim.steps} steps", "evaluations"]
-    if (reason := why_not(plan, config.target, wanted)) is not None:
-        plan.hours += [Duration(f"{config.optim.steps} steps", None, reason)]
-        return
-    target, most = load_target(config.target), wanted.probe_s
-    n = job.world.processes
-    data, how, found = config.data, config.data.answers, []
-    if job.prompts is not None and job.prompts.rows is not None:
-        batches = -(-job.prompts.rows * job.passes // how.batch_size)
-        one = decode_seconds(target, min(how.batch_size, job.prompts.rows),
-                             round(job.prompts.mean), how.max_new_tokens,
-                             max(how.temperatures), most)  # fmt: skip
-        found.append(Duration(names[0], batches * one / n, "at most: as if none ended early"))
-    if not data.stores and job.texts.tokens is not None:
-        maker = StateMaker(target, data.states, job.maker.continuation)
-        each = states_seconds(maker, max(1, round(job.texts.mean)), most)
-        times = 1 if data.mode != "online" else None
-        note = "" if times else "made anew in every epoch; this is one"
-        found.append(Duration(names[1], each * job.texts.tokens / n, note))
-    head = new_head(config.head, job.head, target)
-    one = step_seconds(head, target, config.loss, job.own_optim,
-                       data.states.teacher_top_k or 0, most)  # fmt: skip
-    steps = config.optim.steps
-    found.append(Duration(names[2], one * steps, f"{one:.3g} s each"))
-    measured = config.eval
-    if measured.prompts:
-        rows = min(measured.batch_size, measured.prompts)
-        prompt = round(job.prompts.mean) if job.prompts else wanted.prompt_tokens
-        one = decode_seconds(target, rows, prompt, measured.max_new_tokens,
-                             max(measured.temperatures), most)  # fmt: skip
-        times = -(-steps // measured.every_steps) * -(-measured.prompts // rows)
-        times *= len(measured.temperatures)
-        note = "as if nothing were gained by drafting, nor lost"
-        found.append(Duration(names[3], one * times, note))
-    total = sum(d.seconds for d in found)
-    plan.hours += [*found, Duration("all of it", total)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from redrafter.config import LossConfig, OptimConfig, PlanConfig, TrainConfig
+from redrafter.config import HeadConfig, LossConfig, OptimConfig, PlanConfig, TrainConfig
 from redrafter.data.reading import read_weights
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.heads.load import load_recurrent
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning.ghosts import GhostTarget, borrowed_copy_bytes, ghost_head
 from redrafter.planning.memory import (
@@ -26,11 +27,17 @@ from redrafter.planning.parts import (
     states_items,
     states_on_disk,
 )
-from redrafter.planning.plan import Item, Plan, readable
-from redrafter.planning.probe import probe_training
+from redrafter.planning.plan import Duration, Item, Plan, readable
+from redrafter.planning.probe import (
+    decode_seconds,
+    states_seconds,
+    step_seconds,
+    why_not,
+)
 from redrafter.planning.speed import bound
 from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_store
 from redrafter.planning.world import Shares, shares, world_of
+from redrafter.target.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
 
 # Bytes per token of a buffer beside its columns: where the row ends, and a start, int64 each.
@@ -225,11 +232,59 @@ class TrainingPlan:
                          kept * one + 4 * (trained + frozen), config.output_dir)  # fmt: skip
 
 
+def new_head(wanted: HeadConfig, ghost: RecurrentHead, target: Target) -> RecurrentHead:
+    """A real head of a ghost's shape."""
+    if wanted.init_from is not None:
+        return load_recurrent(wanted.init_from, target, allow_other_target=True).float()
+    return RecurrentHead(ghost.config).to(target.device).bind(target)
+
+
 def elements(head: RecurrentHead) -> tuple[int, int, int]:
     """(trained, frozen, of the largest parameter) of a head; what it borrows is not its own."""
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in head.parameters() if not p.requires_grad)
     return trained, frozen, max(p.numel() for p in head.parameters())
+
+
+def probe_training(job: TrainingPlan) -> None:
+    """Adds the hours of a training to its plan."""
+    plan, config, wanted = job.ground.plan, job.config, job.wanted
+    names = ["answers", "hidden states", f"{config.optim.steps} steps", "evaluations"]
+    if (reason := why_not(plan, config.target, wanted)) is not None:
+        plan.hours += [Duration(f"{config.optim.steps} steps", None, reason)]
+        return
+    target, most = load_target(config.target), wanted.probe_s
+    n = job.world.processes
+    data, how, found = config.data, config.data.answers, []
+    if job.prompts is not None and job.prompts.rows is not None:
+        batches = -(-job.prompts.rows * job.passes // how.batch_size)
+        one = decode_seconds(target, min(how.batch_size, job.prompts.rows),
+                             round(job.prompts.mean), how.max_new_tokens,
+                             max(how.temperatures), most)  # fmt: skip
+        found.append(Duration(names[0], batches * one / n, "at most: as if none ended early"))
+    if not data.stores and job.texts.tokens is not None:
+        maker = StateMaker(target, data.states, job.maker.continuation)
+        each = states_seconds(maker, max(1, round(job.texts.mean)), most)
+        times = 1 if data.mode != "online" else None
+        note = "" if times else "made anew in every epoch; this is one"
+        found.append(Duration(names[1], each * job.texts.tokens / n, note))
+    head = new_head(config.head, job.head, target)
+    one = step_seconds(head, target, config.loss, job.own_optim,
+                       data.states.teacher_top_k or 0, most)  # fmt: skip
+    steps = config.optim.steps
+    found.append(Duration(names[2], one * steps, f"{one:.3g} s each"))
+    measured = config.eval
+    if measured.prompts:
+        rows = min(measured.batch_size, measured.prompts)
+        prompt = round(job.prompts.mean) if job.prompts else wanted.prompt_tokens
+        one = decode_seconds(target, rows, prompt, measured.max_new_tokens,
+                             max(measured.temperatures), most)  # fmt: skip
+        times = -(-steps // measured.every_steps) * -(-measured.prompts // rows)
+        times *= len(measured.temperatures)
+        note = "as if nothing were gained by drafting, nor lost"
+        found.append(Duration(names[3], one * times, note))
+    total = sum(d.seconds for d in found)
+    plan.hours += [*found, Duration("all of it", total)]
 
 
 def plan_training(config: TrainConfig, wanted: PlanConfig) -> Plan:

@@ -22,8 +22,9 @@ from redrafter.files import (
     write_json,
 )
 from redrafter.heads import lora
+from redrafter.heads.load import load_recurrent
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead, load_recurrent
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub.export import complete
 from redrafter.target.model import Target, load_target
 from redrafter.training import checkpoint
