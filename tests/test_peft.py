@@ -277,10 +277,11 @@ def scaled(base, folder, scale, seed=0, **changes):
             weights[name] = tensor * scale
     safetensors.torch.save_file(weights, file, {"format": "pt"})
     adapted = peft.PeftModel.from_pretrained(model_in(base), folder).eval()
+    ids = IDS.clamp(min=1)  # the base's row of padding is zeros, of which any change is large
     with torch.inference_mode():
-        said = adapted(input_ids=IDS).logits
+        said = adapted(input_ids=ids).logits
         with adapted.disable_adapter():
-            bare = adapted(input_ids=IDS).logits
+            bare = adapted(input_ids=ids).logits
     return float((said - bare).norm() / said.norm())
 
 
@@ -298,14 +299,14 @@ TIED = {"target_modules": ["lm_head"], "ensure_weight_tying": True}
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("scale", "changes"),
-    [(1, {"target_modules": ["lm_head"]}), (0.03, {"target_modules": ["lm_head"]}), (1, TIED),
+    [(1, {"target_modules": ["lm_head"]}), (0.1, {"target_modules": ["lm_head"]}), (1, TIED),
      (0.002, TIED)],
     ids=["one", "one, a little", "both", "both, a little"],
 )  # fmt: skip
 def test_a_merge_that_is_none_is_found_out(tied, tmp_path, scale, changes, dtype):
     """On one of two tied matrices: merging would change both, or both twice; however little."""
     effect = scaled(tied, tmp_path / "adapter", scale, **changes)
-    assert (0.005 < effect < 0.1) == (scale < 1), effect
+    assert (0.01 < effect < 0.05) == (scale < 1), effect
     with pytest.raises(
         InputError, match=r"(?s)adapter_model\.safetensors.*tied.*modules_to_save.*target\.base"
     ):
