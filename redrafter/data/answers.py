@@ -16,6 +16,7 @@ from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.finite import NOT_FINITE
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import Store, open_job
+from redrafter.data.vocabulary import check_store_ids
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.target.identity import target_identity, text_identity
@@ -58,6 +59,7 @@ def build_answers(
     job = open_job(folder, "answers", identity, named)
     if job.complete:
         return need_rows(open_filled(job), prompts.name)
+    check_store_ids(prompts, target)
     passes = [
         (float(t), sample)
         for t in config.temperatures

@@ -40,6 +40,7 @@ def build_rows(
     folder: str | Path,
     *,
     max_tokens: int | None = None,
+    vocab_size: int | None = None,
     named: bool = False,
     progress: bool = True,
 ) -> Store:
@@ -47,6 +48,7 @@ def build_rows(
 
     keep: what stands before the answer, for the target to go on; or whole texts with their masks
     max_tokens: longer rows are skipped and counted
+    vocab_size: rows of the target's lm_head (see `prepared`)
     named: use a folder in `folder` that is named after the content
     Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
     and failed ones add up to the rows read.
@@ -58,7 +60,11 @@ def build_rows(
         "text": text_identity(tokenizer),
         "max_tokens": max_tokens,
     }
-    read = lambda: prepared(source, Renderer(tokenizer, config), config, keep, max_tokens)  # noqa: E731
+
+    def read() -> Iterable[TokenRow | RejectedRow]:
+        renderer = Renderer(tokenizer, config)
+        return prepared(source, renderer, config, keep, max_tokens, vocab_size)
+
     total = _total(source) if progress else 0
     store = write_rows(read, keep, folder, identity, named, total, made_from=[origin(source)])
     return need_rows(store, config.path, _LONGER if max_tokens is not None else "")

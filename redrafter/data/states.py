@@ -35,6 +35,7 @@ from redrafter.data.finite import choice, finite_rows, left_out, rows_kept
 from redrafter.data.local import continue_greedily
 from redrafter.data.rows import Rows, batches_by_length, right_padded, row_digest
 from redrafter.data.store import Job, Store, open_job
+from redrafter.data.vocabulary import check_store_ids
 from redrafter.processes import by_main, launched
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
@@ -202,6 +203,7 @@ def build_states(
     job = open_job(folder, "states", identity, named)
     if job.complete:
         return need_rows(open_filled(job), rows.name)
+    check_store_ids(rows, target)
     kept = unique_rows(rows)
     groups = groups_of(rows.lengths[kept] * maker.bytes_per_token(), config.shard_bytes)
     sizes = [int(rows.lengths[kept[group]].sum()) for group in groups]
