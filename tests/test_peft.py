@@ -300,7 +300,7 @@ TIED = {"target_modules": ["lm_head"], "ensure_weight_tying": True}
 @pytest.mark.parametrize(
     ("scale", "changes"),
     [(1, {"target_modules": ["lm_head"]}), (0.1, {"target_modules": ["lm_head"]}), (1, TIED),
-     (0.002, TIED)],
+     (0.0013, TIED)],
     ids=["one", "one, a little", "both", "both, a little"],
 )  # fmt: skip
 def test_a_merge_that_is_none_is_found_out(tied, tmp_path, scale, changes, dtype):
