@@ -50,7 +50,7 @@ def states_share(target: Target, texts: Store, folder: Path) -> tuple[float, flo
     bare = whole = 0.0
     for index, group in enumerate(groups):
         clock = time.process_time()
-        job.write(index, state_columns(maker, texts, rows[group]))
+        job.write(index, *state_columns(maker, texts, rows[group]))
         whole += time.process_time() - clock
         read = texts.rows(rows[group])
         padded = [

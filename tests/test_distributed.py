@@ -262,6 +262,7 @@ class Rows:
         return {
             "tokens": tokens, "supervised": torch.ones(len(tokens), dtype=torch.bool),
             "states": torch.cat([self.states[r] for r in rows]), "offsets": lengths.cumsum(0),
+            "there": torch.ones(len(rows), dtype=torch.bool),
         }  # fmt: skip
 
 

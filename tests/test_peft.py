@@ -150,19 +150,47 @@ def test_a_fingerprint_is_the_same_however_it_is_loaded(
     assert dropped.fingerprint() == target.fingerprint(), "dropout is no part of the model"
 
 
-def test_an_adapter_may_bring_a_larger_vocabulary(base, tmp_path):
+_BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("more", "changes"),
+    [
+        (3, _BOTH), (-5, _BOTH), (3, {}), (-5, {}), (-5, {"target_modules": ["lm_head"]}),
+        (-5, {"target_modules": ["q_proj", "embed_tokens"]}),
+        (3, {"target_modules": ["lm_head", "embed_tokens"]}),
+    ],
+)  # fmt: skip
+def test_an_adapter_may_bring_a_vocabulary_of_another_size(base, tmp_path, more, changes):
+    """As resize_token_embeddings(len(tokenizer)) leaves it: larger, or without the base's
+    padding."""
+    model = model_in(base)
+    model.resize_token_embeddings(model.config.vocab_size + more)
+    config = peft.LoraConfig(
+        **{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **changes}
+    )
+    resized = peft.get_peft_model(model, config)
+    resized.save_pretrained(tmp_path / "resized")
+    target = read(tmp_path / "resized")
+    assert target.vocab_size == model.config.vocab_size == tiny("llama").vocab_size + more
+    known = load_model_config(TargetConfig(str(tmp_path / "resized")))
+    assert known.vocab_size == target.vocab_size
+    ids = IDS.clamp(max=target.vocab_size - 1)
+    with torch.inference_mode():
+        said = resized.eval()(input_ids=ids).logits
+        torch.testing.assert_close(target.model(input_ids=ids).logits, said, atol=1e-10, rtol=0)
+
+
+def test_new_tokens_without_weights_are_refused(base, tmp_path):
+    """peft saves the rows of an adapted matrix, and then not those of the other: they would be
+    random."""
     model = model_in(base)
     model.resize_token_embeddings(model.config.vocab_size + 3)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False,
-                             modules_to_save=["embed_tokens", "lm_head"])  # fmt: skip
-    grown = peft.get_peft_model(model, config)
-    grown.save_pretrained(tmp_path / "grown")
-    target = read(tmp_path / "grown")
-    assert target.vocab_size == model.config.vocab_size
-    assert load_model_config(TargetConfig(str(tmp_path / "grown"))).vocab_size == target.vocab_size
-    with torch.inference_mode():
-        said = grown.eval()(input_ids=IDS).logits
-        torch.testing.assert_close(target.model(input_ids=IDS).logits, said, atol=1e-10, rtol=0)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "grown")
+    named = r"adapter_model\.safetensors has more tokens.*embed_tokens\.weight.*modules_to_save"
+    with pytest.raises(InputError, match=named):
+        read(tmp_path / "grown")
 
 
 def _edit(folder, **fields):
@@ -239,12 +267,90 @@ def test_an_adapter_of_another_architecture_is_refused(base, adapter, tmp_path):
         read(tmp_path / "prompt")
 
 
-def test_a_merge_that_is_none_is_found_out(tmp_path):
-    """One of two tied matrices: merging would change both."""
-    tiny("llama", tie_word_embeddings=True).model.save_pretrained(tmp_path / "tied")
-    save_adapter(tmp_path / "tied", tmp_path / "adapter", target_modules=["lm_head"])
-    with pytest.raises(InputError, match=r"(?s)adapter_model\.safetensors.*tied"):
-        read(tmp_path / "adapter")
+def scaled(base, folder, scale, seed=0, **changes):
+    """An adapter whose own products are `scale` times as large; returns the share of the logits
+    that it changes, by peft's own model."""
+    save_adapter(base, folder, seed=seed, **changes)
+    file = folder / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    for name, tensor in weights.items():
+        if "lora_A." in name or "lora_embedding_B" in name:  # of tied ones each other's transpose
+            weights[name] = tensor * scale
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    adapted = peft.PeftModel.from_pretrained(model_in(base), folder).eval()
+    ids = IDS.clamp(min=1)  # the base's row of padding is zeros, of which any change is large
+    with torch.inference_mode():
+        said = adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            bare = adapted(input_ids=ids).logits
+    return float((said - bare).norm() / said.norm())
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tied") / "base"
+    tiny("llama", tie_word_embeddings=True).model.save_pretrained(folder)
+    return folder
+
+
+TIED = {"target_modules": ["lm_head"], "ensure_weight_tying": True}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("scale", "changes"),
+    [(1, {"target_modules": ["lm_head"]}), (0.1, {"target_modules": ["lm_head"]}), (1, TIED),
+     (0.0013, TIED)],
+    ids=["one", "one, a little", "both", "both, a little"],
+)  # fmt: skip
+def test_a_merge_that_is_none_is_found_out(tied, tmp_path, scale, changes, dtype):
+    """On one of two tied matrices: merging would change both, or both twice; however little."""
+    effect = scaled(tied, tmp_path / "adapter", scale, **changes)
+    assert (0.01 < effect < 0.05) == (scale < 1), effect
+    with pytest.raises(
+        InputError, match=r"(?s)adapter_model\.safetensors.*tied.*modules_to_save.*target\.base"
+    ):
+        read(tmp_path / "adapter", dtype=dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_what_is_advised_for_tied_matrices_works(tied, tmp_path):
+    """modules_to_save, and a base whose matrices are no longer tied."""
+    save_adapter(tied, tmp_path / "saved", modules_to_save=["lm_head"])
+    model = model_in(tied)
+    embed, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    lm_head.weight = torch.nn.Parameter(embed.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "untied")
+    assert scaled(tied, tmp_path / "adapter", 0.03, target_modules=["lm_head"]) > 0.005
+    for folder, on in (("saved", tied), ("adapter", tmp_path / "untied")):
+        adapted = peft.PeftModel.from_pretrained(model_in(tied), tmp_path / folder).eval()
+        with torch.inference_mode():
+            said = adapted(input_ids=IDS).logits
+            ours = read(tmp_path / folder, base=str(on)).model(input_ids=IDS).logits
+        torch.testing.assert_close(ours, said, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [0.01, 1e-4, 0])
+def test_a_small_adapter_is_no_wrong_one(base, tmp_path, scale, dtype):
+    """In half precision most of it is lost where weights are rounded; of a new one (B = 0) there
+    is nothing to lose."""
+    modules = ["q_proj", "down_proj", "lm_head"]
+    effect = scaled(base, tmp_path / "adapter", scale, target_modules=modules)
+    assert effect < 0.2 and (effect > 0) == (scale > 0)
+    read(tmp_path / "adapter", dtype=dtype)
+
+
+def test_a_base_that_overflows_is_not_a_wrong_merge(base, tmp_path):
+    model = model_in(base)
+    model.get_input_embeddings().weight.data.mul_(1e6)
+    model.save_pretrained(tmp_path / "loud")
+    save_adapter(tmp_path / "loud", tmp_path / "adapter")
+    read(tmp_path / "adapter", dtype="float32")
+    with pytest.raises(InputError, match=r"are not finite in torch\.float16.*wider target\.dtype"):
+        read(tmp_path / "adapter", dtype="float16")
 
 
 # ------------------------------------------------------------------ whose head it is

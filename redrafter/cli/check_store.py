@@ -1,4 +1,4 @@
-"""`data/check.py`: is every byte of a store what was written?"""
+"""`data/check.py`: is every byte of a store what was written, and every number one?"""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from redrafter.config import CheckConfig
 from redrafter.contracts import InputError
 
 _DESCRIPTION = """\
-Compare every shard of a store with the digest recorded when it was written, and print what it
-holds. (Reading for training checks each row it reads; this checks all.)
+Compare every shard of a store with the digest recorded when it was written, look for numbers that
+are not finite, and print what it holds. (Reading for training checks each row it reads; this checks
+all.)
 
   python data/check.py --store runs/states --show 3 --target.path MODEL
 """
@@ -20,6 +21,7 @@ holds. (Reading for training checks each row it reads; this checks all.)
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(CheckConfig, argv, "data/check.py", _DESCRIPTION, alone=True)
     from redrafter.data.build_rows import report
+    from redrafter.data.finite import check_finite
     from redrafter.data.rows import TokenRow
     from redrafter.data.show import show_rows
     from redrafter.data.store import Store
@@ -44,5 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     store.verify()
     print(report(store))
-    print("every shard has the digest recorded when it was written")
+    check_finite(store)
+    print("every shard has the digest recorded when it was written, and every number is finite")
     return 0

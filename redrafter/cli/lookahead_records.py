@@ -69,6 +69,7 @@ def records_prompts(target, config: RecordsConfig, more: int):
         config.prompts, target.tokenizer, config.prompt_format,
         n=wanted + config.skip_rows, part="last", text_prompt_tokens=config.text_prompt_tokens,
         max_tokens=None if room is None else room - config.max_new_tokens,
+        vocab_size=target.vocab_size,
     )  # fmt: skip
     if len(rows) < wanted + config.skip_rows:
         raise InputError(

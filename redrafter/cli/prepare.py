@@ -34,17 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(config.target)
     if tokenizer is None:
         raise InputError(f"target.path: {config.target.path!r} has no tokenizer")
-    max_tokens = config.max_tokens
-    if max_tokens is None:
-        max_tokens = context_of(load_model_config(config.target).get_text_config())
+    shape = load_model_config(config.target).get_text_config()
+    max_tokens = context_of(shape) if config.max_tokens is None else config.max_tokens
+    vocab_size = getattr(shape, "vocab_size", None)
     if config.show and is_main():
         renderer = Renderer(tokenizer, config.source)
         source = read_source(config.source)
-        found = prepared(source, renderer, config.source, config.keep, max_tokens)
+        found = prepared(source, renderer, config.source, config.keep, max_tokens, vocab_size)
         show_rows(found, tokenizer, config.show)
     if config.output_dir is not None:
         store = build_rows(
-            config.source, tokenizer, config.keep, config.output_dir, max_tokens=max_tokens
-        )
+            config.source, tokenizer, config.keep, config.output_dir, max_tokens=max_tokens,
+            vocab_size=vocab_size,
+        )  # fmt: skip
         say(report(store))
     return 0

@@ -30,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         target, config.out, width=config.width, bos=config.bos, unigram=config.unigram,
         batch_size=config.batch_size, part_tokens=config.part_tokens, progress=True,
     )  # fmt: skip
-    _, about = load_bigrams(config.out, target.vocab_size)
+    table, about = load_bigrams(config.out, target.vocab_size)
+    unknown = target.vocab_size - table.n_seen
     say(
         f"{config.out}: {config.width} successors of each of {target.vocab_size} tokens, probed "
         f"{'with' if about['bos'] else 'without'} BOS"
+        + f"; none of {unknown}, after which the target's scores are not finite"
+        * bool(unknown)
     )
     return 0

@@ -97,7 +97,10 @@ def write(config: VerifyConfig, folder: Path) -> int:
     target = load_target(target_of(config.target, folder, None))
     prompts = None
     if config.prompts is not None:
-        rows = load_prompts(config.prompts, target.tokenizer, "auto", n=4, part="last")
+        rows = load_prompts(
+            config.prompts, target.tokenizer, "auto", n=4, part="last",
+            vocab_size=target.vocab_size,
+        )  # fmt: skip
         prompts = [row.ids for row in rows]
     for text in complete(folder, target, prompts):
         print(text)

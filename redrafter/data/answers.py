@@ -11,14 +11,18 @@ from transformers import GenerationConfig
 
 from redrafter.config import AnswersConfig
 from redrafter.contracts import Drafter, InputError
-from redrafter.data.build_rows import columns_of
+from redrafter.data.build_rows import columns_of, need_rows
 from redrafter.data.filling import Shard, fill, open_filled
+from redrafter.data.finite import NOT_FINITE
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import Store, open_job
+from redrafter.data.vocabulary import check_store_ids
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.target.identity import target_identity, text_identity
 from redrafter.target.model import Target
+
+_OVERFLOW = "scores of the target in {} that are not finite: a wider target.dtype may hold them"
 
 
 def build_answers(
@@ -39,7 +43,8 @@ def build_answers(
         changes none of them
     named: use a folder in `folder` that is named after the content
     One shard is `config.shard_prompts` prompts at one temperature; a kill loses the one being made,
-    and several processes share them out (`filling.py`).
+    and several processes share them out (`filling.py`). A prompt that fills the context, and an
+    answer that met scores that are not finite, are left out and listed.
     """
     check_same_text(prompts, target)
     identity = {
@@ -53,7 +58,8 @@ def build_answers(
     }
     job = open_job(folder, "answers", identity, named)
     if job.complete:
-        return open_filled(job)
+        return need_rows(open_filled(job), prompts.name)
+    check_store_ids(prompts, target)
     passes = [
         (float(t), sample)
         for t in config.temperatures
@@ -70,10 +76,11 @@ def build_answers(
         return columns_of(rows.values(), [number * n + i for i in rows]), rejected
 
     sizes = [len(group) for _ in passes for group in groups]
-    return fill(
+    store = fill(
         job, sizes, make, what="answers", unit="row", progress=progress,
         together=target.together, input=sum(sizes), made_from=prompts.lineage,
     )  # fmt: skip
+    return need_rows(store, prompts.name)
 
 
 def check_same_text(store: Store, target: Target) -> None:
@@ -99,21 +106,20 @@ def _answer(
     drafter: Callable[[], Drafter] | None,
     bar: tqdm,
 ) -> tuple[dict[int, TokenRow], list[dict]]:
-    """Prompt number -> prompt and answer, in order; and the prompts that leave no room for one.
+    """Prompt number -> prompt and answer, in order; and the prompts that have none.
 
     Batches hold prompts of similar length; which they are does not change an answer.
     """
     read = prompts.rows(chosen)
     ids = {i: read.ids(place) for place, i in enumerate(chosen)}
     room = target.max_positions
-    rejected = [
-        {"source_row": int(prompts.source_row[i]), "failed": False,
-         "reason": f"a prompt of {len(ids[i])} tokens fills the context of {room}"}
+    why = {
+        i: f"a prompt of {len(ids[i])} tokens fills the context of {room}"
         for i in chosen if room is not None and len(ids[i]) >= room
-    ]  # fmt: skip
-    fitting = [i for i in chosen if room is None or len(ids[i]) < room]
+    }  # fmt: skip
+    bar.update(len(why))
     generation = generation_config(temperature, config.max_new_tokens)
-    order = sorted(fitting, key=lambda i: (len(ids[i]), i))
+    order = sorted((i for i in chosen if i not in why), key=lambda i: (len(ids[i]), i))
     made: dict[int, TokenRow] = {}
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
@@ -121,15 +127,23 @@ def _answer(
         seeds = [answer_seed(seed, row, temperature, sample) for row in source_rows]
         rows = [ids[i] for i in batch]
         if drafter is None:
-            texts = plain(target, rows, generation, seeds=seeds).tokens
+            said = plain(target, rows, generation, seeds=seeds)
         else:
-            texts = speculative(target, rows, generation, seeds=seeds, drafter=drafter()).tokens
-        for i, row, prompt, text in zip(batch, source_rows, rows, texts, strict=True):
+            said = speculative(target, rows, generation, seeds=seeds, drafter=drafter())
+        for i, row, prompt, text, end in zip(
+            batch, source_rows, rows, said.tokens, said.finish, strict=True
+        ):
+            if end == NOT_FINITE:
+                why[i] = _OVERFLOW.format(str(target.dtype).removeprefix("torch."))
+                continue
             mask = (False,) * len(prompt) + (True,) * len(text)
             made[i] = TokenRow((*prompt, *text), mask, row)
         bar.update(len(batch))
-    bar.update(len(rejected))
-    return {i: made[i] for i in fitting}, rejected
+    rejected = [
+        {"source_row": int(prompts.source_row[i]), "failed": False, "reason": why[i]}
+        for i in chosen if i in why
+    ]  # fmt: skip
+    return {i: made[i] for i in chosen if i in made}, rejected
 
 
 def answer_seed(seed: int, source_row: int, temperature: float, sample: int) -> int:

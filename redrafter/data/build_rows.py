@@ -19,7 +19,7 @@ from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
 from redrafter.data.filling import open_filled
 from redrafter.data.prepare import prepared
-from redrafter.data.rows import RejectedRow, TokenRow
+from redrafter.data.rows import RejectedRow, TokenRow, row_names
 from redrafter.data.sources import Source, read_source
 from redrafter.data.store import Job, Store, open_job
 from redrafter.files import plain_values
@@ -40,6 +40,7 @@ def build_rows(
     folder: str | Path,
     *,
     max_tokens: int | None = None,
+    vocab_size: int | None = None,
     named: bool = False,
     progress: bool = True,
 ) -> Store:
@@ -47,6 +48,7 @@ def build_rows(
 
     keep: what stands before the answer, for the target to go on; or whole texts with their masks
     max_tokens: longer rows are skipped and counted
+    vocab_size: rows of the target's lm_head (see `prepared`)
     named: use a folder in `folder` that is named after the content
     Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
     and failed ones add up to the rows read.
@@ -58,16 +60,14 @@ def build_rows(
         "text": text_identity(tokenizer),
         "max_tokens": max_tokens,
     }
-    read = lambda: prepared(source, Renderer(tokenizer, config), config, keep, max_tokens)  # noqa: E731
+
+    def read() -> Iterable[TokenRow | RejectedRow]:
+        renderer = Renderer(tokenizer, config)
+        return prepared(source, renderer, config, keep, max_tokens, vocab_size)
+
     total = _total(source) if progress else 0
     store = write_rows(read, keep, folder, identity, named, total, made_from=[origin(source)])
-    if not store.n_rows:
-        reasons = {r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"]}
-        raise InputError(
-            f"{config.path}: none of {store.manifest['input']} rows can be used "
-            f"({'; '.join(sorted(reasons)[:3])}){_LONGER if max_tokens is not None else ''}"
-        )
-    return store
+    return need_rows(store, config.path, _LONGER if max_tokens is not None else "")
 
 
 def write_rows(
@@ -148,8 +148,20 @@ def batched(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
         yield chunk
 
 
+def need_rows(store: Store, given: str, remedy: str = "") -> Store:
+    """Raises InputError where nothing of `given` is left in a store, naming the reasons."""
+    if store.n_rows:
+        return store
+    reasons = {r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"]}
+    raise InputError(
+        f"{given}: none of {store.manifest['input']} rows can be used "
+        f"({'; '.join(sorted(reasons)[:3])}){remedy}"
+    )
+
+
 def report(store: Store) -> str:
-    """One line about what a store holds, and one per reason for which rows were left out."""
+    """One line about what a store holds, and one per reason for which rows were left out, with the
+    first of them."""
     counts, given = store.counts, store.manifest.get("input")
     lines = [
         f"{store.name}: {counts['rows']} rows of {store.identity['kind']}, {counts['tokens']} "
@@ -161,8 +173,13 @@ def report(store: Store) -> str:
             f"  {given} given = {counts['rows']} written + {counts['skipped'] + duplicates} "
             f"skipped + {counts['failed']} failed"
         )
-    reasons = Counter(r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"])
-    if store.manifest.get("duplicates"):
+    listed: dict[str, list[int]] = {}
+    for entry in (r for shard in store.manifest["shards"] for r in shard["rejected"]):
+        listed.setdefault(entry["reason"], []).append(entry["source_row"])
+    reasons = Counter({reason: len(rows) for reason, rows in listed.items()})
+    if store.manifest.get("duplicates"):  # counted, not listed
         reasons["duplicate"] += store.manifest["duplicates"]
-    lines += [f"  {n} x {reason}" for reason, n in reasons.most_common(10)]
+    for reason, n in reasons.most_common(10):
+        which = f" ({row_names(listed[reason])} of the source)" if reason in listed else ""
+        lines.append(f"  {n} x {reason}{which}")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from redrafter.contracts import InputError
+from redrafter.data.finite import choice
 from redrafter.decode.cache import RowCache
 from redrafter.target.model import Target
 
@@ -49,7 +50,9 @@ def continue_greedily(
         small, and more make a single row's chains look at too many keys of other chains
     eos: what ends a chain; None takes the target's own, an empty set ends none
     Returns per row (T, n) int64 on the host, column j - 1 being position t + j; -1 where t is not
-    wanted, after an EOS (which itself stays), and where t + j is past the target's context.
+    wanted, after an EOS (which itself stays), and where t + j is past the target's context;
+    OVERFLOWED (`finite.py`) for a token chosen from scores that are not finite, and what is behind
+    it means nothing.
     Raises InputError where a row and its `wanted` differ in length or a row exceeds the context.
     """
     _check(target, rows, wanted, n, max_nodes)
@@ -62,6 +65,9 @@ def continue_greedily(
     start = pad_sequence(where, batch_first=True).to(target.device)
     tokens = pad_sequence([torch.as_tensor(rows[r]) for r in work], batch_first=True)
     n_rows, length = tokens.shape
+    # Padded with the row itself: 0 times a padded place that overflows is nan, not 0.
+    last = torch.tensor([[len(rows[r]) - 1] for r in work])
+    tokens = tokens.gather(1, torch.minimum(torch.arange(length), last))
     width = max(1, max_nodes // n_rows)
     # Chunks of equal size: a last one of two chains would cost as many forwards as a full one.
     n_chunks = -(-start.shape[1] // width)
@@ -91,7 +97,7 @@ def _read(target: Target, tokens: Tensor, width: int, cache: RowCache) -> Tensor
         position = keys[:, begin:]
         masks = target.masks(keys[:, None] <= position[:, :, None], position, keys)
         logits = target.forward(part, position.expand_as(part), masks, cache).logits
-        said.append(logits.argmax(-1))
+        said.append(choice(logits))
         cache.commit([cache.width] * len(tokens))
     return torch.cat(said, 1)
 
@@ -117,7 +123,8 @@ def _say(target: Target, first: Tensor, start: Tensor, n: int, cache: RowCache) 
         own = (keys >= length) & ((keys - length) % n_chains == chain)  # (C, S)
         allowed = (keys <= start[:, :, None]) | own
         masks = target.masks(allowed, position, key_position)
-        said.append(target.forward(said[-1], position, masks, cache).logits.argmax(-1))
+        token = said[-1].clamp(min=0)  # one that is none leads nowhere
+        said.append(choice(target.forward(token, position, masks, cache).logits))
         cache.commit([cache.width] * n_rows)
     cache.commit([length] * n_rows)
     return torch.stack(said, -1)

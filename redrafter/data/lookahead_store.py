@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from redrafter.config.lookahead import RecordsConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.data.answers import generation_config
 from redrafter.data.filling import Shard, fill, open_filled
+from redrafter.data.finite import finite_rows, left_out, rows_kept
 from redrafter.data.lookahead import COLUMNS, Text, walk_texts
 from redrafter.data.prompts import Prompt
 from redrafter.data.replay import Records
@@ -52,6 +52,8 @@ def build_records(
         return open_filled(job)
     generation = generation_config(config.temperature, config.max_new_tokens)
     starts = range(0, len(prompts), config.shard_prompts)
+    computed = str(target.dtype).removeprefix("torch.")
+    overflow = f"numbers that are not finite, of a target in {computed}, or of the drafter"
 
     def make(index: int, bar: tqdm) -> Shard:
         chosen = prompts[starts[index] : starts[index] + config.shard_prompts]
@@ -61,7 +63,7 @@ def build_records(
             seeds = [config.seed + p.row for p in batch]
             texts += walk_texts(target, drafter, [p.ids for p in batch], generation, seeds)
             bar.update(len(batch))
-        return _columns(texts, starts[index], [p.row for p in chosen]), ()
+        return _shard(texts, starts[index], [p.row for p in chosen], overflow)
 
     sizes = [min(config.shard_prompts, len(prompts) - start) for start in starts]
     return fill(
@@ -87,18 +89,21 @@ def records_identity(target: Target, drafter: Drafter, config: RecordsConfig) ->
     }
 
 
-def _columns(texts: Sequence[Text], first: int, rows: Sequence[int]) -> dict[str, Tensor]:
+def _shard(texts: Sequence[Text], first: int, rows: Sequence[int], overflow: str) -> Shard:
+    """Without the texts on which target or drafter say what is not finite."""
     columns = {}
     for name in COLUMNS:
         whole = torch.cat([getattr(text, name) for text in texts])
         columns[name] = whole.cpu().to(_STORED.get(name, torch.float32))
     columns["chance"] = columns["chance"].nan_to_num(-1.0)  # "not tested"; nan equals nothing
-    return columns | {
+    columns |= {
         "row": torch.arange(first, first + len(texts)),
         "source_row": torch.tensor(rows),
         "length": torch.tensor([len(t.tokens) for t in texts], dtype=torch.int32),
         "supervised": torch.ones(len(columns["tokens"]), dtype=torch.bool),
     }
+    good = finite_rows(columns, columns["length"])
+    return rows_kept(columns, good), left_out(columns["source_row"][~good], overflow)
 
 
 def read_records(

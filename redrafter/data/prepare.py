@@ -12,6 +12,7 @@ from redrafter.data.chat import Renderer
 from redrafter.data.formats import category_of
 from redrafter.data.rows import RejectedRow, TokenRow, row_digest
 from redrafter.data.sources import Source
+from redrafter.data.vocabulary import check_ids
 
 _NAMED_ROWS = 10  # malformed rows that a message quotes
 
@@ -22,11 +23,13 @@ def prepared(
     config: SourceConfig,
     keep: Literal["prompts", "texts"],
     max_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[TokenRow | RejectedRow]:
     """One item per row of the source, in its order.
 
     keep: "prompts": what stands before an answer, nothing supervised; "texts": with the answers
     max_tokens: the longest row kept (None: any)
+    vocab_size: rows of the target's lm_head; a row with a token beyond them is malformed
     A row is left out if its ids and mask were seen before, or if it is too long. Raises InputError
     naming the malformed rows when there are more than `config.max_failed_rows`.
     """
@@ -39,6 +42,7 @@ def prepared(
                 supervised = (False,) * len(ids)
             else:
                 ids, supervised = renderer.text(content, source.where(row))
+            check_ids(ids, vocab_size, renderer.tokenizer, source.where(row))
         except InputError as error:
             failures.append(str(error))
             if len(failures) > config.max_failed_rows:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from redrafter.contracts import InputError
+from redrafter.data.finite import OVERFLOWED, choice
 from redrafter.drafters.bigram import BigramTable, load_bigrams, save_bigrams
 from redrafter.files import plain_values, remove_leftovers, write_json, write_tensors
 from redrafter.processes import by_main, everyone, is_main, mine, share_of, wait_to_see
@@ -45,7 +46,8 @@ def top_successors(
     """The `width` tokens most probable after each token alone, or after BOS and the token.
 
     tokens: (n,) int64 on the target's device. Returns ids (n, width) int64 and their
-    log-probabilities (n, width) float32, the most probable first.
+    log-probabilities (n, width) float32, the most probable first; of a token after which the scores
+    are not finite no successor is known: ids 0, -inf.
     """
     context = tokens[:, None]
     if bos is not None:
@@ -57,14 +59,18 @@ def _top(target: Target, context: Tensor, width: int) -> tuple[Tensor, Tensor]:
     logits = target.project(target.states(context)[:, -1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p, ids = logits.log_softmax(-1).topk(width, dim=-1)
-    return ids, log_p.float()
+    unknown = choice(logits)[:, None] == OVERFLOWED
+    return ids.masked_fill(unknown, 0), log_p.float().masked_fill(unknown, float("-inf"))
 
 
 @torch.inference_mode()
 def unigram_after_bos(target: Target, width: int, bos: int) -> Tensor:
     """(width,) int64: the tokens most probable after BOS alone (ours)."""
     context = torch.tensor([[bos]], device=target.device)
-    return _top(target, context, width)[0][0].cpu()
+    ids, log_p = _top(target, context, width)
+    if not bool(log_p[0, 0].isfinite()):
+        raise _overflows(target, "what it says after BOS")
+    return ids[0].cpu()
 
 
 @torch.inference_mode()
@@ -75,7 +81,18 @@ def unigram_of_weights(target: Target, width: int) -> Tensor:
     The paper ranks by distance to the mean in such an inner product; the exact form is ours, and
     so is the direction: nearest to the mean are the tokens that training never met.
     """
-    return unembedding_distance(target).argsort(stable=True, descending=True)[:width].cpu()
+    distance = unembedding_distance(target)
+    if not bool(distance.isfinite().all()):
+        raise _overflows(target, "its lm_head")
+    return distance.argsort(stable=True, descending=True)[:width].cpu()
+
+
+def _overflows(target: Target, what: str) -> InputError:
+    computed = str(target.dtype).removeprefix("torch.")
+    return InputError(
+        f"{target.name} in {computed}: {what} is not finite, so it ranks no tokens: take a wider "
+        "target.dtype, or --unigram table"
+    )
 
 
 def unigram_of_table(table: BigramTable, width: int) -> Tensor:
@@ -152,6 +169,8 @@ def probe_bigrams(
 
     def finish() -> None:
         table = _joined_parts(parts, pieces, width)
+        if not table.n_seen:
+            raise _overflows(target, "what it says after every token")
         if unigram == "weights":
             ranked = unigram_of_weights(target, width)
         elif unigram == "bos":

@@ -17,6 +17,7 @@ from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
 from redrafter.data.formats import category_of, format_of
 from redrafter.data.sources import Row, Source, read_source
+from redrafter.data.vocabulary import check_ids
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def load_prompts(
     holdout_rows: int = 0,
     text_prompt_tokens: int = 16,
     max_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[Prompt]:
     """Read prompts of a file, in its order.
 
@@ -46,6 +48,7 @@ def load_prompts(
         "last": from the last `holdout_rows` rows (of the whole file where 0), taken from the end
     text_prompt_tokens: tokens of a `text` that are the prompt, BOS not counted
     max_tokens: the longest prompt allowed (None: any)
+    vocab_size: rows of the target's lm_head (None: not compared)
     Raises InputError naming the file, and the line where it has one.
     """
     config = SourceConfig(
@@ -57,13 +60,20 @@ def load_prompts(
         row, content = source.first()
         config = replace(config, format=format_of(content, source.where(row)))
     rows = source if part == "first" else source.held_out(n)
-    return rendered(source, rows, Renderer(tokenizer, config), max_tokens, "max_new_tokens")
+    renderer = Renderer(tokenizer, config)
+    return rendered(source, rows, renderer, max_tokens, "max_new_tokens", vocab_size)
 
 
 def rendered(
-    source: Source, rows: Iterable[Row], renderer: Renderer, max_tokens: int | None, room: str
+    source: Source,
+    rows: Iterable[Row],
+    renderer: Renderer,
+    max_tokens: int | None,
+    room: str,
+    vocab_size: int | None,
 ) -> list[Prompt]:
-    """Some rows of a source as prompts. Raises InputError naming one that is too long.
+    """Some rows of a source as prompts. Raises InputError naming one that is too long, or has a
+    token that the target does not know.
 
     room: the setting that `max_tokens` leaves room for, which the message names
     """
@@ -76,6 +86,7 @@ def rendered(
                 f"{where}: a prompt of {len(ids)} tokens, only {max_tokens} leave room for an "
                 f"answer in the target's context; shorten the row or lower {room}"
             )
+        check_ids(ids, vocab_size, renderer.tokenizer, where)
         prompts.append(Prompt(ids, row, category_of(content)))
     return prompts
 

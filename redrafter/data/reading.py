@@ -3,11 +3,16 @@
 A *part* gives rows by number: from a store (`Stored`), made when asked for (`Fresh`), or made and
 written by the first epoch and read by the later ones (`Hybrid`). Row i is the same row in all
 three, so the order, which knows numbers only, is the same too.
+
+A row whose numbers are not finite is not given: of the rows asked for, `there` says which are. (A
+store that is made anew holds no such row, so nothing is missing of it, and its rows have other
+numbers.)
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +22,43 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from redrafter.contracts import InputError
+from redrafter.data.build_rows import need_rows
 from redrafter.data.filling import Shard, fill, open_filled
-from redrafter.data.rows import offsets_of
+from redrafter.data.finite import finite_rows, rows_kept
+from redrafter.data.rows import offsets_of, row_names
 from redrafter.data.states import StateMaker, estimate, facts_of, state_columns, unique_rows
-from redrafter.data.store import Store, open_job
+from redrafter.data.store import PER_ROW, Store, open_job
 from redrafter.processes import by_main, everyone, mine
 
-#: columns of a store that are not read into a buffer
-_UNREAD = ("row", "source_row", "length", "check")
+
+class LeftOut:
+    """Rows of a store that are not learned from, as their numbers are not finite.
+
+    remedy: what to do about it
+    """
+
+    def __init__(self, store: Store, remedy: str):
+        self.store, self.remedy = store, remedy
+        self.rows: set[int] = set()
+
+    def note(self, rows: Tensor) -> None:
+        """rows: (M,) of the store, those found now; the first ones are told of at once."""
+        first = bool(len(rows)) and not self.rows
+        self.rows |= set(rows.tolist())
+        if first:
+            warnings.warn(self._text(self.rows), stacklevel=3)
+
+    def told(self) -> list[str]:
+        """What all processes together left out, for the end of a run; for all of them to call."""
+        rows = set().union(*everyone(self.rows))
+        return [self._text(rows)] if rows else []
+
+    def _text(self, rows: set[int]) -> str:
+        names = row_names(sorted(rows))
+        return (
+            f"{self.store.name}: {len(rows)} of {self.store.n_rows} rows are not learned from, as "
+            f"their numbers are not finite ({names}): {self.remedy}"
+        )
 
 
 class Stored:
@@ -34,10 +68,20 @@ class Stored:
         self.store = store
         self.columns = sorted(store.columns) if columns is None else columns
         self.n_rows, self.starts = store.n_rows, store.starts
+        self.left_out = LeftOut(store, "make the store anew, with a wider dtype to keep them")
 
     def load(self, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
-        """Flat columns of some rows, and `offsets` (R + 1,). place: epoch and buffer asked for."""
-        return self.store.read(rows, self.columns)
+        """Flat columns of the rows that are there, their `offsets`, and `there`, (R,) bool.
+        place: epoch and buffer asked for."""
+        found = self.store.read(rows, self.columns)
+        lengths = found.pop("offsets").diff()
+        there = finite_rows(found, lengths)
+        self.left_out.note(rows[~there])
+        return _columns({**found, "length": lengths}, there)
+
+    def end(self, whole_epoch: bool) -> list[str]:
+        """A run ends. Returns what the user should know."""
+        return self.left_out.told()
 
 
 class Fresh:
@@ -51,10 +95,21 @@ class Fresh:
         self.rows, self.maker = rows, maker
         self.kept = unique_rows(rows)
         self.n_rows, self.starts = len(self.kept), rows.starts[self.kept]
+        self.left_out = LeftOut(rows, maker.overflow())
 
     def load(self, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
         with self.maker.target.together():
-            return _columns(state_columns(self.maker, self.rows, self.kept[rows]))
+            made, _ = state_columns(self.maker, self.rows, self.kept[rows])
+        return self._given(rows, made)
+
+    def end(self, whole_epoch: bool) -> list[str]:
+        return self.left_out.told()
+
+    def _given(self, rows: Tensor, shard: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a shard made for some rows."""
+        there = torch.isin(self.kept[rows], shard["row"])
+        self.left_out.note(self.kept[rows[~there]])
+        return _columns(shard, there)
 
 
 class Hybrid(Fresh):
@@ -79,7 +134,7 @@ class Hybrid(Fresh):
         self.buffers = buffers
         self.job = open_job(self.folder, "states", whole, self.named)
         if self.job.complete:
-            self.stored = Stored(open_filled(self.job))
+            self.stored = Stored(need_rows(open_filled(self.job), self.rows.name))
             return
         lengths = self.rows.lengths[self.kept]
         sizes = self.sizes = [int(lengths[b].sum()) for b in buffers]
@@ -93,48 +148,63 @@ class Hybrid(Fresh):
         if self.stored is None and epoch > 0:
             self._complete()
         if self.stored is not None:
-            return self.stored.load(rows, place)
+            return self._read(self.stored, rows, place)
         whole = torch.equal(rows, self.buffers[buffer])
-        if whole and buffer in self.job.receipts:
-            return _columns(self.job.read(buffer))
-        made = state_columns(self.maker, self.rows, self.kept[rows])
+        if whole and self.job.receipts.get(buffer, {}).get("file"):
+            return self._given(rows, self.job.read(buffer))
+        made, rejected = state_columns(self.maker, self.rows, self.kept[rows])
         if whole and buffer in mine(len(self.buffers)):
-            self.job.write(buffer, made)
-        return _columns(made)
+            self.job.write(buffer, made, rejected)
+        return self._given(rows, made)
 
-    def end(self, whole_epoch: bool) -> str | None:
-        """A run ends. Makes the store complete if an epoch was trained, else says what is there."""
+    def _read(self, stored: Stored, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
+        """From the store, which lacks the rows that the first epoch left out."""
+        wanted, known = self.kept[rows], stored.store.row
+        at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+        there = known[at] == wanted
+        found = stored.load(at[there], place)
+        there[there.clone()] = found["there"]
+        return {**found, "there": there}
+
+    def end(self, whole_epoch: bool) -> list[str]:
+        """Makes the store complete if an epoch was trained, else says what is there."""
+        told = super().end(whole_epoch)
         if self.stored is not None:
-            return None
+            return told
         written = len(set().union(*everyone(set(self.job.receipts))))
         if whole_epoch or written == len(self.buffers):
             self._complete()
-            return None
-        return (
+            return told
+        return [
+            *told,
             f"{self.job.folder}: {written} of {len(self.buffers)} shards of hidden "
             "states are written, as the run was shorter than an epoch; a longer one with this "
-            "data.folder and seed writes the rest"
-        )
+            "data.folder and seed writes the rest",
+        ]
 
     def _complete(self) -> None:
         """Also what no step of the first epoch needed: the starts that fill no batch."""
 
         def make(buffer: int, bar: tqdm) -> Shard:
-            return state_columns(self.maker, self.rows, self.kept[self.buffers[buffer]], bar), ()
+            return state_columns(self.maker, self.rows, self.kept[self.buffers[buffer]], bar)
 
         facts = facts_of(self.rows, self.kept)
         store = fill(
             self.job, self.sizes, make, what="hidden states", unit="token", progress=False, **facts
         )
-        self.stored = Stored(store)
+        self.stored = Stored(need_rows(store, self.rows.name))
 
 
 Part = Stored | Fresh | Hybrid
 
 
-def _columns(shard: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept = {k: v for k, v in shard.items() if k not in _UNREAD}
-    return {**kept, "offsets": offsets_of(shard["length"].long())}
+def _columns(shard: dict[str, Tensor], there: Tensor) -> dict[str, Tensor]:
+    """What a part gives of a shard. there: (R,) bool, of the rows asked for; the shard has all of
+    them, or those that are there."""
+    if len(shard["length"]) == len(there):
+        shard = rows_kept(shard, there)
+    kept = {k: v for k, v in shard.items() if k not in PER_ROW}
+    return {**kept, "offsets": offsets_of(shard["length"].long()), "there": there}
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,12 @@ def row_digest(ids: bytes, supervised: bytes) -> bytes:
     return blake2b(ids + supervised, digest_size=12).digest()
 
 
+def row_names(rows: Sequence[int]) -> str:
+    """Some row numbers for people, the first ten of them."""
+    more = f", ... {rows[-1]}" if len(rows) > 10 else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:10]))}{more}"
+
+
 def right_padded(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Rows as a batch: tokens (B, T) int64, padded with 0 on the right, and lengths (B,)."""
     pieces = [rows.tokens[rows.offsets[r] : rows.offsets[r + 1]] for r in chosen]

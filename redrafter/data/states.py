@@ -8,6 +8,9 @@ Columns added to tokens and masks, flat over the tokens of all rows:
                               position; -1 where nothing is supervised next, and after an EOS
     teacher_ids (S, k) int32, teacher_log_p (S, k) float32
                               the k most probable next tokens at temperature 1
+
+A row of which any of these is not finite (a target that overflows in its dtype, or a store's) is
+left out and listed.
 """
 
 from __future__ import annotations
@@ -26,10 +29,13 @@ from tqdm.auto import tqdm
 from redrafter.config import StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import check_same_text
+from redrafter.data.build_rows import need_rows
 from redrafter.data.filling import Shard, fill, open_filled
+from redrafter.data.finite import choice, finite_rows, left_out, rows_kept
 from redrafter.data.local import continue_greedily
 from redrafter.data.rows import Rows, batches_by_length, right_padded, row_digest
 from redrafter.data.store import Job, Store, open_job
+from redrafter.data.vocabulary import check_store_ids
 from redrafter.processes import by_main, launched
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
@@ -66,6 +72,14 @@ class StateMaker:
             "teacher_top_k": self.config.teacher_top_k,
         }
 
+    def overflow(self) -> str:
+        """Why a row is left out whose numbers are not finite."""
+        computed, stored = (str(d).removeprefix("torch.") for d in (self.target.dtype, self.dtype))
+        return (
+            f"numbers of the target that are not finite (computed in {computed}, stored as "
+            f"{stored}): a wider target.dtype or states.dtype may hold them"
+        )
+
     def bytes_per_token(self) -> int:
         """On disk, tokens and mask included."""
         item = torch.empty(0, dtype=self.dtype).element_size()
@@ -75,7 +89,8 @@ class StateMaker:
 
     @torch.no_grad()
     def columns(self, rows: Rows, bar: tqdm | None = None) -> dict[str, Tensor]:
-        """The columns of all `rows`, flat and in their order, on the CPU."""
+        """The columns of all `rows`, flat and in their order, on the CPU; numbers that are not
+        finite as they come (see `finite_rows`)."""
         target, total = self.target, len(rows.tokens)
         out = {"states": torch.empty(total, target.hidden_size, dtype=self.dtype)}
         if self.dtype == torch.int8:
@@ -90,6 +105,8 @@ class StateMaker:
             tokens, n = right_padded(rows, batch)
             place = torch.arange(tokens.shape[1])
             real = place < n[:, None]
+            # Padded with the row itself: 0 times a padded place that overflows is nan, not 0.
+            tokens = tokens.gather(1, torch.minimum(place, n[:, None] - 1))
             where = (rows.offsets[batch][:, None] + place)[real]
             hidden = target.states(tokens.to(target.device))[real.to(target.device)]
             for name, values in self.encode(hidden).items():
@@ -97,7 +114,7 @@ class StateMaker:
             if self.continuation == 1:  # no pass of its own: the choice is in the hidden state
                 chosen = wanted[where]
                 parts = hidden[chosen.to(target.device)].split(LOGIT_ROWS)
-                picks = torch.cat([target.project(part).argmax(-1) for part in parts])
+                picks = torch.cat([choice(target.project(part)) for part in parts])
                 out["continuation"][where[chosen], 0] = picks.to("cpu", torch.int32)
             elif self.continuation:
                 self._continue(rows, wanted, batch, out["continuation"])
@@ -185,7 +202,8 @@ def build_states(
     identity = {**maker.identity(), "rows": rows.digest, "shard_bytes": config.shard_bytes}
     job = open_job(folder, "states", identity, named)
     if job.complete:
-        return open_filled(job)
+        return need_rows(open_filled(job), rows.name)
+    check_store_ids(rows, target)
     kept = unique_rows(rows)
     groups = groups_of(rows.lengths[kept] * maker.bytes_per_token(), config.shard_bytes)
     sizes = [int(rows.lengths[kept[group]].sum()) for group in groups]
@@ -193,18 +211,20 @@ def build_states(
     by_main(lambda: estimate(maker, job, rows, kept, sum(sizes), left, progress))
 
     def make(index: int, bar: tqdm) -> Shard:
-        return state_columns(maker, rows, kept[groups[index]], bar), ()
+        return state_columns(maker, rows, kept[groups[index]], bar)
 
-    return fill(
+    store = fill(
         job, sizes, make, what="hidden states", unit="token", progress=progress,
         **facts_of(rows, kept),
     )  # fmt: skip
+    return need_rows(store, rows.name)
 
 
-def state_columns(maker: StateMaker, rows: Store, chosen: Tensor, bar: tqdm | None = None) -> dict:
-    """A shard of states: everything known of the chosen rows of a store."""
+def state_columns(maker: StateMaker, rows: Store, chosen: Tensor, bar: tqdm | None = None) -> Shard:
+    """A shard of states: everything known of the chosen rows of a store, but for those whose
+    numbers are not finite, which are listed."""
     read = rows.rows(chosen)
-    return {
+    columns = {
         "row": chosen,
         "source_row": rows.source_row[chosen],
         "length": read.lengths().int(),
@@ -212,6 +232,8 @@ def state_columns(maker: StateMaker, rows: Store, chosen: Tensor, bar: tqdm | No
         "supervised": read.supervised,
         **maker.columns(read, bar),
     }
+    good = finite_rows(columns, read.lengths())
+    return rows_kept(columns, good), left_out(columns["source_row"][~good], maker.overflow())
 
 
 def facts_of(rows: Store, kept: Tensor) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from redrafter.files import (
 from redrafter.processes import by_main, wait_to_see
 
 FORMAT = 1
-_PER_ROW = ("row", "source_row", "length", "check")
+PER_ROW = ("row", "source_row", "length", "check")  # all other columns are flat
 #: settings of a job that its receipt tells of
 _TOLD = ("temperatures", "samples_per_prompt", "max_new_tokens", "seed", "dtype", "continuation")
 
@@ -185,7 +185,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def row_checks(columns: dict[str, Tensor]) -> Tensor:
     """(R, C) int64: CRC-32 over each flat column's part of a row, columns in order of name."""
     ends = columns["length"].cumsum(0).tolist()
-    flat = [_bytes(columns[name]) for name in sorted(columns) if name not in _PER_ROW]
+    flat = [_bytes(columns[name]) for name in sorted(columns) if name not in PER_ROW]
     return torch.tensor(
         [
             [zlib.crc32(data[begin * width : end * width]) for data, width in flat]
@@ -196,7 +196,7 @@ def row_checks(columns: dict[str, Tensor]) -> Tensor:
 
 def _index_check(columns: dict[str, Tensor]) -> int:
     """CRC-32 over the columns that have one entry per row."""
-    return zlib.crc32(b"".join(columns[name].numpy().tobytes() for name in _PER_ROW))
+    return zlib.crc32(b"".join(columns[name].numpy().tobytes() for name in PER_ROW))
 
 
 def _layout(columns: dict[str, Tensor]) -> dict[str, list]:
@@ -204,7 +204,7 @@ def _layout(columns: dict[str, Tensor]) -> dict[str, list]:
     return {
         name: [str(c.dtype).removeprefix("torch."), list(c.shape[1:])]
         for name, c in sorted(columns.items())
-        if name not in _PER_ROW
+        if name not in PER_ROW
     }
 
 
@@ -293,7 +293,7 @@ class Store:
 
     @property
     def n_rows(self) -> int:
-        return len(self._shard)
+        return len(self.shard)
 
     def _index(self) -> None:
         """Row -> shard, place in it, first token, length; sorted by the job's row number."""
@@ -301,7 +301,7 @@ class Store:
         self.columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for number, entry in enumerate(self.shards):
             with self._open(number) as file:
-                per_row = {name: file.get_tensor(name) for name in _PER_ROW}
+                per_row = {name: file.get_tensor(name) for name in PER_ROW}
                 if _index_check(per_row) != entry["index"]:
                     raise InputError(self._damaged(number, "its index is not what was written"))
                 own = per_row["length"].long()
@@ -327,7 +327,7 @@ class Store:
                   for x in (row, shard, source_row, length, first)]  # fmt: skip
         place = torch.cat([torch.arange(len(x)) for x in length]) if length else joined[0]
         order = joined[0].argsort(stable=True)
-        self.row, self._shard, self.source_row, self.lengths, self._first = (
+        self.row, self.shard, self.source_row, self.lengths, self._first = (
             x[order] for x in joined
         )
         self._place = place[order]
@@ -371,7 +371,7 @@ class Store:
         total = int(offsets[-1])
         out = {n: torch.empty(total, *self.columns[n][1], dtype=self.columns[n][0])
                for n in columns}  # fmt: skip
-        shard, names = self._shard[chosen], sorted(self.columns)
+        shard, names = self.shard[chosen], sorted(self.columns)
         for number in shard.unique().tolist():
             with self._open(number) as file:
                 checks = file.get_tensor("check")

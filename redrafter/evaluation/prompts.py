@@ -51,6 +51,7 @@ def evaluation_prompts(
         part="last",
         text_prompt_tokens=config.text_prompt_tokens,
         max_tokens=None if room is None else room - config.max_new_tokens,
+        vocab_size=target.vocab_size,
     )
     if len(rows) < config.n_prompts + more:
         wanted = f"n_prompts {config.n_prompts}" + (f" and {more} other rows" if more else "")

@@ -33,8 +33,9 @@ from redrafter.files import digest_json, digest_weights
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Relative error of the logits that rounding merged weights may cause, in the narrowest dtype.
-_MERGE_ERROR = 0.05
+# Share of the adapter's own effect that merging it may be off by, where rounding is less.
+_MERGE_ERROR = 0.1
+_LM_HEAD = "outputs of the lm_head"
 # Values of an adapter's configuration that do not change what it computes, or that its tensors'
 # names and shapes tell already.
 _FREE = {
@@ -48,7 +49,7 @@ _FREE = {
 @dataclass(frozen=True)
 class Adapter:
     """A readable adapter. folder: local, of both files; base, base_revision: what it sits on;
-    vocab_rows: of the embeddings saved with it (a vocabulary that grew), else None."""
+    vocab_rows: of the embeddings saved with it (a vocabulary that was resized), else None."""
 
     folder: Path
     base: str
@@ -179,7 +180,8 @@ def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 def _vocab_rows(weights: Path) -> int | None:
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-    ends = tuple(f".{name}.weight" for name in EMBEDDING_LAYER_NAMES)
+    # Of an adapted embedding its base_layer is saved.
+    ends = tuple(f".{n}{of}.weight" for n in EMBEDDING_LAYER_NAMES for of in ("", ".base_layer"))
     rows = [shape[0] for name, shape in _shapes(weights).items() if name.endswith(ends)]
     return max(rows, default=None)
 
@@ -196,15 +198,18 @@ def apply_adapter(model: Any, adapter: Adapter) -> tuple[Any, Parts]:
     peft = import_peft()
     weights = adapter.folder / WEIGHTS
     rows = model.get_input_embeddings().weight.shape[0]
-    if adapter.vocab_rows is not None and adapter.vocab_rows > rows:
+    # A base that is padded beyond its tokenizer shrinks as readily as others grow.
+    if adapter.vocab_rows not in (None, rows):
         model.resize_token_embeddings(adapter.vocab_rows, mean_resizing=False)
+        if adapter.vocab_rows > rows:
+            _check_new_rows(model, weights, rows)
     try:
         adapted = peft.PeftModel.from_pretrained(model, str(adapter.folder))
     except Exception as error:  # ValueError, RuntimeError, KeyError, ..., by what does not fit
         first = " ".join(str(error).split("\n\t")[:2])  # it lists every tensor
         raise InputError(_misfit(weights, adapter, first)) from None
     expected = {name: tuple(t.shape) for name, t in _adapter_tensors(adapted).items()}
-    # Embeddings of a vocabulary that grew are saved as the base's, and by some versions twice.
+    # Resized embeddings are saved as the base's, and by some versions twice.
     there = expected.keys() | adapted.state_dict().keys()
     found = _shapes(weights)
     missing = sorted(expected.keys() - found.keys())
@@ -229,6 +234,25 @@ def apply_adapter(model: Any, adapter: Adapter) -> tuple[Any, Parts]:
     return _merge(adapted, weights), parts
 
 
+def _check_new_rows(model: Any, weights: Path, rows: int) -> None:
+    """Raises InputError where the rows of a grown vocabulary are not in the file: they would be
+    random. peft saves those of an adapted matrix, and then not those of the other one."""
+    saved, ends = _shapes(weights), _ends(model).values()
+    tied = len({id(module.weight) for module in ends}) == 1
+    names = {name for name, module in model.named_modules() if module in ends}
+    found = {
+        name for name in names for of in ("", ".base_layer", ".modules_to_save")
+        if f"{_PREFIX}{name}{of}.weight" in saved
+    }  # fmt: skip
+    for name in sorted(names - found):
+        if not (tied and found):
+            raise InputError(
+                f"{weights} has more tokens than the {rows} of its base, but holds no "
+                f"{name}.weight for the new ones: save "
+                'the adapter with both matrices (modules_to_save=["embed_tokens", "lm_head"])'
+            )
+
+
 def _misfit(weights: Path, adapter: Adapter, why: str) -> str:
     return (
         f"{weights} does not fit the base {adapter.base!r} ({why}): it was trained for a model of "
@@ -240,27 +264,69 @@ def _misfit(weights: Path, adapter: Adapter, why: str) -> str:
 def _merge(adapted: Any, weights: Path) -> Any:
     """The base with the adapter added to its weights, compared with the adapter applied."""
     adapted.eval()
-    before = _some_logits(adapted)
+    ends, applied = _ends(adapted), _said(adapted)
+    with adapted.disable_adapter():
+        bare = _said(adapted)
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # each method has its own
         raise InputError(f"{weights} cannot be merged into its base: {error}") from None
-    error = float((_some_logits(model) - before).norm() / before.norm())
-    if not error <= _MERGE_ERROR:  # not a number, too
-        raise InputError(
-            f"{weights}: merged into its base, the adapter computes something else (relative error "
-            f"{error:.2g}); an adapter on one of two tied matrices does that. Merge and save it "
-            "with untied matrices, and give the merged model"
-        )
+    # What has no adapter is the module that it was, and must say what it said.
+    same = {what for what, module in _ends(model).items() if module is ends[what]}
+    dtype = model.get_input_embeddings().weight.dtype
+    for what, merged in _said(model).items():
+        size, effect = applied[what].norm(), (applied[what] - bare[what]).norm()
+        error = (merged - applied[what]).norm()
+        rounding = 0 * size if what in same else _rounding(dtype, what) * size
+        if not bool(error.isfinite()):
+            raise InputError(
+                f"{weights}: with it, the {what} of the base are not finite in {dtype}: take a "
+                "wider target.dtype"
+            )
+        if error > max(rounding, _MERGE_ERROR * effect):
+            raise InputError(
+                f"{weights}: merged into its base, the adapter computes something else: it changes "
+                f"the {what} by {float(effect / size):.2g} of their size, merging by another "
+                f"{float(error / size):.2g}, of which rounding is {float(rounding / size):.2g} at "
+                f"most. Of two tied matrices peft {import_peft().__version__} merges an adapter on "
+                "the lm_head into the embeddings too, with ensure_weight_tying twice: train with "
+                'modules_to_save=["lm_head"] instead, which unties them, or on a base saved untied '
+                "(tie_word_embeddings false), which also takes the adapters made without "
+                "ensure_weight_tying: give it as target.base"
+            )
     return model
 
 
+def _rounding(dtype: torch.dtype, what: str) -> float:
+    """The most that rounding merged weights once may change numbers by, relatively (ours): four
+    times what was measured, which is half an eps for one product, 1 to 2.2 for the logits of 2 to
+    16 layers, and 1.6 to 5 of float32's for the order of the sums. A lookup makes no sums: half an
+    eps is what one rounding is at most."""
+    eps = torch.finfo(dtype).eps
+    sums = min(eps, torch.finfo(torch.float32).eps)
+    return {"embeddings": 0.5, _LM_HEAD: 2, "logits": 8}[what] * eps + 20 * sums
+
+
+def _ends(model: Any) -> dict[str, Any]:
+    """The modules at both ends of a model; what it lacks, whoever loads it says."""
+    ends = {"embeddings": model.get_input_embeddings(), _LM_HEAD: model.get_output_embeddings()}
+    return {what: module for what, module in ends.items() if module is not None}
+
+
 @torch.inference_mode()
-def _some_logits(model: Any) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = probe_tokens(rows, 8).to(device)
-    return model(input_ids=ids, use_cache=False).logits.double()
+def _said(model: Any) -> dict[str, torch.Tensor]:
+    """What merging must not change, in float64: the logits of some tokens, and by themselves the
+    two ends of the model, of which a small adapter's share is lost in the rounding of the whole."""
+    ends = _ends(model)
+    weight = ends["embeddings"].weight
+    ids = probe_tokens(weight.shape[0], 8).to(weight.device)
+    said = {"embeddings": ends["embeddings"](ids)}
+    if _LM_HEAD in ends:
+        random = torch.Generator().manual_seed(0)
+        hidden = torch.randn(8, ends[_LM_HEAD].weight.shape[1], generator=random)
+        said[_LM_HEAD] = ends[_LM_HEAD](hidden.to(weight.device, weight.dtype))
+    said["logits"] = model(input_ids=ids, use_cache=False).logits
+    return {what: numbers.double() for what, numbers in said.items()}
 
 
 def probe_tokens(vocab_size: int, n: int) -> torch.Tensor:

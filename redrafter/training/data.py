@@ -23,6 +23,7 @@ from redrafter.data.rows import TokenRow
 from redrafter.data.sources import read_source
 from redrafter.data.states import StateMaker, build_states, check_context
 from redrafter.data.store import Store
+from redrafter.data.vocabulary import check_store_ids
 from redrafter.files import digest_json
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
@@ -84,6 +85,7 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
         part = Stored(made)
     else:
         check_context(rows, target)
+        check_store_ids(rows, target)
         part = (
             Fresh(rows, maker) if data.mode == "online" else Hybrid(rows, maker, folder, named=True)
         )
@@ -114,12 +116,14 @@ def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
     context, source = target.max_positions, data.source
     if data.text == "source":
         return build_rows(
-            source, need_tokenizer(target), "texts", folder, max_tokens=context, named=True
-        )
+            source, need_tokenizer(target), "texts", folder, max_tokens=context,
+            vocab_size=target.vocab_size, named=True,
+        )  # fmt: skip
     room = None if context is None else context - data.answers.max_new_tokens
     prompts = build_rows(
-        source, need_tokenizer(target), "prompts", folder, max_tokens=room, named=True
-    )
+        source, need_tokenizer(target), "prompts", folder, max_tokens=room,
+        vocab_size=target.vocab_size, named=True,
+    )  # fmt: skip
     return build_answers(target, prompts, data.answers, folder, seed=seed, named=True)
 
 
@@ -198,8 +202,9 @@ def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store
     whole = read_source(replace(source, holdout_rows=0, n_rows=None))
     renderer = Renderer(need_tokenizer(target), whole.config)
     prompts = rendered(
-        whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens"
-    )
+        whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens",
+        target.vocab_size,
+    )  # fmt: skip
     rows = [TokenRow(p.ids, (False,) * len(p.ids), p.row) for p in prompts]
     identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows])}
     return write_rows(lambda: rows, "prompts", folder, identity, named=True)

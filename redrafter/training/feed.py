@@ -167,17 +167,20 @@ class Feed:
 
     def _load(self, place: tuple[int, int], buffer: Order) -> tuple[dict[str, Tensor], Tensor]:
         """Columns of a buffer's own rows, and all of its starts in the order that they are used in;
-        -1 for one of another process."""
+        -1 for one of another process, or of a row that is not there."""
         rows = [buffer.row[buffer.part == i] for i in range(len(self.parts))]
         counts = torch.cat([c[r] for c, r in zip(self._counts, rows, strict=True)])
         own = owners(counts, self.share[1]) == self.share[0]
         kept = own.clone()
         kept[0] |= not bool(own.any())  # there must be columns, even if nothing is used of them
-        pieces = [
-            part.load(r[k], place)
-            for part, r, k in zip(self.parts, rows, kept.split([len(r) for r in rows]), strict=True)
-            if bool(k.any())
-        ]
+        sizes, pieces = [len(r) for r in rows], []
+        for part, r, k, o in zip(
+            self.parts, rows, kept.split(sizes), own.split(sizes), strict=True
+        ):
+            if bool(k.any()):
+                piece = part.load(r[k], place)
+                o[k] &= piece.pop("there")  # in `own`, of which it is a view
+                pieces.append(piece)
         columns, starts = self._with_starts(pieces[0] if len(pieces) == 1 else _joined(pieces))
         mine = own.repeat_interleave(counts)
         order = torch.randperm(len(mine), generator=generator(self.seed, *place))
@@ -212,8 +215,7 @@ class Feed:
 
     def end(self, step: int) -> list[str]:
         """No step from `step` on will be asked for. Returns what the user should know."""
-        hybrids = [part for part in self.parts if isinstance(part, Hybrid)]
-        return [text for p in hybrids if (text := p.end(step >= self.steps_per_epoch))]
+        return [text for part in self.parts for text in part.end(step >= self.steps_per_epoch)]
 
     # -- batches ---------------------------------------------------------------------------
 
@@ -236,9 +238,9 @@ class Feed:
         batch (for measuring; few rows)."""
         part, (rank, world) = self.parts[0], self.share
         rows = torch.arange(rank, part.n_rows, world)
-        columns, starts = self._with_starts(
-            part.load(rows if len(rows) else torch.zeros(1).long(), (0, 0))
-        )
+        piece = part.load(rows if len(rows) else torch.zeros(1).long(), (0, 0))
+        piece.pop("there")
+        columns, starts = self._with_starts(piece)
         starts = starts if len(rows) else starts[:0]
         return [self._to_device(self._gather(columns, s)) for s in starts.split(positions)]
 
