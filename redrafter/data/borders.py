@@ -1,0 +1,137 @@
+"""What of a chat is learned: what a server would have generated, turn by turn.
+
+Of every assistant's turn the server was sent what stands before it, rendered with the generation
+prompt. The turn is what follows that prompt up to its end-of-turn token: never the template's
+head, its default system prompt, the role's header, or an EOS behind the turn. `{% generation %}`
+tags say what of that is to be learned.
+
+    messages[:i], generation prompt   <|user|>hi<|end|><|assistant|>
+    messages[: i + 1]                 <|user|>hi<|end|><|assistant|>yo<|end|><|eos|>
+    learned                                                        ^^^^^^^^^
+
+Turns share a text as long as each prompt goes on where the turn before it ended. Where a template
+rewrites what was said before (it drops earlier thoughts, or writes another end of turn), the later
+prompt is another text, and the turn a row of its own.
+
+A generation prompt may open a thought (`<think>`) that the template does not write where it
+renders the answer. The model says the rest of the thought, closes it and answers: so does the row.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from redrafter.contracts import InputError
+from redrafter.data.formats import Messages, calls_of, is_learned
+from redrafter.data.lost import thought_of
+from redrafter.data.template import Span, Template, Tools
+
+_OPENER = re.compile(r"([<\[])([\w:|]*(?:think|thought|reason)\w*)([>\]])(\s*)\Z", re.IGNORECASE)
+#: variables by which templates are told that no thought is wanted
+_SWITCHES = ("enable_thinking", "thinking")
+_SHOWN = 60  # characters of a difference
+
+
+@dataclass
+class Learned:
+    """text: rendered messages, up to the last of `turns`; spans: the characters to learn; turns:
+    which messages those are; end: where the last one ends"""
+
+    text: str
+    spans: list[Span]
+    turns: list[int]
+    end: int
+
+
+def learned_texts(
+    template: Template, messages: Messages, supervise: str, where: str, tools: Tools | None
+) -> list[Learned]:
+    """What of a chat is learned, as few texts as possible.
+
+    supervise: `all` answers or the `last`. Those that a row excludes (`weight: 0`), and a greeting
+    that nothing stands before, are not. Raises InputError where the template refuses the messages.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    found: list[Learned] = []
+    for i in answers if supervise == "all" else answers[-1:]:
+        turn = None
+        if is_learned(messages[i]):
+            turn = _turn(template, messages[: i + 1], where, tools)
+        if turn is None:
+            continue
+        if found and turn.text.startswith(found[-1].text[: found[-1].end]):
+            before = found.pop()
+            turn.spans, turn.turns = [*before.spans, *turn.spans], [*before.turns, i]
+        found.append(turn)
+    return found
+
+
+def _turn(
+    template: Template, messages: Messages, where: str, tools: Tools | None
+) -> Learned | None:
+    """The last message, behind what the server was sent. None where it could not be asked for."""
+    asked = messages[:-1]
+    if not asked:
+        return None
+    try:
+        prompt = template.render(asked, True, where, tools)
+    except InputError:
+        if any(message["role"] in ("user", "tool", "function") for message in asked):
+            raise
+        return None  # a system prompt alone: there are templates that want a question
+    whole, tags = template.spans(messages, where, tools)
+    more, place = "", len(prompt)
+    if not whole.startswith(prompt):
+        prompt, more, place = _rejoined(template, messages, prompt, whole, where, tools)
+    text, start = f"{prompt}{more}{whole[place:]}", len(prompt)
+    end = template.end_of_turn(text, start, messages, where, tools)
+    spans = [(start, end)]
+    if tags is not None:
+        moved = len(text) - len(whole)
+        # What is put in before the answer belongs to a tag that holds the answer's beginning.
+        spans = [(a + moved if a > place else start, min(b + moved, end)) for a, b in tags]
+        spans = [(a, b) for a, b in spans if start <= a < b]
+    return Learned(text, spans, [len(messages) - 1], end)
+
+
+def _rejoined(
+    template: Template, messages: Messages, prompt: str, whole: str, where: str, tools: Tools | None
+) -> tuple[str, str, int]:
+    """How an answer goes on behind a prompt that its rendering does not begin with.
+
+    Returns what the server was sent, what it said before the rendered part (a thought), and where
+    in `whole` that part begins.
+    """
+    thought, said = thought_of(messages[-1])
+    if thought is None:  # then the server was told so, where the template can be
+        for switch in filter(template.knows, _SWITCHES):
+            plain = template.render(messages[:-1], True, where, tools, **{switch: False})
+            if whole.startswith(plain):
+                return plain, "", len(plain)
+    opener = _OPENER.search(prompt)
+    if opener is not None and whole.startswith(prompt[: opener.start()]):
+        left, name, right, blank = opener.groups()
+        close, rest = f"{left}/{name}{right}", whole[opener.start() :]
+        block = rf"\s*(?:{re.escape(left + name + right)}(.*?))?{re.escape(close)}\s*"
+        kept = re.match(block, rest, re.DOTALL)
+        if thought is None and kept is not None:
+            thought = kept[1]
+        skipped = kept.end() if kept is not None else len(rest) - len(rest.lstrip())
+        more = f"{(thought or '').strip()}{blank}{close}{blank * 2}"
+        return prompt, more, opener.start() + skipped
+    body = whole[: template.run_at_end(whole)[0]].rstrip()
+    if said.strip() and body.endswith(said.strip()) and not calls_of(messages[-1]):
+        return prompt, "", len(body) - len(said.strip())
+    raise _another_beginning(prompt, whole, len(messages), where)
+
+
+def _another_beginning(prompt: str, whole: str, number: int, where: str) -> InputError:
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+    return InputError(
+        f"{where}: the chat template does not render message {number} behind its own generation "
+        f"prompt: {prompt[same : same + _SHOWN]!r} there is {whole[same : same + _SHOWN]!r} here, "
+        f"after {whole[max(0, same - 40) : same]!r}, so that nobody can tell what a server would "
+        "have generated. Give the tokenizer a chat template that does, or remove the row"
+    )
