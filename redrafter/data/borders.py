@@ -36,12 +36,16 @@ _SHOWN = 60  # characters of a difference
 @dataclass
 class Learned:
     """text: rendered messages, up to the last of `turns`; spans: the characters to learn; turns:
-    which messages those are; end: where the last one ends"""
+    the characters of each message that is learned from, by its number"""
 
     text: str
     spans: list[Span]
-    turns: list[int]
-    end: int
+    turns: dict[int, Span]
+
+    @property
+    def end(self) -> int:
+        """Where the last turn ends."""
+        return max(end for _, end in self.turns.values())
 
 
 def learned_texts(
@@ -62,7 +66,7 @@ def learned_texts(
             continue
         if found and turn.text.startswith(found[-1].text[: found[-1].end]):
             before = found.pop()
-            turn.spans, turn.turns = [*before.spans, *turn.spans], [*before.turns, i]
+            turn.spans, turn.turns = before.spans + turn.spans, before.turns | turn.turns
         found.append(turn)
     return found
 
@@ -92,7 +96,7 @@ def _turn(
         # What is put in before the answer belongs to a tag that holds the answer's beginning.
         spans = [(a + moved if a > place else start, min(b + moved, end)) for a, b in tags]
         spans = [(a, b) for a, b in spans if start <= a < b]
-    return Learned(text, spans, [len(messages) - 1], end)
+    return Learned(text, spans, {len(asked): (start, end)})
 
 
 def _rejoined(

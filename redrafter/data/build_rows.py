@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from glob import has_magic
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,7 +49,8 @@ def build_rows(
     max_tokens: longer rows are skipped and counted
     named: use a folder in `folder` that is named after the content
     Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
-    and failed ones add up to the rows read.
+    and failed ones add up to its `input`: the rows read, those that became several counted as such
+    (`source_rows` then says how many were read).
     """
     source = main_first(lambda: read_source(config))
     identity = {
@@ -112,14 +113,20 @@ def _write(
     facts: dict[str, Any],
 ) -> None:
     bar = tqdm(items, total=total, desc=kind, unit="row", disable=total == 0)
-    row = shards = n = 0
+    row = shards = n = n_source = 0
+    last = None
     for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):
         kept = [item for item in chunk if isinstance(item, TokenRow)]
         if index not in job.receipts:
             left_out = [asdict(item) for item in chunk if isinstance(item, RejectedRow)]
             job.write(index, columns_of(kept, range(row, row + len(kept))), left_out)
         row, shards, n = row + len(kept), index + 1, n + len(chunk)
-    job.finish(shards, input=n, **facts)
+        # Texts of one row of the source come one after the other.
+        numbers = [last, *(item.source_row for item in chunk)]
+        n_source += sum(a != b for a, b in pairwise(numbers))
+        last = numbers[-1]
+    split = {"source_rows": n_source} if n_source != n else {}
+    job.finish(shards, input=n, **split, **facts)
 
 
 def _total(source: Any) -> int | None:
@@ -160,6 +167,11 @@ def report(store: Store) -> str:
         lines.append(
             f"  {given} given = {counts['rows']} written + {counts['skipped'] + duplicates} "
             f"skipped + {counts['failed']} failed"
+        )
+    if "source_rows" in store.manifest:
+        lines.append(
+            f"  they are {store.manifest['source_rows']} rows of the source: where the chat "
+            "template rewrites what was said before, each answer is a row of its own"
         )
     reasons = Counter(r["reason"] for shard in store.manifest["shards"] for r in shard["rejected"])
     if store.manifest.get("duplicates"):

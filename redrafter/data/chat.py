@@ -123,8 +123,8 @@ class Renderer:
             self._template.render(messages, False, where, tools)  # if it is refused, that is why
             raise InputError(f"{where}: nothing stands before its answer; remove the row")
         for text in found:
-            part = messages[: text.turns[-1] + 1]
-            check_rendered(part, tools, text.text, where, text.turns)
+            turns = {i: text.text[start:end] for i, (start, end) in text.turns.items()}
+            check_rendered(messages[: max(turns) + 1], tools, text.text, where, turns)
         return [self._told_apart(*self._masked(text), form, where) for text in found]
 
     def turns(self, content: dict[str, Any], where: str) -> list[Messages]:

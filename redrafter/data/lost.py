@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from redrafter.contracts import InputError
@@ -42,21 +42,23 @@ def check_rendered(
     tools: list[dict[str, Any]] | None,
     text: str,
     where: str,
-    learned: Collection[int] = (),
+    learned: Mapping[int, str] | None = None,
     roles: Collection[str] | None = None,
 ) -> None:
     """Raises InputError naming the message, and what of it is not in the rendered text.
 
-    learned: messages whose thoughts must be there, too; roles: look at these alone
+    learned: the part of the text that is learned of a message, by its number: all of it must be
+        there, thoughts too; roles: look at messages of these alone
     """
-    rendered = _pressed(text)
+    rendered, parts = _pressed(text), {i: _pressed(part) for i, part in (learned or {}).items()}
     wanted: Counter[str] = Counter()
     for i, message in enumerate(messages):
         if roles is not None and message["role"] not in roles:
             continue
-        for name, said in _said(message, i in learned):
+        for name, said in _said(message, i in parts):
             wanted[said] += name == "content"
-            if _times(said, rendered) < max(1, wanted[said]):
+            missing = _times(said, rendered) < max(1, wanted[said])
+            if missing or not _times(said, parts.get(i, rendered)):
                 raise _lost(f"message {i + 1} ({message['role']}): its {name}", said, where)
     for i, tool in enumerate(tools or ()):
         name = tool.get("function", tool).get("name")
