@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
+from redrafter.data.day import dated, day_of
 from redrafter.data.filling import open_filled
 from redrafter.data.prepare import prepared
 from redrafter.data.rows import RejectedRow, TokenRow
 from redrafter.data.sources import Source, read_source
-from redrafter.data.store import Job, Store, open_job
+from redrafter.data.store import Job, Store, begun, job_folder, open_job
 from redrafter.files import plain_values
 from redrafter.processes import by_main, main_first
 from redrafter.target.identity import text_identity
@@ -59,7 +60,10 @@ def build_rows(
         "text": text_identity(tokenizer),
         "max_tokens": max_tokens,
     }
-    read = lambda: prepared(source, Renderer(tokenizer, config), config, keep, max_tokens)  # noqa: E731
+    place = job_folder(folder, keep, identity, named)
+    day = by_main(lambda: day_of(tokenizer, begun(place)))
+    identity = dated(identity, day)
+    read = lambda: prepared(source, Renderer(tokenizer, config, day), config, keep, max_tokens)  # noqa: E731
     total = _total(source) if progress else 0
     store = write_rows(read, keep, folder, identity, named, total, made_from=[origin(source)])
     if not store.n_rows:

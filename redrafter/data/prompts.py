@@ -37,6 +37,7 @@ def load_prompts(
     holdout_rows: int = 0,
     text_prompt_tokens: int = 16,
     max_tokens: int | None = None,
+    day: str | None = None,
 ) -> list[Prompt]:
     """Read prompts of a file, in its order.
 
@@ -46,6 +47,7 @@ def load_prompts(
         "last": from the last `holdout_rows` rows (of the whole file where 0), taken from the end
     text_prompt_tokens: tokens of a `text` that are the prompt, BOS not counted
     max_tokens: the longest prompt allowed (None: any)
+    day: the date that a chat template may print, YYYY-MM-DD (None: today's)
     Raises InputError naming the file, and the line where it has one.
     """
     config = SourceConfig(
@@ -57,7 +59,7 @@ def load_prompts(
         row, content = source.first()
         config = replace(config, format=format_of(content, source.where(row)))
     rows = source if part == "first" else source.held_out(n)
-    return rendered(source, rows, Renderer(tokenizer, config), max_tokens, "max_new_tokens")
+    return rendered(source, rows, Renderer(tokenizer, config, day), max_tokens, "max_new_tokens")
 
 
 def rendered(

@@ -16,6 +16,7 @@ from datetime import date, datetime, time
 from typing import Any, TypeVar
 
 from redrafter.contracts import InputError
+from redrafter.data.day import CLOCK, prints_date
 from redrafter.data.formats import Messages, calls_of, with_calls
 
 Span = tuple[int, int]
@@ -23,20 +24,9 @@ Tools = list[dict[str, Any]]
 Made = TypeVar("Made")
 
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_CLOCK = "strftime_now"
 #: what a user says where the text matters only up to there
 _PROBE = "0123456789"
 _TAIL = 40  # characters before the end of a turn, by which it is found again
-
-
-def prints_date(tokenizer: Any) -> bool:
-    """Whether the chat template asks for the day."""
-    return _CLOCK in str(getattr(tokenizer, "chat_template", None))
-
-
-def today(tokenizer: Any) -> str | None:
-    """The day that a run is made on, YYYY-MM-DD; None where the template prints none."""
-    return date.today().isoformat() if prints_date(tokenizer) else None
 
 
 class Template:
@@ -167,11 +157,11 @@ class Template:
         from transformers.utils import chat_template_utils
 
         names = chat_template_utils._compile_jinja_template(self._source(tools)).globals
-        names[_CLOCK] = self._moment.strftime
+        names[CLOCK] = self._moment.strftime
         try:
             yield
         finally:
-            del names[_CLOCK]  # the clock's own shows again: it stands in a map below
+            del names[CLOCK]  # the clock's own shows again: it stands in a map below
 
     def _in_some_form(
         self,
