@@ -330,6 +330,18 @@ def test_rows_are_shown_with_their_mask(tmp_path, capsys, monkeypatch):
     assert "\x1b[2m<s>U:hi↵\nA:\x1b[0m\x1b[1;32myo</s>\x1b[0m\x1b[2m↵\n\x1b[0m" in shown
 
 
+def test_prompts_say_why_nothing_of_them_is_learned(tmp_path, capsys):
+    show_rows(prepare(tmp_path, ROWS[:1], keep="prompts"), word_tokenizer(), 1, color=False)
+    shown = capsys.readouterr().out
+    assert shown.startswith("--- row 0: 7 tokens, a prompt, 3\n<s>U:hi↵\nA:\n\n")
+    assert "0 supervised" not in shown
+    for needed in ("data/answers.py", "--store ANSWERS --target.path MODEL --show 3",
+                   "--keep texts"):  # fmt: skip
+        assert needed in shown
+    show_rows(prepare(tmp_path, ROWS[:1]), word_tokenizer(), 1, color=False)
+    assert "Nothing of a prompt" not in capsys.readouterr().out
+
+
 def test_control_characters_cannot_act_on_the_terminal():
     tokenizer = byte_tokenizer(None, [("Ġ", "x")], trim_offsets=True)
     ids = tokenizer("a\x1b[2J\tb x é").input_ids

@@ -27,7 +27,7 @@ from chat_kinds import (
     user,
 )  # fmt: skip
 
-from redrafter.config import SourceConfig, SpecBenchConfig, TargetConfig
+from redrafter.config import PlanConfig, SourceConfig, SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.data.build_rows import build_rows, report
 from redrafter.data.chat import Renderer
@@ -36,6 +36,7 @@ from redrafter.data.sources import read_source
 from redrafter.data.store import Store
 from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.questions import open_questions
+from redrafter.planning.texts import texts_of_source
 from redrafter.training.data import held_out_prompts
 
 # ---------------------------------------------------------------- tools
@@ -193,6 +194,18 @@ def test_a_row_of_several_texts_is_accounted_for(tmp_path):
     assert "5 given = 2 written + 2 skipped + 1 failed" in report(store)
     assert "4 rows of the source" in report(store)
     assert "1 x none of its answers is to be learned" in report(store)
+
+
+def test_a_plan_counts_the_texts_that_rows_become(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": [*TALK, user(f"{i}"), said("yo")]}) + "\n"
+                            for i in range(4)))  # fmt: skip
+    config = SourceConfig(str(path))
+    for template, wanted in ((CHATML, 4), (QWEN3, 12)):
+        tokenizer = tokenizer_of(template)
+        monkeypatch.setattr("redrafter.planning.texts.load_tokenizer", lambda _, t=tokenizer: t)
+        planned = texts_of_source(config, TargetConfig("t"), "texts", None, PlanConfig())
+        assert planned.rows == wanted
 
 
 # ---------------------------------------------------------------- days
