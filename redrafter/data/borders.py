@@ -85,9 +85,7 @@ def _turn(
             raise
         return None  # a system prompt alone: there are templates that want a question
     whole, tags = template.spans(messages, where, tools)
-    more, place = "", len(prompt)
-    if not whole.startswith(prompt):
-        prompt, more, place = _rejoined(template, messages, prompt, whole, where, tools)
+    prompt, more, place = _behind(template, messages, prompt, whole, where, tools)
     text, start = f"{prompt}{more}{whole[place:]}", len(prompt)
     end = template.end_of_turn(text, start, messages, where, tools)
     spans = [(start, end)]
@@ -99,35 +97,46 @@ def _turn(
     return Learned(text, spans, {len(asked): (start, end)})
 
 
-def _rejoined(
+def _behind(
     template: Template, messages: Messages, prompt: str, whole: str, where: str, tools: Tools | None
 ) -> tuple[str, str, int]:
-    """How an answer goes on behind a prompt that its rendering does not begin with.
+    """How the last message goes on behind a prompt, which its rendering may not begin with.
 
     Returns what the server was sent, what it said before the rendered part (a thought), and where
     in `whole` that part begins.
     """
-    thought, said = thought_of(messages[-1])
+    opener = _OPENER.search(prompt)
+    opened, closed = _tags(opener) if opener is not None else ("", "")
+    said = whole[len(prompt) :]
+    if whole.startswith(prompt) and (
+        opener is None or (closed in said and not said.lstrip().startswith(opened))
+    ):
+        return prompt, "", len(prompt)
+    thought, answer = thought_of(messages[-1])
     if thought is None:  # then the server was told so, where the template can be
         for switch in filter(template.knows, _SWITCHES):
             plain = template.render(messages[:-1], True, where, tools, **{switch: False})
-            if whole.startswith(plain):
+            if plain != prompt and whole.startswith(plain):
                 return plain, "", len(plain)
-    opener = _OPENER.search(prompt)
     if opener is not None and whole.startswith(prompt[: opener.start()]):
-        left, name, right, blank = opener.groups()
-        close, rest = f"{left}/{name}{right}", whole[opener.start() :]
-        block = rf"\s*(?:{re.escape(left + name + right)}(.*?))?{re.escape(close)}\s*"
-        kept = re.match(block, rest, re.DOTALL)
+        rest, blank = whole[opener.start() :], opener[4]
+        opens, closes = re.escape(opened), re.escape(closed)
+        kept = re.match(rf"\s*(?:{opens}(.*?))?{closes}\s*", rest, re.DOTALL)
+        written = kept or re.match(rf"\s*(?:{opens}\s*)?", rest)
         if thought is None and kept is not None:
             thought = kept[1]
-        skipped = kept.end() if kept is not None else len(rest) - len(rest.lstrip())
-        more = f"{(thought or '').strip()}{blank}{close}{blank * 2}"
-        return prompt, more, opener.start() + skipped
+        more = f"{(thought or '').strip()}{blank}{closed}{blank * 2}"
+        return prompt, more, opener.start() + written.end()
     body = whole[: template.run_at_end(whole)[0]].rstrip()
-    if said.strip() and body.endswith(said.strip()) and not calls_of(messages[-1]):
-        return prompt, "", len(body) - len(said.strip())
+    if answer.strip() and body.endswith(answer.strip()) and not calls_of(messages[-1]):
+        return prompt, "", len(body) - len(answer.strip())
     raise _another_beginning(prompt, whole, len(messages), where)
+
+
+def _tags(opener: re.Match[str]) -> tuple[str, str]:
+    """What opens a thought, and what closes it."""
+    left, name, right = opener.groups()[:3]
+    return f"{left}{name}{right}", f"{left}/{name}{right}"
 
 
 def _another_beginning(prompt: str, whole: str, number: int, where: str) -> InputError:

@@ -22,6 +22,8 @@ from redrafter.data.formats import Messages, calls_of, shortened
 #: names that a message's thought is given under
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _WORD = r"[\w:|]*(?:think|thought|reason)\w*"
+#: words by which a user switches thoughts on and off: some templates take them out
+_SWITCH = re.compile(r"/(?:no_?)?think\b")
 _OPENED = re.compile(rf"\A\s*[<\[]{_WORD}[>\]]", re.IGNORECASE)
 _CLOSED = re.compile(rf"[<\[]/{_WORD}[>\]]", re.IGNORECASE)
 
@@ -97,6 +99,7 @@ def _leaves(value: Any) -> Iterator[str]:
 def _times(said: str, rendered: str) -> int:
     """How often; once where there is nothing to find."""
     texts = {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]}
+    texts.add(_SWITCH.sub("", said))
     pressed = {_pressed(text) for text in texts}
     return 1_000_000 if "" in pressed else sum(rendered.count(text) for text in pressed)
 

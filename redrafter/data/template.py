@@ -44,6 +44,7 @@ class Template:
         given = date.today() if day is None else date.fromisoformat(day)
         self._moment = datetime.combine(given, time(12))
         self._dated = prints_date(tokenizer)
+        self._eos = getattr(tokenizer, "eos_token", None) or "\0"
         self._ends: dict[str, int] = {}
         tokens = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
         self._tokens = sorted((t for t in tokens if t.strip()), key=len, reverse=True)
@@ -114,9 +115,11 @@ class Template:
         start: where it begins. Nobody generates the blanks behind that token (ChatML's newline),
         nor an EOS that stands only at the end of a text (Phi's): of several tokens the turn's are
         those that stay once a user goes on. Where none stays (a last answer's token may be
-        another than an earlier one's) it is the first.
+        another than an earlier one's) it is the first. Behind an EOS nothing is generated.
         """
         ends = [end for end in self.run_at_end(text)[1] if end > start]
+        stops = [n for n, end in enumerate(ends, 1) if text.endswith(self._eos, start, end)]
+        ends = ends[: stops[0]] if stops else ends
         if len(ends) < 2:
             return ends[0] if ends else len(text)
         begin = max(start, self.run_at_end(text)[0])
