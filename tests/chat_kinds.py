@@ -71,6 +71,30 @@ NEMOTRON = (
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>"
     "{% else %}<think>\n{% endif %}{% endif %}"
 )
+# Thoughts are off unless asked for, and no answer is rendered with one.
+DEEPSEEK_31 = (
+    "{{ bos_token }}{% set on = thinking is defined and thinking %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}<|A|></think>{{ m.content.split('</think>')[-1] | trim }}"
+    "{{ eos_token }}{% else %}<|U|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|A|>{{ '<think>' if on else '</think>' }}{% endif %}"
+)
+# The generation prompt holds a thought that is over; answers are rendered without.
+GEMMA4 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{% for c in m.tool_calls | default([]) %}call:{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}"
+    "{{ (m.content | default('')).split('<channel|>')[-1] | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n<|channel>thought\n<channel|>{% endif %}"
+)
+# The last answer is written behind the opened thought as it stands.
+NANO = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n{{ m.content }}"
+    "{% else %}{{ (m.content.split('</think>')[-1]).replace('/no_think', '') | trim }}{% endif %}"
+    "\n<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n{% endif %}"
+)
 # Channels; the last answer ends with another token than earlier ones.
 GPT_OSS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"

@@ -3,11 +3,14 @@
 import pytest
 from chat_kinds import (
     CHATML,
+    DEEPSEEK_31,
     GEMMA,
+    GEMMA4,
     GPT_OSS,
     HEAD,
     LLAMA3,
     MISTRAL,
+    NANO,
     NEMOTRON,
     PHI,
     Q3_FIRST,
@@ -62,6 +65,18 @@ KINDS = {
     "nemotron, thoughts": (NEMOTRON, [user("hi"), said("yo", reasoning="what")], [
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         "<think>\n⟦what\n</think>\nyo<|im_end|>⟧\n"]),
+    "deepseek 3.1": (DEEPSEEK_31, TALK[:2], ["<s><|U|>hi<|A|></think>⟦yo</s>⟧"]),
+    "deepseek 3.1, thoughts": (DEEPSEEK_31, THOUGHTS, [
+        "<s><|U|>hi<|A|><think>⟦what</think>yo</s>⟧",
+        "<s><|U|>hi<|A|></think>yo</s><|U|>no<|A|><think>⟦so</think>go</s>⟧"]),
+    "gemma 4": (GEMMA4, TALK[:2], [
+        "<s><turn>user\nhi<end>\n<turn>model\n<|channel>thought\n<channel|>⟦yo<end>⟧\n"]),
+    "nano": (NANO, [system("/no_think ok"), *TALK[:2]], [
+        "<|im_start|>system\nok<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n⟦\n</think>\n\nyo<|im_end|>⟧\n"]),
+    "nano, thoughts": (NANO, THOUGHTS[:2], [
+        "<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n⟦what\n</think>\n\nyo<|im_end|>⟧\n"]),
     "gpt-oss": (GPT_OSS, [user("hi"), said("yo", thinking="what"), user("no"), said("go")], [
         "<|start|>user<|message|>hi<|end|><|start|>assistant⟦<|channel|>analysis<|message|>what"
         "<|end|><|start|>assistant<|channel|>final<|message|>yo<|return|>⟧",
@@ -78,9 +93,12 @@ def test_masks(kind):
     assert shown(template, messages, supervise="last") == [only_last(wanted[-1])]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "nemotron"])
+#: where the server is sent another prompt: told to think, or not to
+TOLD = ("nemotron", "deepseek 3.1, thoughts")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TOLD])
 def test_what_is_learned_follows_what_the_server_was_sent(kind):
-    # (The one left out is sent another prompt where no thought is wanted.)
     template, messages, _ = KINDS[kind]
     made = renderer(template)
     prompt = made.prompt({"messages": messages[:-1]}, "f:1")
@@ -101,7 +119,8 @@ def whole_turns_tagged(template):
 
 
 @pytest.mark.parametrize("kind", ["chatml", "chatml, assistant first", "llama 3", "phi", "r1",
-                                  "r1, thoughts", "nemotron", "nemotron, thoughts"])  # fmt: skip
+                                  "r1, thoughts", "nemotron", "nemotron, thoughts",
+                                  "deepseek 3.1, thoughts"])  # fmt: skip
 def test_tags_around_the_header_are_cut_to_what_is_generated(kind):
     template, messages, wanted = KINDS[kind]
     tagged = whole_turns_tagged(template)
@@ -115,6 +134,23 @@ def test_tags_may_leave_out_what_a_server_generates():
                              "{% endif %}")  # fmt: skip
     wanted = KINDS["chatml"][2][0].replace("<|im_end|>⟧", "⟧<|im_end|>")
     assert shown(content, TALK) == [wanted]
+
+
+def test_calls_stand_behind_a_prompt_that_answers_are_rendered_without():
+    call = {"function": {"name": "look", "arguments": {"at": "x"}}}
+    talk = [user("hi"), {"role": "assistant", "tool_calls": [call]}]
+    assert shown(GEMMA4, talk) == [
+        "<s><turn>user\nhi<end>\n<turn>model\n<|channel>thought\n<channel|>"
+        '⟦call:look{"at": "x"}<end>⟧\n'
+    ]
+
+
+def test_behind_an_eos_nothing_is_generated():
+    # One that writes an empty answer behind a call.
+    twice = R1.replace("{{ eos_token }}", "{{ eos_token }}<|A|>{{ eos_token }}")
+    assert shown(twice, TALK[:2]) == [
+        "<s><|U|>hi<|A|><think>\n⟦\n</think>\n\nyo</s>⟧<|A|></s>"
+    ]
 
 
 def test_without_a_template_an_eos_ends_the_last_answer_and_no_prompt():

@@ -24,10 +24,15 @@ from dataclasses import dataclass
 
 from redrafter.contracts import InputError
 from redrafter.data.formats import Messages, calls_of, is_learned
-from redrafter.data.lost import thought_of
+from redrafter.data.lost import contains, thought_of
 from redrafter.data.template import Span, Template, Tools
 
-_OPENER = re.compile(r"([<\[])([\w:|]*(?:think|thought|reason)\w*)([>\]])(\s*)\Z", re.IGNORECASE)
+_WORD = r"[\w:|]*(?:think|thought|reason)\w*"
+_OPENER = re.compile(rf"([<\[])({_WORD})([>\]])(\s*)\Z", re.IGNORECASE)
+_SHUT = re.compile(
+    rf"(?:([<\[]){_WORD}[>\]]\s*[<\[]/{_WORD}[>\]]|<\|channel>thought\s*<channel\|>)\s*\Z",
+    re.IGNORECASE,
+)
 #: variables by which templates are told that no thought is wanted
 _SWITCHES = ("enable_thinking", "thinking")
 _SHOWN = 60  # characters of a difference
@@ -71,6 +76,22 @@ def learned_texts(
     return found
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """prompt: what the server was sent; more: what it said before the part that `whole`, the
+    rendered messages, has of it from `place` on (a thought); tags: as `Template.spans`"""
+
+    prompt: str
+    more: str
+    place: int
+    whole: str
+    tags: list[Span] | None
+
+    @property
+    def said(self) -> str:
+        return f"{self.more}{self.whole[self.place :]}"
+
+
 def _turn(
     template: Template, messages: Messages, where: str, tools: Tools | None
 ) -> Learned | None:
@@ -79,57 +100,87 @@ def _turn(
     if not asked:
         return None
     try:
-        prompt = template.render(asked, True, where, tools)
+        template.render(asked, True, where, tools)
     except InputError:
         if any(message["role"] in ("user", "tool", "function") for message in asked):
             raise
         return None  # a system prompt alone: there are templates that want a question
-    whole, tags = template.spans(messages, where, tools)
-    prompt, more, place = _behind(template, messages, prompt, whole, where, tools)
-    text, start = f"{prompt}{more}{whole[place:]}", len(prompt)
+    turn = _thinking(template, messages, where, tools)
+    text, start = turn.prompt + turn.said, len(turn.prompt)
     end = template.end_of_turn(text, start, messages, where, tools)
     spans = [(start, end)]
-    if tags is not None:
-        moved = len(text) - len(whole)
+    if turn.tags is not None:
+        moved = len(text) - len(turn.whole)
         # What is put in before the answer belongs to a tag that holds the answer's beginning.
-        spans = [(a + moved if a > place else start, min(b + moved, end)) for a, b in tags]
-        spans = [(a, b) for a, b in spans if start <= a < b]
+        spans = [
+            (a + moved if a > turn.place else start, min(b + moved, end))
+            for a, b in turn.tags if b > turn.place
+        ]  # fmt: skip
+        spans = [(a, b) for a, b in spans if a < b]
     return Learned(text, spans, {len(asked): (start, end)})
 
 
-def _behind(
-    template: Template, messages: Messages, prompt: str, whole: str, where: str, tools: Tools | None
-) -> tuple[str, str, int]:
-    """How the last message goes on behind a prompt, which its rendering may not begin with.
+def _thinking(template: Template, messages: Messages, where: str, tools: Tools | None) -> _Turn:
+    """The last message as the server said it that thinks by default; where that one does not think
+    as the message does, as one that was told to, if the template can be."""
+    thought, _ = thought_of(messages[-1])
+    refusal = None
+    told = [{s: thought is not None} for s in _SWITCHES if template.knows(s)]
+    for switches in ({}, *told):
+        try:
+            turn = _behind(template, messages, where, tools, switches)
+        except InputError as error:
+            refusal = refusal or error
+            continue
+        if _thinks(turn, thought):
+            return turn
+    if refusal is not None:
+        raise refusal
+    return _behind(template, messages, where, tools, {})
 
-    Returns what the server was sent, what it said before the rendered part (a thought), and where
-    in `whole` that part begins.
-    """
+
+def _thinks(turn: _Turn, thought: str | None) -> bool:
+    """Whether a turn holds the message's thought; of a message without, that none was put in."""
+    return not turn.more if thought is None else contains(turn.said, thought)
+
+
+def _behind(
+    template: Template,
+    messages: Messages,
+    where: str,
+    tools: Tools | None,
+    switches: dict[str, bool],
+) -> _Turn:
+    """The last message behind its generation prompt, which its rendering may not begin with."""
+    prompt = template.render(messages[:-1], True, where, tools, **switches)
+    whole, tags = template.spans(messages, where, tools, **switches)
+
+    def turn(more: str, place: int) -> _Turn:
+        return _Turn(prompt, more, place, whole, tags)
+
     opener = _OPENER.search(prompt)
     opened, closed = _tags(opener) if opener is not None else ("", "")
     said = whole[len(prompt) :]
     if whole.startswith(prompt) and (
         opener is None or (closed in said and not said.lstrip().startswith(opened))
     ):
-        return prompt, "", len(prompt)
+        return turn("", len(prompt))
     thought, answer = thought_of(messages[-1])
-    if thought is None:  # then the server was told so, where the template can be
-        for switch in filter(template.knows, _SWITCHES):
-            plain = template.render(messages[:-1], True, where, tools, **{switch: False})
-            if plain != prompt and whole.startswith(plain):
-                return plain, "", len(plain)
     if opener is not None and whole.startswith(prompt[: opener.start()]):
-        rest, blank = whole[opener.start() :], opener[4]
+        rest, line = whole[opener.start() :], "\n" if "\n" in opener[4] else ""
         opens, closes = re.escape(opened), re.escape(closed)
         kept = re.match(rf"\s*(?:{opens}(.*?))?{closes}\s*", rest, re.DOTALL)
         written = kept or re.match(rf"\s*(?:{opens}\s*)?", rest)
         if thought is None and kept is not None:
             thought = kept[1]
-        more = f"{(thought or '').strip()}{blank}{closed}{blank * 2}"
-        return prompt, more, opener.start() + written.end()
+        more = f"{(thought or '').strip()}{line}{closed}{line * 2}"
+        return turn(more, opener.start() + written.end())
+    shut = _SHUT.search(prompt)  # a thought that is over before it began
+    if shut is not None and whole.startswith(prompt[: shut.start()]):
+        return turn("", shut.start())
     body = whole[: template.run_at_end(whole)[0]].rstrip()
     if answer.strip() and body.endswith(answer.strip()) and not calls_of(messages[-1]):
-        return prompt, "", len(body) - len(answer.strip())
+        return turn("", len(body) - len(answer.strip()))
     raise _another_beginning(prompt, whole, len(messages), where)
 
 

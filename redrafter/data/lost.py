@@ -24,8 +24,8 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _WORD = r"[\w:|]*(?:think|thought|reason)\w*"
 #: words by which a user switches thoughts on and off: some templates take them out
 _SWITCH = re.compile(r"/(?:no_?)?think\b")
-_OPENED = re.compile(rf"\A\s*[<\[]{_WORD}[>\]]", re.IGNORECASE)
-_CLOSED = re.compile(rf"[<\[]/{_WORD}[>\]]", re.IGNORECASE)
+_OPENED = re.compile(rf"\A\s*(?:[<\[]{_WORD}[>\]]|<\|channel>(?:thought\b)?)", re.IGNORECASE)
+_CLOSED = re.compile(rf"[<\[]/{_WORD}[>\]]|<channel\|>", re.IGNORECASE)
 
 
 def thought_of(message: dict[str, Any]) -> tuple[str | None, str]:
@@ -94,6 +94,11 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(item)
     elif isinstance(value, (str, int)) and not isinstance(value, bool):
         yield str(value)
+
+
+def contains(text: str, said: str) -> bool:
+    """Whether a rendered text says something, blanks aside."""
+    return _times(said, _pressed(text)) > 0
 
 
 def _times(said: str, rendered: str) -> int:

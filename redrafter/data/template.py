@@ -68,7 +68,7 @@ class Template:
         return self._in_some_form(messages, where, apply, lambda text: text)
 
     def spans(
-        self, messages: Messages, where: str, tools: Tools | None
+        self, messages: Messages, where: str, tools: Tools | None, **switches: Any
     ) -> tuple[str, list[Span] | None]:
         """The text of `render`, and the characters between its `{% generation %}` tags (None of a
         template without).
@@ -77,14 +77,15 @@ class Template:
         begins or ends there.
         """
         if not self.tagged:
-            return self.render(messages, False, where, tools), None
+            return self.render(messages, False, where, tools, **switches), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
         def apply(given: Messages) -> tuple[str, list[Span]]:
             with self._day(tools):
                 texts, spans = render_jinja_template(
                     conversations=[given], tools=tools, chat_template=self._source(tools),
-                    return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
+                    return_assistant_tokens_mask=True,
+                    **{**self.tokenizer.special_tokens_map, **switches},
                 )  # fmt: skip
             return texts[0], [(start, end) for start, end in spans[0]]
 
