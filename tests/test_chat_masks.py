@@ -134,6 +134,10 @@ def test_tags_may_leave_out_what_a_server_generates():
                              "{% endif %}")  # fmt: skip
     wanted = KINDS["chatml"][2][0].replace("<|im_end|>⟧", "⟧<|im_end|>")
     assert shown(content, TALK) == [wanted]
+    ends = R1.replace("{{ eos_token }}", "{% generation %}{{ eos_token }}{% endgeneration %}")
+    assert shown(ends, THOUGHTS) == [
+        text.replace("⟦", "").replace("</s>⟧", "⟦</s>⟧") for text in KINDS["r1, thoughts"][2]
+    ]
 
 
 def test_calls_stand_behind_a_prompt_that_answers_are_rendered_without():

@@ -1,9 +1,9 @@
 """What a row of a chat may hold: tools, turns that are not learned, and what no template drops."""
 
+import dataclasses
 import datetime as clock
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +29,7 @@ from chat_kinds import (
 
 from redrafter.config import PlanConfig, SourceConfig, SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
+from redrafter.data import chat
 from redrafter.data.build_rows import build_rows, report
 from redrafter.data.chat import Renderer
 from redrafter.data.day import dated
@@ -196,6 +197,31 @@ def test_a_row_of_several_texts_is_accounted_for(tmp_path):
     assert "1 x none of its answers is to be learned" in report(store)
 
 
+def test_rows_that_an_earlier_version_made_otherwise_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [said("yo"), *TALK]}) + "\n")
+    make = lambda: build_rows(  # noqa: E731
+        SourceConfig(str(path)), tokenizer_of(CHATML), "texts", tmp_path / "s", progress=False
+    )
+    learned_texts = chat.learned_texts
+
+    def earlier(*given):  # it learned the head, too
+        (text,) = learned_texts(*given)
+        return [dataclasses.replace(text, spans=[(0, 12), *text.spans])]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "learned_texts", earlier)
+        make()
+    with pytest.raises(InputError, match=r"made by an earlier version.*row 0 of the source"):
+        make()
+    (tmp_path / "s" / "manifest.json").unlink()  # nor is one gone on with
+    with pytest.raises(InputError, match=r"made by an earlier version.*shard-00000.*remove it"):
+        make()
+    for file in (tmp_path / "s").iterdir():
+        file.unlink()
+    assert make().digest == make().digest
+
+
 def test_a_plan_counts_the_texts_that_rows_become(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": [*TALK, user(f"{i}"), said("yo")]}) + "\n"
@@ -309,7 +335,7 @@ def test_one_renderer_has_one_day(day):
 
 def test_training_measures_on_the_prompts_of_its_first_day(tmp_path, day):
     target = SimpleNamespace(tokenizer=tokenizer_of(DATED), max_positions=None, name="t")
-    source = replace(rows_file(tmp_path), holdout_rows=2)
+    source = dataclasses.replace(rows_file(tmp_path), holdout_rows=2)
     config = SimpleNamespace(
         data=SimpleNamespace(source=source),
         eval=SimpleNamespace(source=None, prompts=2, max_new_tokens=8),
@@ -329,13 +355,13 @@ def test_questions_are_gone_on_with_on_their_first_day(tmp_path, day):
         out=str(tmp_path),
     )  # fmt: skip
     day(2026, 11, 29)
-    chat, questions, _ = open_questions(target, config, Journal.begun(tmp_path / "j.jsonl"))
-    first = chat.prompt(questions[0].turns[0], "q")
-    assert chat.day == "2026-11-29"
-    Journal(tmp_path / "j.jsonl", dated({}, chat.day))
+    asked, questions, _ = open_questions(target, config, Journal.begun(tmp_path / "j.jsonl"))
+    first = asked.prompt(questions[0].turns[0], "q")
+    assert asked.day == "2026-11-29"
+    Journal(tmp_path / "j.jsonl", dated({}, asked.day))
     day(2026, 11, 30)
-    chat, questions, _ = open_questions(target, config, Journal.begun(tmp_path / "j.jsonl"))
-    assert chat.prompt(questions[0].turns[0], "q") == first
-    Journal(tmp_path / "j.jsonl", dated({}, chat.day))
+    asked, questions, _ = open_questions(target, config, Journal.begun(tmp_path / "j.jsonl"))
+    assert asked.prompt(questions[0].turns[0], "q") == first
+    Journal(tmp_path / "j.jsonl", dated({}, asked.day))
     with pytest.raises(InputError, match="was made with another day"):
         Journal(tmp_path / "j.jsonl", dated({}, "2026-11-30"))

@@ -99,12 +99,11 @@ def _turn(
     asked = messages[:-1]
     if not asked:
         return None
-    try:
-        template.render(asked, True, where, tools)
-    except InputError:
-        if any(message["role"] in ("user", "tool", "function") for message in asked):
-            raise
-        return None  # a system prompt alone: there are templates that want a question
+    if not any(message["role"] in ("user", "tool") for message in asked):
+        try:
+            template.render(asked, True, where, tools)
+        except InputError:
+            return None  # there are templates that want a question
     turn = _thinking(template, messages, where, tools)
     text, start = turn.prompt + turn.said, len(turn.prompt)
     end = template.end_of_turn(text, start, messages, where, tools)

@@ -32,14 +32,13 @@ _TAIL = 40  # characters before the end of a turn, by which it is found again
 class Template:
     """Renders messages. Without a chat template they stand one below the other.
 
-    exists: whether there is a chat template; tagged: whether it has `{% generation %}` tags
+    exists: whether there is a chat template
     """
 
     def __init__(self, tokenizer: Any, day: str | None = None) -> None:
         """day: the date that the template may print, YYYY-MM-DD; None takes today's, once."""
         self.tokenizer = tokenizer
         self.exists = bool(getattr(tokenizer, "chat_template", None))
-        self.tagged = self.exists and bool(_TAG.search(self._source(None)))
         # Noon: a template that prints the hour has no better one.
         given = date.today() if day is None else date.fromisoformat(day)
         self._moment = datetime.combine(given, time(12))
@@ -76,7 +75,7 @@ class Template:
         transformers' own token mask is made from the same spans, but counts a token in that only
         begins or ends there.
         """
-        if not self.tagged:
+        if not self.exists or not _TAG.search(self._source(tools)):
             return self.render(messages, False, where, tools, **switches), None
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -151,7 +150,10 @@ class Template:
 
     def _source(self, tools: Tools | None) -> str:
         """The template that a server takes: some tokenizers have another one for tools."""
-        return self.tokenizer.get_chat_template(None, tools)
+        try:
+            return self.tokenizer.get_chat_template(None, tools)
+        except ValueError as error:  # several, and none of them the default one
+            raise InputError(f"the tokenizer names no chat template to take ({error})") from None
 
     @contextmanager
     def _day(self, tools: Tools | None) -> Iterator[None]:
