@@ -149,12 +149,27 @@ def test_calls_stand_behind_a_prompt_that_answers_are_rendered_without():
     ]
 
 
+def test_a_word_of_the_template_that_switches_nothing_changes_nothing():
+    # It speaks of `thinking`, and opens another prompt where that is off.
+    odd = R1.replace("<|A|><think>\n{% endif %}", "{% if thinking is defined and not thinking %}"
+                     "<|A|>Answer: {% else %}<|A|><think>\n{% endif %}{% endif %}")  # fmt: skip
+    talk = [user("hi"), said("yo", tool_calls=[{"name": "yo", "arguments": {}}])]
+    assert shown(odd, talk) == ["<s><|U|>hi<|A|><think>\n⟦\n</think>\n\nyo</s>⟧"]
+
+
+def test_a_turn_that_ends_with_several_tokens_of_its_own_is_learned_whole():
+    call = "<tool_call>x</tool_call>"
+    ends = PHI.replace("<|end|>\n{% endfor %}", "<|end|><|eot|>\n{% endfor %}")
+    for template, last in ((CHATML, "<|im_end|>"), (R1, "</s>"), (QWEN3, "<|im_end|>"),
+                           (PHI, "<|end|>"), (ends, "<|end|><|eot|>")):  # fmt: skip
+        (text,) = shown(template, [user("hi"), said(call)])
+        assert text.split("⟦")[1].split("⟧")[0].endswith(f"{call}{last}")
+
+
 def test_behind_an_eos_nothing_is_generated():
     # One that writes an empty answer behind a call.
-    twice = R1.replace("{{ eos_token }}", "{{ eos_token }}<|A|>{{ eos_token }}")
-    assert shown(twice, TALK[:2]) == [
-        "<s><|U|>hi<|A|><think>\n⟦\n</think>\n\nyo</s>⟧<|A|></s>"
-    ]
+    twice = MISTRAL.replace("{{ eos_token }}", "{{ eos_token }}<|A|>{{ eos_token }}")
+    assert shown(twice, TALK[:2]) == ["<s>[INST] hi [/INST]⟦ yo</s>⟧<|A|></s>"]
 
 
 def test_without_a_template_an_eos_ends_the_last_answer_and_no_prompt():

@@ -123,7 +123,8 @@ def _thinking(template: Template, messages: Messages, where: str, tools: Tools |
     """The last message as the server said it that thinks by default; where that one does not think
     as the message does, as one that was told to, if the template can be."""
     thought, _ = thought_of(messages[-1])
-    refusal = None
+    first: _Turn | None = None
+    refusal: InputError | None = None
     told = [{s: thought is not None} for s in _SWITCHES if template.knows(s)]
     for switches in ({}, *told):
         try:
@@ -133,9 +134,11 @@ def _thinking(template: Template, messages: Messages, where: str, tools: Tools |
             continue
         if _thinks(turn, thought):
             return turn
-    if refusal is not None:
+        first = first or turn
+    if first is None:
+        assert refusal is not None
         raise refusal
-    return _behind(template, messages, where, tools, {})
+    return first
 
 
 def _thinks(turn: _Turn, thought: str | None) -> bool:

@@ -26,7 +26,6 @@ Made = TypeVar("Made")
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: what a user says where the text matters only up to there
 _PROBE = "0123456789"
-_TAIL = 40  # characters before the end of a turn, by which it is found again
 
 
 class Template:
@@ -46,7 +45,7 @@ class Template:
         self._eos = getattr(tokenizer, "eos_token", None) or "\0"
         self._ends: dict[str, int] = {}
         tokens = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-        self._tokens = sorted((t for t in tokens if t.strip()), key=len, reverse=True)
+        self._tokens = tuple(sorted((t for t in tokens if t.strip()), key=len, reverse=True))
 
     def render(
         self, messages: Messages, generate: bool, where: str, tools: Tools | None, **switches: Any
@@ -99,9 +98,8 @@ class Template:
 
         Blanks may stand between them; without any it is the text's length, and none.
         """
-        begin, ends, known = len(text), [], tuple(self._tokens)
-        left = text.rstrip()
-        while left.endswith(known):
+        begin, ends, left = len(text), [], text.rstrip()
+        while left.endswith(self._tokens):
             ends.append(len(left))
             begin = len(left) - len(next(t for t in self._tokens if left.endswith(t)))
             left = text[:begin].rstrip()
@@ -125,26 +123,22 @@ class Template:
         begin = max(start, self.run_at_end(text)[0])
         run = text[begin:]
         if run not in self._ends:
-            stays = self._once_answered(text[max(0, begin - _TAIL) : begin], messages, where, tools)
-            if stays is None:
+            later = self._once_answered(messages, where, tools)
+            if later is None:
                 return ends[-1]
             lengths = [end - begin for end in ends]
-            kept = [n for n in lengths if stays.startswith(run[:n])]
+            kept = [n for n in lengths if run[:n] in later]
             self._ends[run] = kept[-1] if kept else lengths[0]
         return begin + self._ends[run]
 
-    def _once_answered(
-        self, tail: str, messages: Messages, where: str, tools: Tools | None
-    ) -> str | None:
-        """What stands behind `tail`, the end of the last message, once a user goes on. None where
+    def _once_answered(self, messages: Messages, where: str, tools: Tools | None) -> str | None:
+        """Messages as they are rendered once a user goes on, up to what that one says. None where
         the template takes no such messages."""
         try:
             later = [*messages, {"role": "user", "content": _PROBE}]
-            text = self.render(later, False, where, tools)
+            return self.render(later, False, where, tools).rpartition(_PROBE)[0]
         except InputError:
             return None
-        place = text.rfind(tail, 0, text.rfind(_PROBE))
-        return text[place + len(tail) :] if place >= 0 else ""
 
     # ------------------------------------------------------------ how
 
