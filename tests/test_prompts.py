@@ -63,15 +63,16 @@ def test_one_user_message_reads_alike_in_every_format(
     assert tuple(plain_tokenizer(QUESTION).input_ids) == raw.ids != prompt.ids
 
 
-def test_messages_stop_before_the_last_answer(tmp_path, tokenizer):
+def test_a_prompt_ends_with_what_is_to_be_answered(tmp_path, tokenizer):
     talk = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     messages = [{"role": role, "content": content} for role, content in talk]
-    path = write(tmp_path / "p.jsonl", [{"messages": messages}])
-    (prompt,) = load_prompts(path, tokenizer, "messages")
-    wanted = tokenizer.apply_chat_template(
-        messages[:3], tokenize=False, add_generation_prompt=True
-    )
-    assert tokenizer.decode(prompt.ids) == wanted
+    for given, kept in ((messages, 5), (messages[:4], 3)):
+        path = write(tmp_path / "p.jsonl", [{"messages": given}])
+        (prompt,) = load_prompts(path, tokenizer, "messages")
+        wanted = tokenizer.apply_chat_template(
+            messages[:kept], tokenize=False, add_generation_prompt=True
+        )
+        assert tokenizer.decode(prompt.ids) == wanted
 
 
 def test_text_keeps_its_first_tokens(tmp_path, tokenizer):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.models import load_both, load_partners, prompts_to_count
 from redrafter.config import RecordsConfig
 from redrafter.contracts import InputError
-from redrafter.processes import say
+from redrafter.processes import by_main, say
 
 _DESCRIPTION = """\
 Walk a drafter over the target's own answers, at every position and with all its levels: what it
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan="data_jobs:plan_records",
     )  # fmt: skip
     from redrafter.data.answers import generation_config
+    from redrafter.data.day import day_of
     from redrafter.data.lookahead_store import build_records
+    from redrafter.data.store import begun
     from redrafter.drafters.options import parse_name
     from redrafter.evaluation.plans import build_plan, parse_plan
 
@@ -44,18 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("drafter: records hold all levels: leave out lookahead and rule")
     known.check_partners(names, config)
     target, head = load_both(config)
-    prompts, others = records_prompts(target, config, prompts_to_count(names, config))
+    day = by_main(lambda: day_of(target.tokenizer, begun(Path(config.out))))
+    prompts, others = records_prompts(target, config, prompts_to_count(names, config), day)
     wanted = generation_config(config.temperature, config.max_new_tokens)
     partners, _ = load_partners(names, config, target, head, others, wanted)
     drafter = build_plan(names[0], target, partners).drafter
-    store = build_records(target, drafter, prompts, config)
+    store = build_records(target, drafter, prompts, config, day=day)
     n = int(store.lengths.sum())
     say(f"{config.out}: {store.n_rows} texts, {n} positions of {drafter.max_depth} levels")
     return 0
 
 
-def records_prompts(target, config: RecordsConfig, more: int):
-    """(prompts to walk over, `more` prompts before them); `skip_rows` rows behind them left out."""
+def records_prompts(target, config: RecordsConfig, more: int, day: str | None = None):
+    """(prompts to walk over, `more` prompts before them); `skip_rows` rows behind them left out.
+
+    day: that a chat template may print, see `data/day.py`
+    """
     from redrafter.data.prompts import load_prompts
 
     if config.n_prompts < 1 or config.max_new_tokens < 2 or config.skip_rows < 0:
@@ -69,7 +76,7 @@ def records_prompts(target, config: RecordsConfig, more: int):
         config.prompts, target.tokenizer, config.prompt_format,
         n=wanted + config.skip_rows, part="last", text_prompt_tokens=config.text_prompt_tokens,
         max_tokens=None if room is None else room - config.max_new_tokens,
-        vocab_size=target.vocab_size,
+        vocab_size=target.vocab_size, day=day,
     )  # fmt: skip
     if len(rows) < wanted + config.skip_rows:
         raise InputError(

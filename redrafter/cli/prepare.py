@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import PrepareConfig
@@ -13,7 +14,8 @@ _DESCRIPTION = """\
 First stage of the data: read text, apply the target's own chat template, write rows of tokens.
 
   python data/prepare.py --target.path MODEL --source.path FILE.jsonl --output_dir runs/prompts
-      prompts, for the target to answer (data/answers.py): the usual way
+      prompts, for the target to answer (data/answers.py): the usual way. Nothing of a prompt is
+      learned; with --show 3 it prints three
   python data/prepare.py --target.path MODEL --source.path FILE.jsonl --keep texts --show 3
       whole texts; prints three with what would be learned from in colour, and writes nothing
 """
@@ -24,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(PrepareConfig, argv, "data/prepare.py", _DESCRIPTION)
     from redrafter.data.build_rows import build_rows, report
     from redrafter.data.chat import Renderer
+    from redrafter.data.day import day_of
     from redrafter.data.prepare import prepared
     from redrafter.data.show import show_rows
     from redrafter.data.sources import read_source
+    from redrafter.data.store import begun
     from redrafter.target.model import context_of, load_model_config, load_tokenizer
 
     if config.output_dir is None and not config.show:
@@ -38,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_tokens = context_of(shape) if config.max_tokens is None else config.max_tokens
     vocab_size = getattr(shape, "vocab_size", None)
     if config.show and is_main():
-        renderer = Renderer(tokenizer, config.source)
+        made = None if config.output_dir is None else begun(Path(config.output_dir))
+        renderer = Renderer(tokenizer, config.source, day_of(tokenizer, made))
         source = read_source(config.source)
         found = prepared(source, renderer, config.source, config.keep, max_tokens, vocab_size)
         show_rows(found, tokenizer, config.show)

@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = _methods(config)
     files = file_names(names)
     target, head = load_both(config)
-    chat, questions, digest = open_questions(target, config)
-    methods = _build(names, config, target, head)
     out = Path(config.out)
+    begun = Journal.begun(out / "journal.jsonl")
+    chat, questions, digest = open_questions(target, config, begun)
+    methods = _build(names, config, target, head)
     journal = Journal(out / "journal.jsonl", _identity(config, target, head, chat, digest))
     run_questions(target, methods, questions, chat, config, journal)
     first, law_only = questions[0].row, [method.name for method in methods if method.law_only]
@@ -93,13 +94,14 @@ def _identity(
     """What must be the same for answers to belong together, times included."""
     import torch
 
+    from redrafter.data.day import dated
     from redrafter.files import plain_values
     from redrafter.target.devices import device_name
     from redrafter.target.identity import text_identity
 
     given = {k: v for k, v in plain_values(config).items() if k not in (*_FREE, "threads")}
     return {
-        **given,
+        **dated(given, chat.day),
         "content of questions": digest,
         "weights of target": target.fingerprint(),
         "weights of head": None if head is None else head.fingerprint(),

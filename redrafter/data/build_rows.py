@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from glob import has_magic
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,16 +17,19 @@ from tqdm.auto import tqdm
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
+from redrafter.data.day import dated, day_of, prints_date
 from redrafter.data.filling import open_filled
 from redrafter.data.prepare import prepared
 from redrafter.data.rows import RejectedRow, TokenRow, row_names
 from redrafter.data.sources import Source, read_source
-from redrafter.data.store import Job, Store, open_job
+from redrafter.data.store import Job, Store, begun, job_folder, open_job, shard_name
 from redrafter.files import plain_values
 from redrafter.processes import by_main, main_first
 from redrafter.target.identity import text_identity
 
 _SHARD_ROWS = 4096
+_COMPARED = 64  # rows of an earlier store that are made again, to compare them
+_COUNTED = ("rows", "tokens", "supervised")
 # Where a source lies and how it is read do not matter, what was read does.
 _FREE = {"path", "streaming", "max_failed_rows", "revision", "split", "subset"}
 _LONGER = ": shorten rows, raise max_tokens or, in training, lower data.answers.max_new_tokens"
@@ -51,7 +54,9 @@ def build_rows(
     vocab_size: rows of the target's lm_head (see `prepared`)
     named: use a folder in `folder` that is named after the content
     Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
-    and failed ones add up to the rows read.
+    and failed ones add up to its `input`: the rows read, those that became several counted as such
+    (`source_rows` then says how many were read).
+    Raises InputError where rows that an earlier version made are not what is made today.
     """
     source = main_first(lambda: read_source(config))
     identity = {
@@ -60,13 +65,20 @@ def build_rows(
         "text": text_identity(tokenizer),
         "max_tokens": max_tokens,
     }
+    place = job_folder(folder, keep, identity, named)
+    day = by_main(lambda: day_of(tokenizer, begun(place)))
+    identity = dated(identity, day)
 
     def read() -> Iterable[TokenRow | RejectedRow]:
-        renderer = Renderer(tokenizer, config)
+        renderer = Renderer(tokenizer, config, day)
         return prepared(source, renderer, config, keep, max_tokens, vocab_size)
 
     total = _total(source) if progress else 0
+    made_before = (place / "manifest.json").exists()
     store = write_rows(read, keep, folder, identity, named, total, made_from=[origin(source)])
+    # (Of a store whose day nobody knows, the texts cannot be made again.)
+    if made_before and (day is not None or not prints_date(tokenizer)):
+        by_main(lambda: _check_first(store, read()))
     return need_rows(store, config.path, _LONGER if max_tokens is not None else "")
 
 
@@ -92,6 +104,25 @@ def write_rows(
     return open_filled(job)
 
 
+def _check_first(store: Store, items: Iterable[TokenRow | RejectedRow]) -> None:
+    """Raises InputError where the first rows of an earlier store are not what is made today: an
+    earlier version took other parts of a chat for the question, or for the answer."""
+    found = store.rows(range(min(_COMPARED, store.n_rows)))
+    masks = found.supervised.split(found.lengths().tolist())
+    kept = (item for item in items if isinstance(item, TokenRow))
+    for i, (mask, row) in enumerate(zip(masks, kept, strict=False)):
+        if found.ids(i) != list(row.ids) or mask.tolist() != list(row.supervised):
+            raise _made_otherwise(store.name, f"row {row.source_row} of the source")
+
+
+def _made_otherwise(folder: str | Path, what: str) -> InputError:
+    return InputError(
+        f"{folder} was made by an earlier version, which took other parts of a chat for the "
+        f"question or for what is learned ({what}): remove it, or give another folder, and it is "
+        "made anew"
+    )
+
+
 def origin(source: Source) -> dict[str, Any]:
     """Where text came from, for the receipt: a Hub id as it is, of a local path its name alone."""
     config = source.config
@@ -112,14 +143,28 @@ def _write(
     facts: dict[str, Any],
 ) -> None:
     bar = tqdm(items, total=total, desc=kind, unit="row", disable=total == 0)
-    row = shards = n = 0
+    row = shards = n = n_source = 0
+    last = None
     for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):
         kept = [item for item in chunk if isinstance(item, TokenRow)]
         if index not in job.receipts:
             left_out = [asdict(item) for item in chunk if isinstance(item, RejectedRow)]
             job.write(index, columns_of(kept, range(row, row + len(kept))), left_out)
+        elif _counts(kept) != tuple(job.receipts[index].get(key, 0) for key in _COUNTED):
+            raise _made_otherwise(job.folder, shard_name(index))
         row, shards, n = row + len(kept), index + 1, n + len(chunk)
-    job.finish(shards, input=n, **facts)
+        # Texts of one row of the source come one after the other.
+        numbers = [last, *(item.source_row for item in chunk)]
+        n_source += sum(a != b for a, b in pairwise(numbers))
+        last = numbers[-1]
+    split = {"source_rows": n_source} if n_source != n else {}
+    job.finish(shards, input=n, **split, **facts)
+
+
+def _counts(rows: list[TokenRow]) -> tuple[int, ...]:
+    """What a shard's receipt says under `_COUNTED`."""
+    lengths = sum(len(row.ids) for row in rows)
+    return len(rows), lengths, sum(sum(row.supervised) for row in rows)
 
 
 def _total(source: Any) -> int | None:
@@ -172,6 +217,11 @@ def report(store: Store) -> str:
         lines.append(
             f"  {given} given = {counts['rows']} written + {counts['skipped'] + duplicates} "
             f"skipped + {counts['failed']} failed"
+        )
+    if "source_rows" in store.manifest:
+        lines.append(
+            f"  they are {store.manifest['source_rows']} rows of the source: where the chat "
+            "template rewrites what was said before, each answer is a row of its own"
         )
     listed: dict[str, list[int]] = {}
     for entry in (r for shard in store.manifest["shards"] for r in shard["rejected"]):

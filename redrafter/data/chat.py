@@ -1,33 +1,36 @@
 """From the content of a row to token ids, and to the tokens that are to be learned from.
 
-What a row may hold stands in `formats.py`. The tokenizer's own chat template is used; without one
-the messages stand one below the other, behind the tokens that the tokenizer puts first (BOS). Which
-tokens are the assistant's is always found in the rendered *text* and carried over to tokens by
-their offsets: never by comparing token ids, which fails where a tokenizer joins characters across
-the border.
+What a row may hold stands in `formats.py`. The tokenizer's own chat template is used
+(`template.py`); without one the messages stand one below the other, behind the tokens that the
+tokenizer puts first (BOS). Which characters are learned stands in `borders.py`, and that nothing of
+a row is left out in `lost.py`. Characters become tokens by their offsets: never by comparing token
+ids, which fails where a tokenizer joins characters across the border.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
+from redrafter.data.borders import Learned, learned_texts
 from redrafter.data.formats import (
     Messages,
     field,
     format_of,
+    is_learned,
     messages_of,
     shortened,
+    tools_of,
     turns_of,
 )
+from redrafter.data.lost import check_rendered
 from redrafter.data.show import marked
+from redrafter.data.template import Span, Template, Tools
 
-Span = tuple[int, int]
-
-_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: token ids, and which of them are learned
+Text = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 class Renderer:
@@ -36,8 +39,9 @@ class Renderer:
     Every InputError begins with the `where` of the row and names the remedy.
     """
 
-    def __init__(self, tokenizer: Any, config: SourceConfig) -> None:
-        """tokenizer: of the target. Raises InputError for settings that do not go together."""
+    def __init__(self, tokenizer: Any, config: SourceConfig, day: str | None = None) -> None:
+        """tokenizer: of the target; day: the date that a template may print, YYYY-MM-DD (None:
+        today's). Raises InputError for settings that do not go together."""
         if tokenizer is None:
             raise InputError(
                 f"{config.path}: the target has no tokenizer, so nothing can be read from text"
@@ -54,35 +58,40 @@ class Renderer:
         self._columns = (config.prompt_column, config.answer_column)
         self._format = "columns" if named else config.format
         self._detected = False
-        self._template = None
-        if getattr(tokenizer, "chat_template", None):
-            self._template = tokenizer.get_chat_template()
-        # What a BOS (and an EOS) of the tokenizer's own adds to any text.
-        self._n_special = len(tokenizer("").input_ids)
+        self._template = Template(tokenizer, day)
+        # What the tokenizer adds of its own to any text: a BOS before it, an EOS behind it.
+        self._n_before, self._n_behind = _added_tokens(tokenizer)
 
     # ------------------------------------------------------------ what callers want
 
     def prompt(self, content: dict[str, Any], where: str) -> tuple[int, ...]:
         """What stands before the answer that is to be generated.
 
-        Of messages all before the last assistant message, of turns the first one, of a text its
-        first `text_prompt_tokens` tokens.
+        Of messages all, up to an answer that they may end with; of turns the first one, of a text
+        its first `text_prompt_tokens` tokens.
         """
         if self._format_for(content, where) == "text":
-            ids = self._ids(field(content, "text", str, where))[: self._n_text_prompt()]
+            ids = self._prompt_ids(field(content, "text", str, where))
+            ids = ids[: self._n_before + self.config.text_prompt_tokens]
         else:
             messages = self._messages(content, where, answered=False)
-            last = _last_answer(messages)
-            messages = messages if last is None else messages[:last]
+            if messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
             if not messages:
                 raise InputError(f"{where}: nothing stands before the last assistant message")
-            ids = self._ids(self._render(messages, True, where))
+            tools = tools_of(content, where)
+            text = self._template.render(messages, True, where, tools)
+            check_rendered(messages, tools, text, where)
+            ids = self._prompt_ids(text)
         if not ids:
             raise InputError(f"{where}: the prompt is empty; remove the row")
         return tuple(ids)
 
-    def text(self, content: dict[str, Any], where: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """(token ids, supervised): the row up to the end of its last assistant message.
+    def texts(self, content: dict[str, Any], where: str) -> list[Text]:
+        """(token ids, supervised) of each text of the row, up to the end of its last answer.
+
+        It is one text, but where the chat template rewrites what was said before: there each
+        answer is rendered as the server saw it. None where the row excludes all of its answers.
 
         supervised: True for tokens that lie wholly in an assistant's turn, from the first
             character after the generation prompt to its end-of-turn token, included; of a `text`
@@ -91,22 +100,32 @@ class Renderer:
         """
         form = self._format_for(content, where)
         if form == "text":
-            ids = self._ids(field(content, "text", str, where))
-            n_prompt = self._n_text_prompt()
-            supervised = [i >= n_prompt for i in range(len(ids))]
-        else:
-            messages = self._messages(content, where, answered=True)
-            last = _last_answer(messages)
-            if last is None:
-                raise InputError(
-                    f"{where}: no assistant message to learn from (format {form}, keys "
-                    f"{sorted(content)}); let the target answer the prompts, or name the column "
-                    "of the answers"
-                )
-            ids, supervised = self._learned(messages[: last + 1], where)
-        if all(supervised) or not any(supervised):
-            raise self._one_sided(ids, supervised, form, where)
-        return tuple(ids), tuple(supervised)
+            ids = self._encode(field(content, "text", str, where)).input_ids
+            n_prompt = self._n_before + self.config.text_prompt_tokens
+            return [self._told_apart(ids, [i >= n_prompt for i in range(len(ids))], form, where)]
+        messages = self._messages(content, where, answered=True)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if not answers:
+            raise InputError(
+                f"{where}: no assistant message to learn from (format {form}, keys "
+                f"{sorted(content)}); let the target answer the prompts, or name the column "
+                "of the answers"
+            )
+        tools = tools_of(content, where)
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise InputError(
+                f"{where}: this tokenizer does not say which characters a token covers, so that "
+                "answers cannot be told from prompts; load a fast one (a tokenizer.json)"
+            )
+        found = learned_texts(self._template, messages, self.config.supervise, where, tools)
+        wanted = answers if self.config.supervise == "all" else answers[-1:]
+        if not found and all(map(is_learned, wanted)):
+            self._template.render(messages, False, where, tools)  # if it is refused, that is why
+            raise InputError(f"{where}: nothing stands before its answer; remove the row")
+        for text in found:
+            turns = {i: text.text[start:end] for i, (start, end) in text.turns.items()}
+            check_rendered(messages[: max(turns) + 1], tools, text.text, where, turns)
+        return [self._told_apart(*self._masked(text), form, where) for text in found]
 
     def turns(self, content: dict[str, Any], where: str) -> list[Messages]:
         """What is said before each of the assistant's answers, in order; not of a `text`."""
@@ -115,9 +134,15 @@ class Renderer:
             raise InputError(f"{where}: a text asks nothing; give rows of another format")
         return self._telling(turns_of, content, form, where, self._columns)
 
-    def conversation(self, messages: Messages, where: str) -> tuple[int, ...]:
-        """A chat up to where the assistant would begin."""
-        return tuple(self._ids(self._render(messages, True, where)))
+    def conversation(
+        self, messages: Messages, where: str, tools: Tools | None = None
+    ) -> tuple[int, ...]:
+        """A chat up to where the assistant would begin. Its answers may be the target's own, of
+        which a template keeps what it likes."""
+        text = self._template.render(messages, True, where, tools)
+        others = {message["role"] for message in messages} - {"assistant"}
+        check_rendered(messages, tools, text, where, roles=others)
+        return tuple(self._prompt_ids(text))
 
     # ------------------------------------------------------------ what a row says
 
@@ -142,93 +167,32 @@ class Renderer:
 
     # ------------------------------------------------------------ text to tokens
 
-    def _ids(self, text: str) -> list[int]:
-        return self._encode(text).input_ids
+    def _prompt_ids(self, text: str) -> list[int]:
+        """Without an EOS of the tokenizer's own: the text goes on."""
+        ids = self._encode(text).input_ids
+        return ids[: len(ids) - self._n_behind] if self._completed() else ids
+
+    def _completed(self) -> bool:
+        """Whether the tokenizer puts tokens of its own around a text. A template writes the special
+        tokens itself; what it leaves out is left out."""
+        return not self._template.exists or self._format == "text"
 
     def _encode(self, text: str, **options: Any) -> Any:
-        # A template writes the special tokens itself; what it leaves out is left out.
-        special = self._template is None or self._format == "text"
-        return self.tokenizer(text, add_special_tokens=special, verbose=False, **options)
-
-    def _n_text_prompt(self) -> int:
-        return self._n_special + self.config.text_prompt_tokens
-
-    def _render(self, messages: Messages, generate: bool, where: str) -> str:
-        """Messages as text; with generate, up to where the assistant would begin."""
-        if self._template is None:
-            return "\n".join(message.get("content", "") for message in messages)
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
-            )
-        except Exception as error:  # a template is a program of somebody else's
-            raise self._refused(error, where) from error
-
-    @staticmethod
-    def _refused(error: Exception, where: str) -> InputError:
-        return InputError(
-            f"{where}: the chat template refuses these messages ({type(error).__name__}: {error}); "
-            "mend the row, or give the tokenizer another chat template"
-        )
+        return self.tokenizer(
+            text, add_special_tokens=self._completed(), verbose=False, **options
+        )  # fmt: skip
 
     # ------------------------------------------------------------ which tokens are learned
 
-    def _learned(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
-        """Ids and mask of messages that end with an assistant's."""
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise InputError(
-                f"{where}: this tokenizer does not say which characters a token covers, so that "
-                "answers cannot be told from prompts; load a fast one (a tokenizer.json)"
-            )
-        if self._template is not None and _TAG.search(self._template):
-            text, spans = self._tagged(messages, where)
-            if self.config.supervise == "last":
-                # Tags are not tied to messages; those of the earlier ones come first.
-                spans = spans[len(self._tagged(messages[:-1], where)[1]) :]
-        else:
-            text, spans = self._by_prefixes(messages, where)
+    def _masked(self, learned: Learned) -> tuple[list[int], list[bool]]:
+        """Ids and mask of a text whose characters to learn are known."""
+        text = learned.text
         encoded = self._encode(text, return_offsets_mapping=True)
         ids = encoded.input_ids
-        return ids, self._inside(ids, encoded.offset_mapping, text, spans)
-
-    def _tagged(self, messages: Messages, where: str) -> tuple[str, list[Span]]:
-        """The rendered text, and the characters between `{% generation %}` tags.
-
-        transformers' own token mask is made from the same spans, but counts a token in that only
-        begins or ends there.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages], chat_template=self._template,
-                return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
-            )  # fmt: skip
-        except Exception as error:  # as above
-            raise self._refused(error, where) from error
-        return texts[0], [(start, end) for start, end in spans[0]]
-
-    def _by_prefixes(self, messages: Messages, where: str) -> tuple[str, list[Span]]:
-        """The rendered text, and what each assistant message adds to the text before it."""
-        text = self._render(messages, False, where)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = []
-        for i in answers if self.config.supervise == "all" else answers[-1:]:
-            before = self._render(messages[:i], True, where) if i else ""
-            after = self._render(messages[: i + 1], False, where)
-            if not (after.startswith(before) and text.startswith(after)):
-                wrong = after if after.startswith(before) else before
-                raise self._not_a_prefix(wrong, text, i, where)
-            spans.append((len(before), len(before) + self._turn_chars(after[len(before) :])))
-        return text, spans
-
-    def _turn_chars(self, turn: str) -> int:
-        """Characters of a turn without the blanks that a template puts behind its end-of-turn
-        token (ChatML's newline): nobody generates them."""
-        stripped = turn.rstrip()
-        added = self.tokenizer.added_tokens_decoder.values()
-        ended = any(token.content.strip() and stripped.endswith(token.content) for token in added)
-        return len(stripped) if ended else len(turn)
+        mask = self._inside(ids, encoded.offset_mapping, text, learned.spans)
+        if self._completed() and self._n_behind and learned.end == len(text):
+            mask[-self._n_behind :] = [True] * self._n_behind  # it ends the last answer
+        return ids, mask
 
     def _inside(
         self, ids: list[int], offsets: list[Span], text: str, spans: list[Span]
@@ -259,16 +223,11 @@ class Renderer:
 
     # ------------------------------------------------------------ what can go wrong
 
-    def _not_a_prefix(self, part: str, text: str, index: int, where: str) -> InputError:
-        same = next((i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), None)
-        same = min(len(part), len(text)) if same is None else same
-        return InputError(
-            f"{where}: the chat template has no {{% generation %}} tags and renders message "
-            f"{index + 1} differently once more messages follow: {part[same : same + 60]!r} "
-            f"becomes {text[same : same + 60]!r} after {text[max(0, same - 40) : same]!r}. Put "
-            "{% generation %}...{% endgeneration %} around the assistant's part of the template, "
-            "or set supervise: last"
-        )
+    def _told_apart(self, ids: list[int], supervised: list[bool], form: str, where: str) -> Text:
+        """Raises InputError where all or none is learned."""
+        if all(supervised) or not any(supervised):
+            raise self._one_sided(ids, supervised, form, where)
+        return tuple(ids), tuple(supervised)
 
     def _one_sided(
         self, ids: list[int], supervised: list[bool], form: str, where: str
@@ -290,6 +249,10 @@ class Renderer:
         )
 
 
-def _last_answer(messages: Messages) -> int | None:
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return answers[-1] if answers else None
+def _added_tokens(tokenizer: Any) -> tuple[int, int]:
+    """How many tokens a tokenizer puts before any text, and how many behind it."""
+    made = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    own = [bool(flag) for flag in made["special_tokens_mask"]]
+    if all(own):  # no token of the text's: nothing tells the two apart
+        return len(own), 0
+    return own.index(False), own[::-1].index(False)

@@ -10,10 +10,16 @@
     columns    a user's message and an assistant's, in columns that the configuration names
 
 `auto` tells them by the keys of the first row.
+
+A row of any of them may hold `tools`, which the chat template is given: a list of schemas, or that
+list as JSON. Messages may hold `tool_calls` (or the older `function_call`), whose arguments may be
+JSON, and say by `weight: 0` or `train: false` that they are not to be learned. Keys whose value is
+null are dropped, however deep: columns of Parquet and Arrow give every object the keys of all.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -174,17 +180,70 @@ def _user(turns: list[Any], i: int, where: str) -> dict[str, str]:
     return {"role": "user", "content": whole(turns[i], where)}
 
 
+def tools_of(content: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The tools that a row offers, None where there are none. Raises InputError naming the row."""
+    tools = _parsed(content.get("tools"))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(
+            f"{where}: 'tools' must be a list of schemas (or JSON of one), but is "
+            f"{shortened(repr(tools), 200)}; mend the row"
+        )
+    return without_nulls(tools)
+
+
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tool calls of a message of `messages_of`: what holds `name` and `arguments`."""
+    return [call.get("function", call) for call in message.get("tool_calls", ())]
+
+
+def with_calls(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A message whose tool calls have change(arguments)."""
+
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": changed(call["function"])}
+        return {**call, "arguments": change(call.get("arguments", {}))}
+
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [changed(call) for call in message["tool_calls"]]}
+
+
+def is_learned(message: dict[str, Any]) -> bool:
+    """Whether a message lets itself be learned from."""
+    return message.get("weight", 1) != 0 and message.get("train", True) is not False
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the keys whose value is null, all the way down; a null in a list says something."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(value: Any) -> Any:
+    """What stands in JSON text that holds an object or a list; else the value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, (dict, list)) else value
+
+
 def _chat_of(content: dict[str, Any], where: str) -> Messages:
     """Messages with `role` and `content`, whatever the source calls them; other keys stay."""
     key = "messages" if content.get("messages") is not None else "conversations"
     messages = []
     for i, message in enumerate(field(content, key, list, where), 1):
-        given = message if isinstance(message, dict) else {}
-        given = {k: v for k, v in given.items() if v is not None}
+        given = without_nulls(message) if isinstance(message, dict) else {}
         role = given.pop("role", given.get("from"))
         text = given.pop("content", given.get("value"))
-        calls = text is None and "tool_calls" in given
-        if role is None or not (isinstance(text, str) or calls):
+        calls = _calls(given, i, where)
+        if role is None or not (isinstance(text, str) or (text is None and calls)):
             raise InputError(
                 f"{where}: message {i} needs 'role' and 'content' (or 'from' and 'value') holding "
                 f"texts, but is {shortened(repr(message), 200)}"
@@ -194,10 +253,41 @@ def _chat_of(content: dict[str, Any], where: str) -> Messages:
                 f"{where}: message {i} has the unknown role {role!r}; known are "
                 f"{', '.join(_ROLES)}. Rename it, or remove the row"
             )
-        others = {k: v for k, v in given.items() if k not in ("from", "value")}
-        said = {} if calls else {"content": whole(text, where)}
-        messages.append({"role": _ROLES[role], **said, **others})
+        _check_flags(given, i, where)
+        read = ("from", "value", "tool_calls", "function_call")
+        others = {k: v for k, v in given.items() if k not in read}
+        said = {} if text is None else {"content": whole(text, where)}
+        made = {"role": _ROLES[role], **said, **others}
+        if calls:
+            made = with_calls({**made, "tool_calls": calls}, _parsed)
+        messages.append(made)
     return messages
+
+
+def _calls(message: dict[str, Any], number: int, where: str) -> list[dict[str, Any]]:
+    """The tool calls of a message as it is given, the older `function_call` too."""
+    calls = _parsed(message.get("tool_calls")) or []
+    if not calls and message.get("function_call"):
+        calls = [{"type": "function", "function": _parsed(message["function_call"])}]
+    inner = [c.get("function", c) for c in calls if isinstance(c, dict)] if calls else []
+    if not isinstance(calls, list) or len(inner) != len(calls) or not all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) for call in inner
+    ):  # fmt: skip
+        raise InputError(
+            f"{where}: the tool calls of message {number} must be a list of {{name, arguments}}, "
+            f"but are {shortened(repr(calls), 200)}; mend the row"
+        )
+    return calls
+
+
+def _check_flags(message: dict[str, Any], number: int, where: str) -> None:
+    kinds = {"weight": (int, float), "train": (bool,)}
+    for key, kind in kinds.items():
+        if key in message and not isinstance(message[key], kind):
+            raise InputError(
+                f"{where}: {key!r} of message {number} is {message[key]!r}; it must be "
+                f"{'a number' if key == 'weight' else 'true or false'}"
+            )
 
 
 def field(content: dict[str, Any], name: str, kind: type, where: str) -> Any:

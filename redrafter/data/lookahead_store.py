@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from redrafter.config.lookahead import RecordsConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.data.answers import generation_config
+from redrafter.data.day import dated
 from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.finite import finite_rows, left_out, rows_kept
 from redrafter.data.lookahead import COLUMNS, Text, walk_texts
@@ -41,11 +42,12 @@ def build_records(
     prompts: Sequence[Prompt],
     config: RecordsConfig,
     progress: bool = True,
+    day: str | None = None,
 ) -> Store:
     """Walk the drafter over the target's answers to every prompt, or go on where an earlier run
-    stopped; several processes share the shards out (`filling.py`). Raises InputError where the
-    folder holds other records."""
-    identity = records_identity(target, drafter, config)
+    stopped; several processes share the shards out (`filling.py`). day: that the prompts were
+    rendered on (`day.py`). Raises InputError where the folder holds other records."""
+    identity = dated(records_identity(target, drafter, config), day)
     identity["rows"] = [p.row for p in prompts]
     job = Job(config.out, KIND, identity)
     if job.complete:

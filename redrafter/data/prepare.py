@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
-from redrafter.data.chat import Renderer
+from redrafter.data.chat import Renderer, Text
 from redrafter.data.formats import category_of
 from redrafter.data.rows import RejectedRow, TokenRow, row_digest
 from redrafter.data.sources import Source
@@ -25,7 +25,8 @@ def prepared(
     max_tokens: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[TokenRow | RejectedRow]:
-    """One item per row of the source, in its order.
+    """One item per row of the source, in its order; of a row that is learned from in several texts
+    (see `Renderer.texts`) one each.
 
     keep: "prompts": what stands before an answer, nothing supervised; "texts": with the answers
     max_tokens: the longest row kept (None: any)
@@ -37,28 +38,35 @@ def prepared(
     failures: list[str] = []
     for row, content in source:
         try:
-            if keep == "prompts":
-                ids = renderer.prompt(content, source.where(row))
-                supervised = (False,) * len(ids)
-            else:
-                ids, supervised = renderer.text(content, source.where(row))
-            check_ids(ids, vocab_size, renderer.tokenizer, source.where(row))
+            texts = _texts(renderer, content, source.where(row), keep)
+            for ids, _ in texts:
+                check_ids(ids, vocab_size, renderer.tokenizer, source.where(row))
         except InputError as error:
             failures.append(str(error))
             if len(failures) > config.max_failed_rows:
                 raise _too_many(failures, config) from error
             yield RejectedRow(row, str(error), failed=True)
             continue
-        if max_tokens is not None and len(ids) > max_tokens:
-            reason = f"{len(ids)} tokens, more than the {max_tokens} that fit"
-            yield RejectedRow(row, reason, failed=False)
-            continue
-        digest = row_digest(array("q", ids).tobytes(), bytes(supervised))
-        if digest in seen:
-            yield RejectedRow(row, "duplicate", failed=False)
-            continue
-        seen.add(digest)
-        yield TokenRow(ids, supervised, row, category_of(content))
+        if not texts:
+            yield RejectedRow(row, "none of its answers is to be learned", failed=False)
+        for ids, supervised in texts:
+            if max_tokens is not None and len(ids) > max_tokens:
+                reason = f"{len(ids)} tokens, more than the {max_tokens} that fit"
+                yield RejectedRow(row, reason, failed=False)
+                continue
+            digest = row_digest(array("q", ids).tobytes(), bytes(supervised))
+            if digest in seen:
+                yield RejectedRow(row, "duplicate", failed=False)
+                continue
+            seen.add(digest)
+            yield TokenRow(ids, supervised, row, category_of(content))
+
+
+def _texts(renderer: Renderer, content: dict[str, Any], where: str, keep: str) -> list[Text]:
+    if keep == "texts":
+        return renderer.texts(content, where)
+    ids = renderer.prompt(content, where)
+    return [(ids, (False,) * len(ids))]
 
 
 def _too_many(failures: list[str], config: SourceConfig) -> InputError:

@@ -39,6 +39,7 @@ def load_prompts(
     text_prompt_tokens: int = 16,
     max_tokens: int | None = None,
     vocab_size: int | None = None,
+    day: str | None = None,
 ) -> list[Prompt]:
     """Read prompts of a file, in its order.
 
@@ -49,6 +50,7 @@ def load_prompts(
     text_prompt_tokens: tokens of a `text` that are the prompt, BOS not counted
     max_tokens: the longest prompt allowed (None: any)
     vocab_size: rows of the target's lm_head (None: not compared)
+    day: the date that a chat template may print, YYYY-MM-DD (None: today's)
     Raises InputError naming the file, and the line where it has one.
     """
     config = SourceConfig(
@@ -60,7 +62,7 @@ def load_prompts(
         row, content = source.first()
         config = replace(config, format=format_of(content, source.where(row)))
     rows = source if part == "first" else source.held_out(n)
-    renderer = Renderer(tokenizer, config)
+    renderer = Renderer(tokenizer, config, day)
     return rendered(source, rows, renderer, max_tokens, "max_new_tokens", vocab_size)
 
 

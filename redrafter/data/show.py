@@ -12,27 +12,39 @@ from redrafter.data.rows import RejectedRow, TokenRow
 
 _LEARNED, _OTHER, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
+_OF_PROMPTS = """\
+Nothing of a prompt is learned: what the target answers to it is. data/answers.py lets it answer,
+and `data/check.py --store ANSWERS --target.path MODEL --show 3` prints what is then learned. To
+learn from the answers that stand in the rows, prepare them with `--keep texts`.
+"""
+
 
 def show_rows(
     rows: Iterable[TokenRow | RejectedRow], tokenizer: Any, n: int, color: bool | None = None
 ) -> None:
-    """Print the first n rows with their mask.
+    """Print the first n rows with their mask; of prompts, of which nothing is learned, say so.
 
     color: learned tokens green and bold, others dim; False puts learned ones in ⟦ ⟧ instead;
         None takes colours where the output is a terminal and NO_COLOR is not set
     """
     if color is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    prompts = False
     for row in islice(rows, n):
         if isinstance(row, RejectedRow):
             kind = "malformed" if row.failed else "left out"
             print(f"--- row {row.source_row}: {kind}: {row.reason}\n")
             continue
         category = f", {row.category}" if row.category else ""
+        learned = sum(row.supervised)
+        prompts |= not learned
         print(
-            f"--- row {row.source_row}: {len(row.ids)} tokens, {sum(row.supervised)} "
-            f"supervised{category}\n{marked(row.ids, row.supervised, tokenizer, color)}\n"
+            f"--- row {row.source_row}: {len(row.ids)} tokens, "
+            f"{f'{learned} supervised' if learned else 'a prompt'}{category}\n"
+            f"{marked(row.ids, row.supervised, tokenizer, color)}\n"
         )
+    if prompts:
+        print(_OF_PROMPTS)
 
 
 def marked(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any, color: bool) -> str:

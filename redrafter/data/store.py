@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
+from redrafter.data.day import KEY
 from redrafter.data.remote import Folder, open_folder
 from redrafter.data.rows import Rows, offsets_of, starts_per_row
 from redrafter.files import (
@@ -47,7 +48,8 @@ from redrafter.processes import by_main, wait_to_see
 FORMAT = 1
 PER_ROW = ("row", "source_row", "length", "check")  # all other columns are flat
 #: settings of a job that its receipt tells of
-_TOLD = ("temperatures", "samples_per_prompt", "max_new_tokens", "seed", "dtype", "continuation")
+_TOLD = ("temperatures", "samples_per_prompt", "max_new_tokens", "seed", "dtype", "continuation",
+         KEY)  # fmt: skip
 
 
 def shard_name(index: int) -> str:
@@ -162,9 +164,21 @@ class Job:
 
 def open_job(folder: str | Path, kind: str, identity: dict[str, Any], named: bool) -> Job:
     """A job in `folder`, or in a folder there that is named after it, so that many can share it."""
-    if named:
-        folder = Path(folder) / f"{kind}-{digest_json([FORMAT, kind, identity])[:12]}"
-    return Job(folder, kind, identity)
+    return Job(job_folder(folder, kind, identity, named), kind, identity)
+
+
+def job_folder(folder: str | Path, kind: str, identity: dict[str, Any], named: bool) -> Path:
+    """Where the job of `open_job` lies. The day is no part of the name: it is read back there."""
+    if not named:
+        return Path(folder)
+    without = {key: value for key, value in identity.items() if key != KEY}
+    return Path(folder) / f"{kind}-{digest_json([FORMAT, kind, without])[:12]}"
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """The identity of the job that was begun in a folder, None where there is none."""
+    path = folder / "job.json"
+    return _read_json(path) if path.exists() else None
 
 
 @contextmanager

@@ -32,6 +32,15 @@ class Journal:
         if not self.path.exists():
             write_bytes(self.path, _line({"identity": identity}))
 
+    @staticmethod
+    def begun(path: str | Path) -> dict[str, Any] | None:
+        """The identity that a file was begun under; None where there is none that can be read."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return json.loads(file.readline())["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def add(self, key: Key, entry: dict[str, Any]) -> None:
         with open(self.path, "ab") as file:
             file.write(_line({"run": key[0], "question_id": key[1], **entry}))

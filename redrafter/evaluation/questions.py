@@ -15,8 +15,10 @@ from typing import Any
 from redrafter.config import SourceConfig, SpecBenchConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
-from redrafter.data.formats import Messages, category_of, format_of
+from redrafter.data.day import day_of
+from redrafter.data.formats import Messages, category_of, format_of, tools_of
 from redrafter.data.sources import Source, read_source
+from redrafter.data.template import Tools
 from redrafter.target.model import Target
 
 #: For models that were never given a template; `--chat_template question`.
@@ -34,13 +36,14 @@ _ID_KEYS = ("question_id", "task_id", "prompt_id", "id")
 @dataclass(frozen=True)
 class Question:
     """turns: what is said before each answer; row: 0-based, in the source; where: `file:line`, for
-    messages."""
+    messages; tools: schemas that the chat template is given."""
 
     id: int | str
     row: int
     category: str
     turns: list[Messages]
     where: str
+    tools: Tools | None = None
 
 
 class PromptTooLong(InputError):
@@ -51,19 +54,23 @@ class Chat:
     """Renders messages for a target, and keeps prompts within its context.
 
     rule: for prompts longer than `room` tokens (None: any length), see SpecBenchConfig.long_prompts
+    day: that the template prints, None where it prints none
     """
 
-    def __init__(self, renderer: Renderer, room: int | None, rule: str):
-        self.renderer, self.room, self.rule = renderer, room, rule
+    def __init__(self, renderer: Renderer, room: int | None, rule: str, day: str | None = None):
+        self.renderer, self.room, self.rule, self.day = renderer, room, rule, day
         self.tokenizer = renderer.tokenizer
 
-    def prompt(self, messages: Messages, where: str) -> tuple[list[int], int]:
+    def prompt(
+        self, messages: Messages, where: str, tools: Tools | None = None
+    ) -> tuple[list[int], int]:
         """(token ids up to where the assistant begins, how many were cut away).
 
+        tools: that the question offers
         Cut are the first ones behind a BOS: the question's end and the generation prompt stay.
         Raises PromptTooLong, InputError where the template refuses the messages.
         """
-        ids = list(self.renderer.conversation(messages, where))
+        ids = list(self.renderer.conversation(messages, where, tools))
         if self.room is None or len(ids) <= self.room:
             return ids, 0
         n_cut = len(ids) - self.room
@@ -82,8 +89,12 @@ class Chat:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def open_questions(target: Target, config: SpecBenchConfig) -> tuple[Chat, list[Question], str]:
+def open_questions(
+    target: Target, config: SpecBenchConfig, begun: dict[str, Any] | None = None
+) -> tuple[Chat, list[Question], str]:
     """(chat, questions in the order of the source, digest of the source).
+
+    begun: what identifies the run that this one goes on with, if any (see `data/day.py`)
 
     Raises InputError, naming file and line, for a row that is no question, and for ids that occur
     twice; naming the option where there is no chat template or no room in the context.
@@ -107,14 +118,15 @@ def open_questions(target: Target, config: SpecBenchConfig) -> tuple[Chat, list[
             f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in the context "
             f"of {target.max_positions} tokens of {target.name}"
         )
-    renderer = Renderer(tokenizer, given)
+    day = day_of(tokenizer, begun)
+    renderer = Renderer(tokenizer, given, day)
     every = list(_questions(source, renderer, config.category or form))
     if not (kept := every[config.question_begin :]):
         raise InputError(
             f"question_begin: {config.question_begin} leaves out all {len(every)} rows of "
             f"{config.questions}; lower it"
         )
-    return Chat(renderer, room, config.long_prompts), kept, source.digest
+    return Chat(renderer, room, config.long_prompts, day), kept, source.digest
 
 
 def _questions(source: Source, renderer: Renderer, default: str) -> Iterable[Question]:
@@ -130,7 +142,8 @@ def _questions(source: Source, renderer: Renderer, default: str) -> Iterable[Que
             )
         seen[name] = where
         turns = renderer.turns(content, where)
-        yield Question(name, row, category_of(content) or default, turns, where)
+        category, tools = category_of(content) or default, tools_of(content, where)
+        yield Question(name, row, category, turns, where, tools)
 
 
 def with_template(tokenizer: Any, choice: str | None, name: str) -> Any:

@@ -79,7 +79,7 @@ class Asker:
         for i, said in enumerate(question.turns):
             where = question.where if i == 0 else f"{question.where}, turn {i + 1}"
             history += said
-            prompt, n_cut = self.chat.prompt(history, where)
+            prompt, n_cut = self.chat.prompt(history, where, question.tools)
             batch = Batch([prompt], [self.config.seed + question.row])
             if "texts" in needed([method.name]):
                 batch.texts.append(prompt + self._plain(method.config, batch))

@@ -64,7 +64,9 @@ def texts_of_source(
         rows = len(read)
     except TypeError:  # a stream
         rows = wanted.rows
-    looked_at = min(len(seen), rows or len(seen))
+    looked_at = len({row.source_row for row in seen})
+    if rows is not None:  # a row of the source may become several
+        rows = round(rows * max(1.0, len(seen) / looked_at))
     return Texts(
         rows, sum(lengths) / len(lengths), max(lengths),
         f"{'an unknown number of' if rows is None else rows} rows of {source.path.split('/')[-1]}, "

@@ -17,17 +17,21 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows, write_rows
 from redrafter.data.chat import Renderer
+from redrafter.data.day import dated, day_of
 from redrafter.data.prompts import rendered
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
 from redrafter.data.rows import TokenRow
 from redrafter.data.sources import read_source
 from redrafter.data.states import StateMaker, build_states, check_context
-from redrafter.data.store import Store
+from redrafter.data.store import Store, begun, job_folder
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.files import digest_json
+from redrafter.processes import by_main
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
 from redrafter.training.step import needed_teacher
+
+_ANY_DAY = "2000-01-01"
 
 
 @dataclass
@@ -200,11 +204,20 @@ def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store
     room = None if context is None else context - measured.max_new_tokens
     # What training left out and what is read here are both counted from the end.
     whole = read_source(replace(source, holdout_rows=0, n_rows=None))
-    renderer = Renderer(need_tokenizer(target), whole.config)
-    prompts = rendered(
-        whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens",
-        target.vocab_size,
+    tokenizer = need_tokenizer(target)
+
+    def rows(day: str | None) -> list[TokenRow]:
+        renderer = Renderer(tokenizer, whole.config, day)
+        prompts = rendered(
+            whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens",
+            target.vocab_size,
+        )  # fmt: skip
+        return [TokenRow(p.ids, (False,) * len(p.ids), p.row) for p in prompts]
+
+    # Found again on another day by what the prompts are on one and the same day.
+    identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows(_ANY_DAY)])}
+    place = job_folder(folder, "prompts", identity, named=True)
+    day = by_main(lambda: day_of(tokenizer, begun(place)))
+    return write_rows(
+        lambda: rows(day), "prompts", folder, dated(identity, day), named=True
     )  # fmt: skip
-    rows = [TokenRow(p.ids, (False,) * len(p.ids), p.row) for p in prompts]
-    identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows])}
-    return write_rows(lambda: rows, "prompts", folder, identity, named=True)
