@@ -22,6 +22,7 @@ from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import NoiseAhead
 from redrafter.decode.warp import Warp, build_processors, score_dtype
 from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
 
 # Fields of a GenerationConfig that this decoder would otherwise silently ignore, with the values
 # that mean "off".
@@ -68,9 +69,8 @@ class Request:
         self.limit = [self._limit(len(p)) for p in self.prompts]
         self.criteria = list(stopping_criteria or [])
         if config.stop_strings:
-            if target.tokenizer is None:
-                raise InputError("generation_config.stop_strings needs a target with a tokenizer")
-            self.criteria.append(StopStringCriteria(target.tokenizer, config.stop_strings))
+            tokenizer = tokenizer_of(target, "generation_config.stop_strings")
+            self.criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         if streamer is not None and self.n_rows > 1:
             raise InputError("a streamer takes one prompt; this batch has " + str(self.n_rows))
         self.streamer = streamer

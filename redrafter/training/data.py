@@ -26,6 +26,7 @@ from redrafter.data.store import Store
 from redrafter.files import digest_json
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
 from redrafter.training.step import needed_teacher
 
 
@@ -112,21 +113,12 @@ def continuation_tokens(data: DataConfig, depth: int) -> int:
 def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
     """Answers to the source's prompts, or its texts."""
     context, source = target.max_positions, data.source
+    tokenizer = tokenizer_of(target, f"data.source {source.path}")
     if data.text == "source":
-        return build_rows(
-            source, need_tokenizer(target), "texts", folder, max_tokens=context, named=True
-        )
+        return build_rows(source, tokenizer, "texts", folder, max_tokens=context, named=True)
     room = None if context is None else context - data.answers.max_new_tokens
-    prompts = build_rows(
-        source, need_tokenizer(target), "prompts", folder, max_tokens=room, named=True
-    )
+    prompts = build_rows(source, tokenizer, "prompts", folder, max_tokens=room, named=True)
     return build_answers(target, prompts, data.answers, folder, seed=seed, named=True)
-
-
-def need_tokenizer(target: Target):
-    if target.tokenizer is None:
-        raise InputError(f"{target.name} has no tokenizer, so no text can be read for it")
-    return target.tokenizer
 
 
 def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
@@ -196,7 +188,7 @@ def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store
     room = None if context is None else context - measured.max_new_tokens
     # What training left out and what is read here are both counted from the end.
     whole = read_source(replace(source, holdout_rows=0, n_rows=None))
-    renderer = Renderer(need_tokenizer(target), whole.config)
+    renderer = Renderer(tokenizer_of(target, f"eval.source {source.path}"), whole.config)
     prompts = rendered(
         whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens"
     )
