@@ -25,6 +25,7 @@ from redrafter.data.answers import generation_config
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.drafting import build_plan
 from redrafter.evaluation.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
 from redrafter.evaluation.figures import (
     acceptance,
@@ -44,7 +45,6 @@ from redrafter.evaluation.methods import (
     build_method,
     parse_methods,
 )
-from redrafter.evaluation.plans import build_plan
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
 from redrafter.evaluation.speed import Summary, noise_warning, run_interleaved
 from redrafter.files import write_config

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from redrafter.data.answers import generation_config
     from redrafter.drafters.options import parse_name
+    from redrafter.drafting import build_plan
     from redrafter.evaluation.acceptance import measure_acceptance
-    from redrafter.evaluation.plans import build_plan
     from redrafter.evaluation.prompts import evaluation_prompts
     from redrafter.evaluation.report import write_result
 

@@ -97,8 +97,8 @@ def measure(
     texts: plain answers that are already known are kept here
     """
     from redrafter.drafters.profile import step_costs
+    from redrafter.drafting import planner
     from redrafter.evaluation.lookaheads import Measured, reliability, shown, summary
-    from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
     from redrafter.evaluation.speed import decoding, make_batches, middle_context, noise_warning
     from redrafter.evaluation.steps import judge
@@ -185,7 +185,7 @@ def counted(
     over the texts where the drafter can be walked; others are decoded with."""
     from redrafter.data.lookahead import walk_texts
     from redrafter.data.replay import Records, oracle, static
-    from redrafter.evaluation.plans import planner
+    from redrafter.drafting import planner
     from redrafter.evaluation.speed import decoding
     from redrafter.evaluation.steps import count_steps, plain_steps, replayed_steps
     from redrafter.lookahead.disco import DiscoLookahead
@@ -268,7 +268,7 @@ def timed(
 
 def _is_oracle(name: str) -> bool:
     from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.plans import parse_plan
+    from redrafter.drafting import parse_plan
 
     return parse_name(parse_plan(name).lookahead).kind == "oracle"
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.answers import generation_config
     from redrafter.data.lookahead_store import build_records
     from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.plans import build_plan, parse_plan
+    from redrafter.drafting import build_plan, parse_plan
 
     names = known.parse_methods(config.drafter)
     if len(names) != 1 or parse_name(names[0]).kind not in known.DRAFTERS:

@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone=True,
     )
     from redrafter.data.answers import generation_config
+    from redrafter.drafting import planner
     from redrafter.evaluation.lossless import ragged
-    from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
     from redrafter.evaluation.report import write_result
 
@@ -94,8 +94,8 @@ def compare(
     """{method: {mode: ModeResult}}, and the methods that were compared greedily alone: a ratio
     rule's sampled text has plain's law and is another text."""
     from redrafter.data.answers import generation_config
+    from redrafter.drafting import parse_plan
     from redrafter.evaluation.lossless import check_mode, references
-    from redrafter.evaluation.plans import parse_plan
 
     results: dict[str, dict[str, Any]] = {name: {} for name in planners}
     greedy_only = [name for name in planners if parse_plan(name).rule != "seeded"]
