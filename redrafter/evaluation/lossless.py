@@ -280,8 +280,8 @@ def check_mode(
 ) -> ModeResult:
     """Compare speculative with plain decoding on every prompt, at every batch size.
 
-    make_plan: see `drafting.planner`; its rule is `seeded` or the decoding greedy, as a ratio rule's
-        sampled text is another one
+    make_plan: see `drafting.planner`; its rule is `seeded` or the decoding greedy, as a ratio
+        rule's sampled text is another one
     config: greedy, or sampling; plain_of: `references` of the same prompts, config and seed
     speculative_target: the target of the speculative run, where a test plants a fault in it
     name: the method's, for the progress bar
