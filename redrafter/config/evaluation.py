@@ -9,22 +9,19 @@ from redrafter.config.common import PromptFormat, TargetConfig, TreeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftingConfig:
+class PartnersConfig:
     """What drafters are made from; each is asked for where a method needs it."""
 
     head: str | None = None
     """Folder or Hub id of a trained draft head: ours, Apple's ReDrafter, or IBM's or Arctic's
     mlp_speculator."""
     tree: TreeConfig = TreeConfig()
-    """Of the method `head` without a size."""
+    """Of the drafter `head` without a size."""
     draft: str | None = None
     """Folder or Hub id of a smaller model with the target's vocabulary."""
     bigrams: str | None = None
     """Counted bigrams: a table made by data/bigrams.py, here or on the Hub, or a folder or URL of
-    answers, texts or states to count on. None counts on plain answers to `bigram_prompts` other
-    rows of `prompts`."""
-    bigram_prompts: int = 64
-    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
+    answers, texts or states to count on."""
     probed: str | None = None
     """Bigrams probed from the target: a table made by data/probe.py, here or on the Hub."""
     reference: str | None = None
@@ -32,6 +29,14 @@ class DraftingConfig:
     allow_other_target: bool | Literal["merged"] = False
     """Accept a head that was trained for another target: `merged` one that computes the same, as a
     merged copy of base and adapter does (compared on fixed tokens), `true` any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftingConfig(PartnersConfig):
+    """The same where drafters are measured on prompts."""
+
+    bigram_prompts: int = 64
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
 
 
 @dataclass(frozen=True)
