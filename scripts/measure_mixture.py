@@ -52,7 +52,7 @@ def main() -> None:
     target, head = load_both(config)
     wanted = decoding(config)
     partners, _ = load_partners(names, config, target, head, [], wanted)
-    prompts, _ = evaluation_prompts(target, config)
+    prompts, _, _ = evaluation_prompts(target, config)
     counts = np.zeros((len(names), len(prompts), 2), dtype=int)
     for seed in tqdm(range(args.seeds), desc="seeds"):
         for m, name in enumerate(names):

@@ -106,9 +106,10 @@ def measure(
     speed, wanted = part.speed, decoding(part.speed)
     key = (speed.prompts, speed.temperature)
     if key not in texts:
-        prompts, _ = evaluation_prompts(target, speed)
-        texts[key] = prompts, *make_batches(target, [p.ids for p in prompts], speed)
-    prompts, batches, answers = texts[key]
+        prompts, _, left_out = evaluation_prompts(target, speed)
+        batches = make_batches(target, [p.ids for p in prompts], speed)
+        texts[key] = prompts, left_out, *batches
+    prompts, left_out, batches, answers = texts[key]
     drafter = planner(part.drafter, target, partners)(batches[0].texts).drafter
     names, lengths = {"static 0": "plain"}, {"static 0": 0}
     for depth in range(1, drafter.max_depth + 1):
@@ -167,7 +168,8 @@ def measure(
         "priced_by": priced_by(prices),
         "costs": asdict(meter.table()) if meter else asdict(costs()),
         "warnings": (noise_warning(meter.table()) if meter else [])
-        + ([warning] if warning else []),
+        + ([warning] if warning else [])
+        + left_out,
     }
 
 

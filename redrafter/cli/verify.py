@@ -86,6 +86,7 @@ def write(config: VerifyConfig, folder: Path) -> int:
     from redrafter.hub.export import complete
     from redrafter.hub.golden import FACTS, FOLDER
     from redrafter.target.model import load_target
+    from redrafter.target.text import tokenizer_of
 
     if folder != Path(config.head):
         raise InputError(f"write: {config.head} lies on the Hub; download it to a folder first")
@@ -97,7 +98,8 @@ def write(config: VerifyConfig, folder: Path) -> int:
     target = load_target(target_of(config.target, folder, None))
     prompts = None
     if config.prompts is not None:
-        rows = load_prompts(config.prompts, target.tokenizer, "auto", n=4, part="last")
+        tokenizer = tokenizer_of(target, config.prompts)
+        rows = load_prompts(config.prompts, tokenizer, "auto", n=4, part="last")
         prompts = [row.ids for row in rows]
     for text in complete(folder, target, prompts):
         print(text)

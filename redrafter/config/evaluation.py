@@ -50,6 +50,8 @@ class LosslessConfig(DraftingConfig):
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     methods: str = "head"
@@ -127,6 +129,8 @@ class CostsConfig:
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128
@@ -153,6 +157,8 @@ class SpeedConfig(DraftingConfig):
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     methods: str = "stock,plain,head"

@@ -17,13 +17,14 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows, write_rows
 from redrafter.data.chat import Renderer
-from redrafter.data.prompts import rendered
+from redrafter.data.prompts import rendered, say_left_out
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
-from redrafter.data.rows import TokenRow
+from redrafter.data.rows import RejectedRow, TokenRow
 from redrafter.data.sources import read_source
 from redrafter.data.states import StateMaker, build_states, check_context
 from redrafter.data.store import Store
 from redrafter.files import digest_json
+from redrafter.processes import say
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
 from redrafter.target.text import tokenizer_of
@@ -189,9 +190,11 @@ def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store
     # What training left out and what is read here are both counted from the end.
     whole = read_source(replace(source, holdout_rows=0, n_rows=None))
     renderer = Renderer(tokenizer_of(target, f"eval.source {source.path}"), whole.config)
-    prompts = rendered(
-        whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens"
-    )
+    left_out: list[RejectedRow] = []
+    read = whole.held_out(measured.prompts)
+    prompts = rendered(whole, read, renderer, room, "eval.max_new_tokens", left_out)
+    for warning in say_left_out(left_out, len(prompts), "eval.max_new_tokens"):
+        say(f"warning: {warning}")
     rows = [TokenRow(p.ids, (False,) * len(p.ids), p.row) for p in prompts]
     identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows])}
     return write_rows(lambda: rows, "prompts", folder, identity, named=True)
