@@ -93,30 +93,40 @@ def generate(
         "seeds": seeds, "logits_processor": logits_processor,
         "stopping_criteria": stopping_criteria,
     }  # fmt: skip
-    partners = partners or Partners()
-    if isinstance(draft, str) and "texts" in _needs(draft) and partners.texts is None:
+    if isinstance(draft, str) and "texts" in _needs(draft):
         answers = plain(target, rows, config, **common).tokens
         texts = [row + answer for row, answer in zip(rows, answers, strict=True)]
-        partners = replace(partners, texts=texts)
+        partners = replace(partners or Partners(), texts=texts)
     plan = load_plan(
         target, draft, head=head, tree=tree, draft_model=draft_model, bigrams=bigrams,
         probed=probed, reference=reference, partners=partners, batch_size=len(rows),
     )  # fmt: skip
-    if plan is None:
-        result = plain(target, rows, config, streamer=streamer, **common)
-    else:
-
-        def decode(lookahead: Lookahead | None, streamer: Any = None) -> Generation:
-            return speculative(
-                target, rows, config, drafter=plan.drafter, rule=plan.rule, lookahead=lookahead,
-                streamer=streamer, **common,
-            )  # fmt: skip
-
-        result = decode(foreseen(plan, decode).lookahead, streamer)
+    result = _decoded(target, rows, config, plan, streamer, common)
     if target.tokenizer is not None:
         pairs = zip(rows, result.tokens, strict=True)
         result.extra["texts"] = [continuation(target.tokenizer, *pair) for pair in pairs]
     return result
+
+
+def _decoded(
+    target: Target,
+    rows: list[list[int]],
+    config: GenerationConfig,
+    plan: Plan | None,
+    streamer: Any,
+    common: dict[str, Any],
+) -> Generation:
+    """By the loop that a plan is for. common: what both loops take besides."""
+    if plan is None:
+        return plain(target, rows, config, streamer=streamer, **common)
+
+    def decode(lookahead: Lookahead | None, streamer: Any = None) -> Generation:
+        return speculative(
+            target, rows, config, drafter=plan.drafter, rule=plan.rule, lookahead=lookahead,
+            streamer=streamer, **common,
+        )  # fmt: skip
+
+    return decode(foreseen(plan, decode).lookahead, streamer)
 
 
 def load_plan(
