@@ -28,6 +28,9 @@ _PUBLIC = {
     "plain": "redrafter.decode.plain",
     "speculative": "redrafter.decode.speculative",
     "generate": "redrafter.generation",
+    "load_plan": "redrafter.generation",
+    "Partners": "redrafter.drafters.build",
+    "TextStream": "redrafter.target.text",
     "load_head": "redrafter.heads.load",
 }
 

@@ -25,8 +25,8 @@ from redrafter.cli.args import parse
 from redrafter.cli.models import load_both, load_partners
 from redrafter.config import SpeedConfig, TableConfig
 from redrafter.decode.speculative import speculative
+from redrafter.drafting import planner
 from redrafter.evaluation.figures import bootstrap
-from redrafter.evaluation.plans import planner
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.speed import decoding
 from redrafter.files import plain_values, provenance, write_json
@@ -52,7 +52,7 @@ def main() -> None:
     target, head = load_both(config)
     wanted = decoding(config)
     partners, _ = load_partners(names, config, target, head, [], wanted)
-    prompts, _ = evaluation_prompts(target, config)
+    prompts, _, _ = evaluation_prompts(target, config)
     counts = np.zeros((len(names), len(prompts), 2), dtype=int)
     for seed in tqdm(range(args.seeds), desc="seeds"):
         for m, name in enumerate(names):

@@ -24,10 +24,10 @@ from redrafter.drafters.model import DraftModel
 from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.drafting import Plan
 from redrafter.evaluation.lookahead_report import overview, says_best
 from redrafter.evaluation.lookaheads import Measured, reliability, summary
 from redrafter.evaluation.methods import check_partners
-from redrafter.evaluation.plans import Plan
 from redrafter.evaluation.runs import Batch, Run
 from redrafter.evaluation.steps import Step, count_steps, judge, plain_steps, replayed_steps
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco

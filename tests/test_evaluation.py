@@ -25,6 +25,7 @@ from redrafter.data.answers import generation_config
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.drafting import build_plan
 from redrafter.evaluation.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
 from redrafter.evaluation.figures import (
     acceptance,
@@ -44,7 +45,6 @@ from redrafter.evaluation.methods import (
     build_method,
     parse_methods,
 )
-from redrafter.evaluation.plans import build_plan
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
 from redrafter.evaluation.speed import Summary, noise_warning, run_interleaved
 from redrafter.files import write_config
@@ -412,11 +412,52 @@ def test_evaluation_takes_the_last_rows_and_counts_on_others(files, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("".join(f'{{"question": "{i}"}}\n' for i in range(9)))
     config = SpeedConfig(TargetConfig("x"), str(file), n_prompts=3, max_new_tokens=4)
-    evaluated, others = evaluation_prompts(target, config, more=4)
+    evaluated, others, warnings = evaluation_prompts(target, config, more=4)
     assert [p.row for p in evaluated] == [6, 7, 8]
     assert [p.row for p in others] == [2, 3, 4, 5], "disjoint from the evaluated ones"
-    with pytest.raises(InputError, match="9 rows"):
-        evaluation_prompts(target, config, more=7)
+    assert warnings == []
+    evaluated, others, _ = evaluation_prompts(target, config, more=2, behind=2)
+    assert [[p.row for p in part] for part in (others, evaluated)] == [[2, 3], [4, 5, 6]]
+    for asked in ({"more": 7}, {"more": 4, "behind": 3}):
+        with pytest.raises(InputError, match="9 rows"):
+            evaluation_prompts(target, config, **asked)
+
+
+def test_rows_that_are_too_long_are_left_out_counted_and_named(files, tmp_path):
+    target = load_target(files["target"][1])
+    file = tmp_path / "p.jsonl"
+    long = {3, 6}
+    rows = ["x " * 2000 if i in long else str(i) for i in range(9)]
+    file.write_text("".join(f'{{"question": "{row}"}}\n' for row in rows))
+    config = SpeedConfig(TargetConfig("x"), str(file), n_prompts=3, max_new_tokens=4)
+    evaluated, others, (warning,) = evaluation_prompts(target, config, more=4)
+    assert [p.row for p in evaluated] == [7, 8], "no other row takes its place"
+    assert [p.row for p in others] == [2, 4, 5]
+    assert "2 of 7 rows left out" in warning and "room for max_new_tokens" in warning
+    assert f"{file}:4 (" in warning and f"{file}:7 (" in warning
+    config = SpeedConfig(TargetConfig("x"), str(file), n_prompts=1, max_new_tokens=4)
+    _, _, warnings = evaluation_prompts(target, config, behind=1)
+    assert warnings == []
+    for asked in ({"behind": 2}, {"more": 1, "behind": 1}):  # nothing evaluated, no others
+        with pytest.raises(InputError, match=r"p\.jsonl:7 .*shorten the rows or lower"):
+            evaluation_prompts(target, config, **asked)
+
+
+def test_speed_takes_own_columns_and_goes_on_past_a_long_row(files, tmp_path, capsys):
+    file, out = tmp_path / "own.jsonl", tmp_path / "speed.json"
+    rows = [{"ask": text, "id": 1} for text in ("def f(x):", "x " * 2000, "import os")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--prompts", str(file), "--n_prompts", "3", "--methods", "plain,suffix",
+            "--max_new_tokens", "6", "--cost_rounds", "2", "--out", str(out)]  # fmt: skip
+    with pytest.raises(SystemExit):
+        speed_cli.main([*files["target"], *more])
+    assert "prompt_column" in capsys.readouterr().err
+    for extra in ([], ["--prompt_format", "columns"]):
+        assert speed_cli.main([*files["target"], *more, "--prompt_column", "ask", *extra]) == 0
+        assert "warning: 1 of 3 rows left out" in capsys.readouterr().out
+        body = json.loads(out.read_text())
+        assert body["n_prompts"] == 2
+        assert any(f"{file}:2 (" in said for said in body["warnings"])
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_launcher_is_thin_and_begins_with_the_guard(launcher):
 BASE = {"contracts", "config", "files"}
 DECODE_PARTS = {"decode.tree", "decode.warp", "decode.noise", "decode.cache"}
 DATA = BASE | {"target", "decode", "drafters", "lookahead", "processes"}
-ALL = DATA | {"heads", "losses", "data", "training", "evaluation", "hub", "generation"}
+ALL = DATA | {"heads", "losses", "data", "training", "drafting", "evaluation", "hub"}
 #: Part of the library: which others it may import (itself always). `a.b` allows that module only.
 MAY_IMPORT = {
     "__init__": set(),
@@ -125,15 +125,18 @@ MAY_IMPORT = {
     "lookahead": BASE,
     "decode": BASE | {"target"},
     "drafters": BASE | {"target", "heads"} | DECODE_PARTS,
-    "generation": BASE | {"target", "heads", "decode", "drafters"},
+    "drafting": BASE | {"target", "heads", "decode", "drafters", "lookahead", "hub.fetch"},
     "data": DATA,
     "training": BASE
     | {"heads", "losses", "data", "decode", "drafters", "target", "processes"}
     | {"lookahead", "hub.export"},  # DISCO is trained; every export carries what travels with it
+    # What a name is made from may lie in a folder, and be priced: above what they are made by.
+    "partners": BASE | {"target", "heads", "drafters", "data", "evaluation.costs", "hub.fetch"},
+    "generation": BASE | {"target", "heads", "decode", "drafters", "data", "drafting", "partners"},
     "evaluation": ALL,
     "hub": ALL,
     "planning": ALL,
-    "cli": ALL | {"cli", "planning"},
+    "cli": ALL | {"cli", "planning", "generation", "partners"},
 }
 
 

@@ -29,11 +29,11 @@ from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
+from redrafter.drafting import LOOKAHEADS, Plan, build_plan, foreseen, parse_plan
 from redrafter.evaluation.acceptance import Counter
 from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.lossless import check_mode, references
 from redrafter.evaluation.methods import Batch, build_method
-from redrafter.evaluation.plans import LOOKAHEADS, Plan, build_plan, foreseen, parse_plan
 from redrafter.lookahead.confidence import ConfidenceLookahead
 from redrafter.lookahead.oracle import FullDepth, OracleLookahead
 from redrafter.lookahead.roc import RocLookahead

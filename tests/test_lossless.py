@@ -8,7 +8,7 @@ from models import EOS, alone, prompts, settings, tiny
 
 import redrafter.evaluation.lossless as lossless
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
-from redrafter.evaluation.plans import Plan
+from redrafter.drafting import Plan
 from redrafter.target.model import Target, TargetOutput
 
 

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
+from redrafter.data.formats import format_of, messages_of
 from redrafter.data.prompts import load_prompts
 from redrafter.evaluation.prompts import holdout_warning
 from redrafter.files import write_config
@@ -42,6 +43,8 @@ QUESTION = "sort a list"
     ("format", "row"),
     [
         ("question", {"question": QUESTION}),
+        ("prompt", {"prompt": QUESTION, "completion": "sorted(x)"}),
+        ("instruction", {"instruction": QUESTION, "input": "", "output": "sorted(x)"}),
         ("turns", {"turns": [QUESTION, "again"], "category": "code"}),
         ("messages", {"messages": [{"role": "user", "content": QUESTION},
                                    {"role": "assistant", "content": "sorted(x)"}]}),
@@ -73,6 +76,45 @@ def test_a_prompt_ends_with_what_is_to_be_answered(tmp_path, tokenizer):
             messages[:kept], tokenize=False, add_generation_prompt=True
         )
         assert tokenizer.decode(prompt.ids) == wanted
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"instruction": "Translate.", "input": "two words", "output": "zwei Worte"}, "zwei Worte"),
+        ({"instruction": "Translate.", "context": "two words", "response": "zwei"}, "zwei"),
+        ({"prompt": "Translate.\n\ntwo words", "response": "zwei"}, "zwei"),
+    ],
+)
+def test_keys_that_others_use_are_guessed(tmp_path, tokenizer, row, answer):
+    chat = [{"role": "user", "content": "Translate.\n\ntwo words"}]
+    form = format_of(row, "here")
+    assert messages_of(row, form, "here") == chat
+    learned = messages_of(row, form, "here", answered=True)
+    assert learned == [*chat, {"role": "assistant", "content": answer}]
+    (prompt,) = load_prompts(write(tmp_path / "p.jsonl", [row]), tokenizer, "auto")
+    wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(prompt.ids) == wanted
+
+
+def test_keys_that_were_known_before_come_first():
+    for row, form in (
+        ({"instruction": "a", "output": "b", "text": "a b"}, "text"),
+        ({"prompt": "a", "question": "b"}, "question"),
+        ({"prompt": "def f():", "entry_point": "f"}, "humaneval"),
+        ({"prompt": ["a", "b"]}, "turns"),
+    ):
+        assert format_of(row, "here") == form
+
+
+def test_named_columns(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", [{"ask": QUESTION, "say": "sorted(x)"}])
+    wanted = load_prompts(write(tmp_path / "q.jsonl", [{"question": QUESTION}]), tokenizer, "auto")
+    for form in ("auto", "columns"):
+        assert load_prompts(path, tokenizer, form, prompt_column="ask") == wanted
+    for form, column in (("columns", None), ("question", "ask")):
+        with pytest.raises(InputError, match="set both"):
+            load_prompts(path, tokenizer, form, prompt_column=column)
 
 
 def test_text_keeps_its_first_tokens(tmp_path, tokenizer):

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from redrafter.data.answers import generation_config
     from redrafter.drafters.options import parse_name
+    from redrafter.drafting import build_plan
     from redrafter.evaluation.acceptance import measure_acceptance
-    from redrafter.evaluation.plans import build_plan
     from redrafter.evaluation.prompts import evaluation_prompts
     from redrafter.evaluation.report import write_result
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     known.check_partners(names, config)
     target, head = load_both(config)
-    prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
+    more = prompts_to_count(names, config)
+    prompts, others, warnings = evaluation_prompts(target, config, more)
     wanted = generation_config(config.temperature, config.max_new_tokens)
     partners, _ = load_partners(names, config, target, head, others, wanted)
     seeds = [config.seed + i for i in range(len(prompts))]
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure_acceptance(target, plan, rows, wanted, seeds, name)
         body[name] = asdict(found)
     print(show(body, config))
-    write_result(config.out, config, target, {"methods": body})
+    for warning in warnings:
+        print(f"warning: {warning}")
+    write_result(config.out, config, target, {"methods": body, "warnings": warnings})
     return 0
 
 

@@ -25,15 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.rows import TokenRow
     from redrafter.data.show import show_rows
     from redrafter.data.store import Store
-    from redrafter.target.model import load_tokenizer
+    from redrafter.target.text import load_tokenizer
 
     store = Store(config.store)
     if config.show:
         if config.target is None:
             raise InputError("show needs --target.path, for the tokenizer")
         tokenizer = load_tokenizer(config.target)
-        if tokenizer is None:
-            raise InputError(f"target.path: {config.target.path!r} has no tokenizer")
         rows = store.rows(range(min(config.show, store.n_rows)))
         masks = rows.supervised.split(rows.lengths().tolist())
         show_rows(

@@ -178,7 +178,10 @@ def plain_texts(config: CostsConfig, target: Any) -> tuple[list[list[int]], list
     from redrafter.decode.plain import plain
     from redrafter.evaluation.prompts import evaluation_prompts
 
-    prompts = [list(prompt.ids) for prompt in evaluation_prompts(target, config)[0]]
+    used, _, warnings = evaluation_prompts(target, config)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    prompts = [list(prompt.ids) for prompt in used]
     greedy = GenerationConfig(max_new_tokens=config.max_new_tokens)
     answers = []
     for first in range(0, len(prompts), _PLAIN_ROWS):

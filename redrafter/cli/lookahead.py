@@ -97,8 +97,8 @@ def measure(
     texts: plain answers that are already known are kept here
     """
     from redrafter.drafters.profile import step_costs
+    from redrafter.drafting import planner
     from redrafter.evaluation.lookaheads import Measured, reliability, shown, summary
-    from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
     from redrafter.evaluation.speed import decoding, make_batches, middle_context, noise_warning
     from redrafter.evaluation.steps import judge
@@ -106,9 +106,10 @@ def measure(
     speed, wanted = part.speed, decoding(part.speed)
     key = (speed.prompts, speed.temperature)
     if key not in texts:
-        prompts, _ = evaluation_prompts(target, speed)
-        texts[key] = prompts, *make_batches(target, [p.ids for p in prompts], speed)
-    prompts, batches, answers = texts[key]
+        prompts, _, left_out = evaluation_prompts(target, speed)
+        batches = make_batches(target, [p.ids for p in prompts], speed)
+        texts[key] = prompts, left_out, *batches
+    prompts, left_out, batches, answers = texts[key]
     drafter = planner(part.drafter, target, partners)(batches[0].texts).drafter
     names, lengths = {"static 0": "plain"}, {"static 0": 0}
     for depth in range(1, drafter.max_depth + 1):
@@ -167,7 +168,8 @@ def measure(
         "priced_by": priced_by(prices),
         "costs": asdict(meter.table()) if meter else asdict(costs()),
         "warnings": (noise_warning(meter.table()) if meter else [])
-        + ([warning] if warning else []),
+        + ([warning] if warning else [])
+        + left_out,
     }
 
 
@@ -185,7 +187,7 @@ def counted(
     over the texts where the drafter can be walked; others are decoded with."""
     from redrafter.data.lookahead import walk_texts
     from redrafter.data.replay import Records, oracle, static
-    from redrafter.evaluation.plans import planner
+    from redrafter.drafting import planner
     from redrafter.evaluation.speed import decoding
     from redrafter.evaluation.steps import count_steps, plain_steps, replayed_steps
     from redrafter.lookahead.disco import DiscoLookahead
@@ -268,7 +270,7 @@ def timed(
 
 def _is_oracle(name: str) -> bool:
     from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.plans import parse_plan
+    from redrafter.drafting import parse_plan
 
     return parse_name(parse_plan(name).lookahead).kind == "oracle"
 

@@ -85,8 +85,8 @@ def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
     """Raises InputError for names that are none, or that cannot be compared here."""
     from redrafter.drafters.build import DRAFTERS
     from redrafter.drafters.options import parse_name
+    from redrafter.drafting import parse_plan
     from redrafter.evaluation.methods import needed, parse_methods
-    from redrafter.evaluation.plans import parse_plan
 
     for key, drafter in config.drafters.items():
         try:
@@ -106,7 +106,7 @@ def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
 
 def check_plans(part: Part, target: Any, partners: Any) -> None:
     """Raises InputError, before anything is measured, for what fits no drafter or is missing."""
-    from redrafter.evaluation.plans import planner
+    from redrafter.drafting import planner
 
     for name in names_of(part):
         drafter = planner(name, target, partners)([[0]]).drafter
@@ -141,7 +141,7 @@ def priced_by(costs: str | None) -> str | None:
 def classifiers(part: Part) -> dict[str, str]:
     """Path of every folder that a lookahead is loaded from -> digest of its files."""
     from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.plans import parse_plan
+    from redrafter.drafting import parse_plan
     from redrafter.files import digest_file, digest_json
 
     found = {}

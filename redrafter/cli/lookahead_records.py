@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.lookahead_store import build_records
     from redrafter.data.store import begun
     from redrafter.drafters.options import parse_name
-    from redrafter.evaluation.plans import build_plan, parse_plan
+    from redrafter.drafting import build_plan, parse_plan
 
     names = known.parse_methods(config.drafter)
     if len(names) != 1 or parse_name(names[0]).kind not in known.DRAFTERS:
@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     known.check_partners(names, config)
     target, head = load_both(config)
     day = by_main(lambda: day_of(target.tokenizer, begun(Path(config.out))))
-    prompts, others = records_prompts(target, config, prompts_to_count(names, config), day)
+    more = prompts_to_count(names, config)
+    prompts, others, warnings = records_prompts(target, config, more, day)
+    for warning in warnings:
+        say(f"warning: {warning}")
     wanted = generation_config(config.temperature, config.max_new_tokens)
     partners, _ = load_partners(names, config, target, head, others, wanted)
     drafter = build_plan(names[0], target, partners).drafter
@@ -59,30 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def records_prompts(target, config: RecordsConfig, more: int, day: str | None = None):
-    """(prompts to walk over, `more` prompts before them); `skip_rows` rows behind them left out.
-
-    day: that a chat template may print, see `data/day.py`
-    """
-    from redrafter.data.prompts import load_prompts
+    """`evaluation_prompts` to walk over; `skip_rows` rows behind them are not read."""
+    from redrafter.evaluation.prompts import evaluation_prompts
 
     if config.n_prompts < 1 or config.max_new_tokens < 2 or config.skip_rows < 0:
         raise InputError(
             f"n_prompts {config.n_prompts} must be positive, max_new_tokens "
             f"{config.max_new_tokens} at least 2, skip_rows {config.skip_rows} not negative"
         )
-    room = target.max_positions
-    wanted = config.n_prompts + more
-    rows = load_prompts(
-        config.prompts, target.tokenizer, config.prompt_format,
-        n=wanted + config.skip_rows, part="last", text_prompt_tokens=config.text_prompt_tokens,
-        max_tokens=None if room is None else room - config.max_new_tokens,
-        vocab_size=target.vocab_size, day=day,
-    )  # fmt: skip
-    if len(rows) < wanted + config.skip_rows:
-        raise InputError(
-            f"{config.prompts} has {len(rows)} rows, not n_prompts {config.n_prompts}"
-            + (f", {more} others" if more else "")
-            + f" and skip_rows {config.skip_rows}; ask for less"
-        )
-    rows = rows[:wanted]
-    return rows[more:], rows[:more]
+    return evaluation_prompts(target, config, more, config.skip_rows, day)

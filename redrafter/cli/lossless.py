@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone=True,
     )
     from redrafter.data.answers import generation_config
+    from redrafter.drafting import planner
     from redrafter.evaluation.lossless import ragged
-    from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
     from redrafter.evaluation.report import write_result
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = drafting_methods(config.methods)
     known.check_partners(names, config)
     target, head = load_both(config)
-    prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
+    more = prompts_to_count(names, config)
+    prompts, others, warnings = evaluation_prompts(target, config, more)
     greedy = generation_config(0.0, config.max_new_tokens)
     partners, counted_on = load_partners(names, config, target, head, others, greedy)
     planners = {name: planner(name, target, partners) for name in names}
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warning = head and holdout_warning(head.name_or_path, config.prompts, prompts[0].row)
     results, skipped = compare(target, planners, rows, batch_sizes, modes_of(temperatures), config)
     print(show(results, skipped))
-    if warning:
-        print(f"warning: {warning}")
+    warnings += [warning] if warning else []
+    for said in warnings:
+        print(f"warning: {said}")
     body = {
         "methods": {
             name: {mode: asdict(result) for mode, result in modes.items()}
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "greedy_only": skipped,
         "bigram_counted_on": counted_on,
-        "warnings": [warning] if warning else [],
+        "warnings": warnings,
     }
     write_result(config.out, config, target, body, head)
     return 1 if any(r.unexplained for modes in results.values() for r in modes.values()) else 0
@@ -94,8 +96,8 @@ def compare(
     """{method: {mode: ModeResult}}, and the methods that were compared greedily alone: a ratio
     rule's sampled text has plain's law and is another text."""
     from redrafter.data.answers import generation_config
+    from redrafter.drafting import parse_plan
     from redrafter.evaluation.lossless import check_mode, references
-    from redrafter.evaluation.plans import parse_plan
 
     results: dict[str, dict[str, Any]] = {name: {} for name in planners}
     greedy_only = [name for name in planners if parse_plan(name).rule != "seeded"]

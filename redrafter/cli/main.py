@@ -11,6 +11,7 @@ from importlib import import_module
 
 #: module of `redrafter.cli`, which is also the subcommand: what it does, in one line
 SUBCOMMANDS = {
+    "chat": "talk to a model with a draft head or any drafter (scripts/chat.py)",
     "prepare": "read text as rows of tokens (data/prepare.py)",
     "answers": "let the model answer prompts (data/answers.py)",
     "states": "store its hidden states of rows (data/states.py)",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from redrafter.contracts import InputError
-
-# Where a drafter's levels and the target's forwards are priced: tokens in the cache, and how often.
-_PRICE_CONTEXT, _PRICE_ROUNDS = 128, 20
 
 
 def load_both(config: Any) -> tuple[Any, Any]:
@@ -65,44 +62,18 @@ def load_partners(
 
     config: SpeedConfig or LosslessConfig; others: `prompts_to_count` prompts, not evaluated ones
     """
-    from redrafter.data.bigrams import open_probed
-    from redrafter.data.reference import reference_texts
-    from redrafter.evaluation.methods import Partners, needed
-    from redrafter.hub.fetch import fetch
+    from redrafter.evaluation.methods import needed
+    from redrafter.partners import gather
 
-    wanted = needed(names)
-    found: dict[str, Any] = {"head": head, "tree": config.tree}
-    counted_on = None
+    wanted, counted_on = needed(names), None
+    given = {"head": head, "probed": config.probed, "reference": config.reference}
     if "bigrams" in wanted:
         width = wanted["bigrams"]
-        found["bigrams"], counted_on = _bigrams(config, target, width, others, generation_config)
-    if "probed" in wanted:
-        found["probed"] = open_probed(fetch(config.probed, "probed"), target)
-    if "reference" in wanted:
-        found["reference"] = reference_texts(config.reference, target, progress=True)
+        given["bigrams"], counted_on = _bigrams(config, target, width, others, generation_config)
     if "draft" in wanted:
-        found["draft"] = load_draft(config)
-    if "price" in wanted:
-        batch_size = getattr(config, "batch_size", 1)
-        found["price"] = lambda drafter: _price(target, drafter, batch_size)
-    return Partners(**found), counted_on
-
-
-def _price(target: Any, drafter: Any, batch_size: int) -> Any:
-    """The NodeBudget of a drafter, from costs measured now."""
-    from redrafter.decode.tree import BUCKETS
-    from redrafter.drafters.budget import NodeBudget
-    from redrafter.evaluation.costs import CostMeter
-
-    sizes = [n for n in BUCKETS if n < drafter.max_nodes] + [drafter.max_nodes]
-    limit = target.max_positions
-    room = max(sizes) + 1
-    context = _PRICE_CONTEXT if limit is None else max(1, min(_PRICE_CONTEXT, limit - room))
-    meter = CostMeter(
-        target, new_tokens=[1, *sizes], contexts=[context], batches=[batch_size],
-        drafters={"this": drafter},
-    )  # fmt: skip
-    return NodeBudget.from_costs(asdict(meter.run(_PRICE_ROUNDS)), batch_size)
+        given["draft"] = load_draft(config)
+    batch_size = getattr(config, "batch_size", 1)
+    return gather(wanted, target, given, config.tree, batch_size), counted_on
 
 
 def _bigrams(

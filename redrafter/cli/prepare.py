@@ -31,13 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.show import show_rows
     from redrafter.data.sources import read_source
     from redrafter.data.store import begun
-    from redrafter.target.model import context_of, load_model_config, load_tokenizer
+    from redrafter.target.model import context_of, load_model_config
+    from redrafter.target.text import load_tokenizer
 
     if config.output_dir is None and not config.show:
         raise InputError("give --output_dir to write rows, --show 5 to look at some, or both")
     tokenizer = load_tokenizer(config.target)
-    if tokenizer is None:
-        raise InputError(f"target.path: {config.target.path!r} has no tokenizer")
     shape = load_model_config(config.target).get_text_config()
     max_tokens = context_of(shape) if config.max_tokens is None else config.max_tokens
     vocab_size = getattr(shape, "vocab_size", None)

@@ -40,11 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [_speed_config(config, file) for file in config.stream]
     known.check_partners(names, parts[0])
     target, head = load_both(config)
-    rows, others = [], []
+    rows, others, warnings = [], [], []
     for part in parts:
-        used, more = evaluation_prompts(target, part, prompts_to_count(names, part))
+        used, more, left_out = evaluation_prompts(target, part, prompts_to_count(names, part))
         rows.append([p.ids for p in used])
         others += more
+        warnings += left_out
     wanted = decoding(parts[0])
     partners, _ = load_partners(names, parts[0], target, head, others, wanted)
     methods = [known.build_method(name, target, wanted, partners) for name in names]
@@ -54,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         method.run(batches[0])
     runs = run_interleaved(methods, batches)
     seconds = {name: Timing(run).total_s.tolist() for name, run in runs.items()}
-    body = {**regret(seconds, arms, [len(part) for part in rows]), "arms": arms}
+    body = {
+        **regret(seconds, arms, [len(part) for part in rows]),
+        "arms": arms,
+        "warnings": warnings,
+    }
     body["equal"] = {
         name: sum(r[0].tokens[0] == a for r, a in zip(run, answers, strict=True))
         for name, run in runs.items()
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     body["choices"] = {
         policy: [r[0].report for r in runs[name]] for policy, name in selectors.items()
     }
-    print(show(body, len(answers)))
+    print("\n".join([show(body, len(answers)), *(f"warning: {said}" for said in warnings)]))
     if config.out is not None:
         write_result(config.out, config, target, body)
         save_figure(regret_chart(body), Path(config.out).with_suffix(""))

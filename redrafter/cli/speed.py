@@ -42,11 +42,13 @@ def measure(config: SpeedConfig, names: Sequence[str], target: Any, head: Any) -
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
     from redrafter.evaluation.speed import decoding, make_batches, measure_speed
 
-    prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
+    more = prompts_to_count(names, config)
+    prompts, others, left_out = evaluation_prompts(target, config, more)
     partners, counted_on = load_partners(names, config, target, head, others, decoding(config))
     methods = [build_method(name, target, decoding(config), partners) for name in names]
     batches, answers = make_batches(target, [p.ids for p in prompts], config)
     body = measure_speed(target, methods, batches, answers, config)
+    body["warnings"] += left_out
     if counted_on is not None:
         body["bigram_counted_on"] = counted_on
     warning = head and holdout_warning(head.name_or_path, config.prompts, prompts[0].row)

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         new_figure(1, 1)  # without matplotlib: say so now
     target, partners = load(config)
     table = find_costs(config, target)
-    used, others = evaluation_prompts(target, config, config.n_prompts * config.measure)
+    more = config.n_prompts * config.measure
+    used, others, warnings = evaluation_prompts(target, config, more)
     accepted, context = record(config, widths, target, partners, others or used)
     meter = None
     if table is None:
@@ -53,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(show(cells, kind, comparison))
     recorded = [p.row for p in others or used]
     warning = config.head and holdout_warning(config.head, config.prompts, recorded[0])
-    if warning:
-        print(f"warning: {warning}")
+    warnings += [warning] if warning else []
+    for said in warnings:
+        print(f"warning: {said}")
     if config.plot is not None:
         title = f"{target.name.rstrip('/').split('/')[-1]}, {kind}, {device_name(target.device)}"
         paths = save_figure(static_map(cells, title), config.plot)
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     body = {
         "cells": [asdict(cell) for cell in cells],
         "comparison": comparison,
-        "warnings": [warning] if warning else [],
+        "warnings": warnings,
         "recorded_rows": recorded,
         "measured_rows": [p.row for p in used] if timings else None,
         "recorded_positions": sum(map(len, accepted[widths[0]])),

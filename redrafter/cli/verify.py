@@ -86,6 +86,7 @@ def write(config: VerifyConfig, folder: Path) -> int:
     from redrafter.hub.export import complete
     from redrafter.hub.golden import FACTS, FOLDER
     from redrafter.target.model import load_target
+    from redrafter.target.text import tokenizer_of
 
     if folder != Path(config.head):
         raise InputError(f"write: {config.head} lies on the Hub; download it to a folder first")
@@ -98,7 +99,7 @@ def write(config: VerifyConfig, folder: Path) -> int:
     prompts = None
     if config.prompts is not None:
         rows = load_prompts(
-            config.prompts, target.tokenizer, "auto", n=4, part="last",
+            config.prompts, tokenizer_of(target, config.prompts), "auto", n=4, part="last",
             vocab_size=target.vocab_size,
         )  # fmt: skip
         prompts = [row.ids for row in rows]

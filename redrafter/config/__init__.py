@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the key (jsonargparse). `None`
 
 from __future__ import annotations
 
+from redrafter.config.chat import ChatConfig
 from redrafter.config.common import (
     DType,
     PromptFormat,
@@ -50,6 +51,7 @@ __all__ = [
     "AcceptanceConfig",
     "AnswersConfig",
     "BigramsConfig",
+    "ChatConfig",
     "CheckConfig",
     "ConvertConfig",
     "CostsConfig",

@@ -8,8 +8,9 @@ from typing import Literal
 DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 #: What a row of a file of prompts holds; see `redrafter/data/formats.py`.
 PromptFormat = Literal[
-    "auto", "text", "question", "messages", "turns", "humaneval", "mbpp", "summarization"
-]
+    "auto", "text", "question", "prompt", "instruction", "messages", "turns", "humaneval", "mbpp",
+    "summarization", "columns",
+]  # fmt: skip
 
 
 def at_least(least: int, config: object, *names: str) -> None:
@@ -69,10 +70,11 @@ class SourceConfig:
 
     path: str
     """A .jsonl, .json or .parquet file (.gz too), a glob of such, a folder, or a Hub id."""
-    format: PromptFormat | Literal["columns"] = "auto"
-    """What a row holds: `text`; `question` (with or without `answer`); `messages` or ShareGPT
-    `conversations`; `turns` of a user; a row of `humaneval`, `mbpp` or, for `summarization`, of
-    CNN/DailyMail; `columns` named below. `auto` looks at the first row."""
+    format: PromptFormat = "auto"
+    """What a row holds: `text`; `question` (with or without `answer`); `prompt` (`completion`);
+    `instruction` (`input`, `output`); `messages` or ShareGPT `conversations`; `turns` of a user; a
+    row of `humaneval`, `mbpp` or, for `summarization`, of CNN/DailyMail; `columns` named below.
+    `auto` looks at the first row."""
     prompt_column: str | None = None
     """For `columns`: the user's message."""
     answer_column: str | None = None

@@ -9,22 +9,19 @@ from redrafter.config.common import PromptFormat, TargetConfig, TreeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftingConfig:
+class PartnersConfig:
     """What drafters are made from; each is asked for where a method needs it."""
 
     head: str | None = None
     """Folder or Hub id of a trained draft head: ours, Apple's ReDrafter, or IBM's or Arctic's
     mlp_speculator."""
     tree: TreeConfig = TreeConfig()
-    """Of the method `head` without a size."""
+    """Of the drafter `head` without a size."""
     draft: str | None = None
     """Folder or Hub id of a smaller model with the target's vocabulary."""
     bigrams: str | None = None
     """Counted bigrams: a table made by data/bigrams.py, here or on the Hub, or a folder or URL of
-    answers, texts or states to count on. None counts on plain answers to `bigram_prompts` other
-    rows of `prompts`."""
-    bigram_prompts: int = 64
-    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
+    answers, texts or states to count on."""
     probed: str | None = None
     """Bigrams probed from the target: a table made by data/probe.py, here or on the Hub."""
     reference: str | None = None
@@ -32,6 +29,14 @@ class DraftingConfig:
     allow_other_target: bool | Literal["merged"] = False
     """Accept a head that was trained for another target: `merged` one that computes the same, as a
     merged copy of base and adapter does (compared on fixed tokens), `true` any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftingConfig(PartnersConfig):
+    """The same where drafters are measured on prompts."""
+
+    bigram_prompts: int = 64
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class LosslessConfig(DraftingConfig):
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     methods: str = "head"
@@ -122,6 +129,8 @@ class CostsConfig:
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128
@@ -148,6 +157,8 @@ class SpeedConfig(DraftingConfig):
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     methods: str = "stock,plain,head"

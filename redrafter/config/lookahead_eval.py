@@ -33,6 +33,8 @@ class LookaheadEvalConfig(DraftingConfig):
     """0 is greedy."""
     n_prompts: int = 100
     """Rows of each set."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 64

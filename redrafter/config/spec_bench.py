@@ -18,7 +18,7 @@ class SpecBenchConfig(DraftingConfig):
     """A .jsonl, .json or .parquet file (.gz too), a glob of such, a folder, or a Hub id."""
     out: str
     """Folder. What was answered there already, of the same configuration, is not run again."""
-    format: PromptFormat | Literal["columns"] = "auto"
+    format: PromptFormat = "auto"
     """What a row holds: `turns` (Spec-Bench, MT-bench), `question` (GSM8K), `humaneval`, `mbpp`,
     `summarization` (CNN/DailyMail), `messages`, or `columns`. `auto` looks at the first row."""
     prompt_column: str | None = None

@@ -27,6 +27,8 @@ class StaticConfig:
     """Rows that acceptance is recorded on."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128

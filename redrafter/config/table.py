@@ -23,6 +23,8 @@ class TableConfig(DraftingConfig):
     """0 is greedy."""
     n_prompts: int = 100
     """Rows of each set."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128
@@ -56,6 +58,8 @@ class AcceptanceConfig(DraftingConfig):
     """Rows to use, from the end of the file."""
     prompt_format: PromptFormat = "auto"
     """What a row holds; `auto` looks at the keys of the first one."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128
@@ -83,6 +87,8 @@ class RegretConfig(DraftingConfig):
     """Selectors over all arms: a policy, or with options, `ucb:exploration=0.2`."""
     n_prompts: int = 50
     """Rows of each file."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
     text_prompt_tokens: int = 16
     """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128

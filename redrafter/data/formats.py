@@ -7,6 +7,9 @@
     turns      {"turns": [...]}               what a user says, turn by turn (MT-bench, Spec-Bench;
                of the Hub's copies of MT-bench: {"prompt": [...]})
     humaneval, mbpp, summarization            rows of these benchmarks, see `BENCHMARKS`
+    prompt     {"prompt": ..., "completion": ...}    the same by other names; or "response"
+    instruction  {"instruction": ..., "input": ..., "output": ...}  Alpaca's; Dolly's "context" and
+               "response" will do. What stands beside the instruction comes below it
     columns    a user's message and an assistant's, in columns that the configuration names
 
 `auto` tells them by the keys of the first row.
@@ -72,6 +75,13 @@ BENCHMARKS = {
     "summarization": Benchmark(("article",), _summarization, "highlights"),
 }
 
+# One user message: its key, those of what belongs below it, and those of the answer.
+_ASKED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "question": ("question", (), ("answer",)),
+    "prompt": ("prompt", (), ("completion", "response")),
+    "instruction": ("instruction", ("input", "context"), ("output", "response")),
+}
+
 # What a row holds, told by its keys; the first match counts.
 _FORMAT_OF_KEY = {
     "turns": "turns",
@@ -79,7 +89,7 @@ _FORMAT_OF_KEY = {
     "conversations": "messages",
 }
 # Benchmarks come in between: a row of MBPP has a text, too.
-_SINGLE_KEYS = ("question", "text")
+_SINGLE_KEYS = ("question", "text", "instruction", "prompt")
 # The same roles as different sources spell them. What a template does with a tool's is its own.
 _ROLES = {
     "system": "system", "developer": "developer", "tool": "tool", "function": "function",
@@ -104,8 +114,8 @@ def format_of(content: dict[str, Any], where: str) -> str:
     known = (*_FORMAT_OF_KEY, *_SINGLE_KEYS, *BENCHMARKS["mbpp"].keys, "article")
     raise InputError(
         f"{where}: none of this row's keys {sorted(content)} is one of "
-        f"{', '.join(known)}, and it is no row of HumanEval; name the format (and for "
-        "columns the column), or rename a key"
+        f"{', '.join(known)}, and it is no row of HumanEval; name the column of the question "
+        "(prompt_column), or rename a key"
     )
 
 
@@ -133,15 +143,21 @@ def messages_of(
     if form == "turns":
         return [_user(_turn_list(content, where), 0, where)]
     benchmark = BENCHMARKS.get(form)
-    answer_key: str | None
+    answer_keys: tuple[str | None, ...]
     if benchmark is not None:
-        user, answer_key = benchmark.question(content, where), benchmark.answer
+        user, answer_keys = benchmark.question(content, where), (benchmark.answer,)
+    elif form == "columns":
+        user, answer_keys = field(content, columns[0], str, where), columns[1:]
     else:
-        prompt_key, answer_key = columns if form == "columns" else ("question", "answer")
-        user = field(content, prompt_key, str, where)
+        key, below, answer_keys = _ASKED[form]
+        # Of Alpaca's rows many have an empty input.
+        parts = [key, *(name for name in below if content.get(name))]
+        user = "\n\n".join(field(content, name, str, where) for name in parts)
     messages = [{"role": "user", "content": user}]
-    if answered and answer_key is not None and content.get(answer_key) is not None:
-        messages.append({"role": "assistant", "content": field(content, answer_key, str, where)})
+    for key in answer_keys if answered else ():
+        if key is not None and content.get(key) is not None:
+            messages.append({"role": "assistant", "content": field(content, key, str, where)})
+            break
     return messages
 
 

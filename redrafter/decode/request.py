@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import NoiseAhead
 from redrafter.decode.warp import Warp, build_processors, score_dtype
 from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
 
 # Fields of a GenerationConfig that this decoder would otherwise silently ignore, with the values
 # that mean "off".
@@ -36,7 +39,16 @@ _REFUSED = {
     "token_healing": (None, False), "max_time": (None,), "top_h": (None,),
 }  # fmt: skip
 
-Prompts = Sequence[Sequence[int]] | Tensor
+#: Fields that the loops read, here and in `warp.build_processors`, and those that they refuse.
+FIELDS = (
+    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "eos_token_id", "stop_strings",
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
+    "eta_cutoff", "sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
+    "suppress_tokens", "remove_invalid_values", "renormalize_logits", *_REFUSED,
+)  # fmt: skip
+
+#: rows of token ids, (B, T), or what a tokenizer returns
+Prompts = Sequence[Sequence[int]] | Tensor | Mapping
 
 
 class Request:
@@ -57,6 +69,8 @@ class Request:
         attention_mask: Tensor | None,
     ):
         config = copy.deepcopy(generation_config or target.model.generation_config)
+        if generation_config is not None:
+            _check_fields(config, target)
         for name, off in _REFUSED.items():
             if getattr(config, name, None) not in off:
                 value = getattr(config, name)
@@ -68,9 +82,8 @@ class Request:
         self.limit = [self._limit(len(p)) for p in self.prompts]
         self.criteria = list(stopping_criteria or [])
         if config.stop_strings:
-            if target.tokenizer is None:
-                raise InputError("generation_config.stop_strings needs a target with a tokenizer")
-            self.criteria.append(StopStringCriteria(target.tokenizer, config.stop_strings))
+            tokenizer = tokenizer_of(target, "generation_config.stop_strings")
+            self.criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         if streamer is not None and self.n_rows > 1:
             raise InputError("a streamer takes one prompt; this batch has " + str(self.n_rows))
         self.streamer = streamer
@@ -84,7 +97,12 @@ class Request:
             max(config.min_new_tokens or 0, (config.min_length or 0) - len(p)) for p in self.prompts
         ]
         minimum = torch.tensor(minimum, device=device) if max(minimum) > 0 else None
-        processors = build_processors(config, minimum, self.eos, logits_processor)
+        try:
+            processors = build_processors(config, minimum, self.eos, logits_processor)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # transformers' word on a value
+            raise InputError(f"generation_config: {error}") from error
         self.warp = Warp(processors, target.vocab_size)
 
     def _limit(self, prompt_length: int) -> int:
@@ -209,6 +227,8 @@ class Emitter:
 
 def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> list[list[int]]:
     """Prompts as lists of token ids, padding (known by the mask alone) removed."""
+    if isinstance(prompts, Mapping):
+        prompts = _of_encoding(prompts)
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2:
             raise InputError(f"prompts must be (B, T) token ids, not {tuple(prompts.shape)}")
@@ -222,7 +242,7 @@ def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> 
         ]
     elif attention_mask is not None:
         raise InputError("attention_mask goes with a (B, T) tensor of prompts; lists need none")
-    rows = [[int(t) for t in row] for row in prompts]
+    rows = [_token_ids(b, row) for b, row in enumerate(prompts)]
     if not rows:
         raise InputError("no prompts were given")
     for b, row in enumerate(rows):
@@ -236,6 +256,51 @@ def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> 
     return rows
 
 
+def _token_ids(b: int, row: Sequence[int]) -> list[int]:
+    """Row b as integers; text and fractions are none."""
+    try:
+        return [operator.index(token) for token in row]
+    except TypeError:
+        raise InputError(
+            f"prompt {b} is {str(row)[:60]!r}, no row of token ids such as [1, 2, 3]; "
+            "redrafter.generate takes text"
+        ) from None
+
+
+def _of_encoding(encoding: Mapping) -> list[list[int]]:
+    """The rows of what a tokenizer returned, without its padding."""
+    if "input_ids" not in encoding:
+        raise InputError(f"prompts: no input_ids among {', '.join(map(repr, encoding))}")
+    parts = [encoding["input_ids"], encoding.get("attention_mask")]
+    ids, mask = (x.tolist() if hasattr(x, "tolist") else x for x in parts)
+    if mask is None:
+        return [ids] if ids and isinstance(ids[0], int) else ids
+    if ids and isinstance(ids[0], int):
+        ids, mask = [ids], [mask]
+    return [
+        [token for token, keep in zip(*row, strict=True) if keep]
+        for row in zip(ids, mask, strict=True)
+    ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name was probably meant to be, for the end of a message."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_fields(config: GenerationConfig, target: Target) -> None:
+    """A GenerationConfig keeps whatever it is given; what nobody reads is a misspelling, unless the
+    model's own has it too (as some on the Hub have)."""
+    known = vars(GenerationConfig())
+    for name in vars(config):
+        theirs = name in known or name.startswith("_")
+        if not theirs and not hasattr(target.model.generation_config, name):
+            raise InputError(
+                f"generation_config.{name}: transformers has no such field{nearest(name, known)}"
+            )
+
+
 def _eos(config: GenerationConfig, target: Target) -> set[int]:
     eos = config.eos_token_id
     if eos is None:
@@ -246,7 +311,11 @@ def _eos(config: GenerationConfig, target: Target) -> set[int]:
 
 def _seeds(seeds: int | Sequence[int], n_rows: int) -> Tensor:
     """One seed for every row, or one each: a row's text depends on its own seed alone."""
-    rows = [seeds] * n_rows if isinstance(seeds, int) else [int(s) for s in seeds]
+    try:
+        given = [seeds] * n_rows if isinstance(seeds, int) else seeds
+        rows = [operator.index(seed) for seed in given]
+    except TypeError:
+        raise InputError(f"seeds: {seeds!r} is neither an integer nor one for each row") from None
     if len(rows) != n_rows:
         raise InputError(f"seeds: {len(rows)} given for {n_rows} prompts")
     for seed in rows:

@@ -20,9 +20,9 @@ from redrafter.contracts import Drafter, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
+from redrafter.drafting import Plan
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
 from redrafter.evaluation.optimum import best_acceptance
-from redrafter.evaluation.plans import Plan
 from redrafter.lookahead.wrapped import WrappedLookahead
 from redrafter.target.model import Target
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,9 +21,13 @@ from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
+from redrafter.decode.tree import BUCKETS
+from redrafter.drafters.budget import NodeBudget
 from redrafter.target.model import Target
 
 NEW_TOKENS = (1, 2, 3, 5, 9, 17, 25, 33, 41)
+# Where a drafter is priced: tokens in the cache, and how often.
+_PRICE_CONTEXT, _PRICE_ROUNDS = 128, 20
 _WARM_UP_ROUNDS = 2
 _LOOP_STEPS = 2  # decoded per sample, were every level accepted; mostly it is several times that
 
@@ -293,3 +297,15 @@ class CostMeter:
                 step = Cost.of([row[0] for row in rows])
                 costs.loop.append(LoopCost(what, n, context, batch, step))
         return costs
+
+
+def price(target: Target, drafter: Drafter, batch_size: int = 1) -> NodeBudget:
+    """What a drafter's levels and the target's forwards cost here, measured now."""
+    sizes = [n for n in BUCKETS if n < drafter.max_nodes] + [drafter.max_nodes]
+    limit, room = target.max_positions, max(sizes) + 1
+    context = _PRICE_CONTEXT if limit is None else max(1, min(_PRICE_CONTEXT, limit - room))
+    meter = CostMeter(
+        target, new_tokens=[1, *sizes], contexts=[context], batches=[batch_size],
+        drafters={"this": drafter},
+    )  # fmt: skip
+    return NodeBudget.from_costs(asdict(meter.run(_PRICE_ROUNDS)), batch_size)

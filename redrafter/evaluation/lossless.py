@@ -34,7 +34,7 @@ from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.decode.verify import choose
 from redrafter.drafters.compose import Wrapped
-from redrafter.evaluation.plans import Plan, foreseen
+from redrafter.drafting import Plan, foreseen
 from redrafter.target.model import Target, TargetOutput
 
 # A tree's forward has other shapes than the parallel pass: its rounding may be larger by luck, but
@@ -280,8 +280,8 @@ def check_mode(
 ) -> ModeResult:
     """Compare speculative with plain decoding on every prompt, at every batch size.
 
-    make_plan: see `plans.planner`; its rule is `seeded` or the decoding greedy, as a ratio rule's
-        sampled text is another one
+    make_plan: see `drafting.planner`; its rule is `seeded` or the decoding greedy, as a ratio
+        rule's sampled text is another one
     config: greedy, or sampling; plain_of: `references` of the same prompts, config and seed
     speculative_target: the target of the speculative run, where a test plants a fault in it
     name: the method's, for the progress bar

@@ -13,7 +13,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters import build
 from redrafter.drafters.build import DRAFTERS, MISSING, Partners, describe_kinds, parse_kind
 from redrafter.drafters.options import parse_name, split_list
-from redrafter.evaluation.plans import (
+from redrafter.drafting import (
     Plan,
     build_plan,
     describe_plans,

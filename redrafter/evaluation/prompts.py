@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import yaml
 
 from redrafter.contracts import InputError
-from redrafter.data.prompts import Prompt, load_prompts, read_rows
+from redrafter.data.prompts import Prompt, load_prompts, read_rows, say_left_out
+from redrafter.data.rows import RejectedRow
 from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
 
 # No configuration is larger; other files beside a head (a tokenizer) are.
 _MAX_RECORD_BYTES = 200_000
@@ -30,33 +32,48 @@ def number_list(name: str, text: str, kind: Callable[[str], Number], least: Numb
 
 
 def evaluation_prompts(
-    target: Target, config: Any, more: int = 0
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The last `config.n_prompts` rows of `config.prompts`, and the `more` rows before them.
+    target: Target, config: Any, more: int = 0, behind: int = 0, day: str | None = None
+) -> tuple[list[Prompt], list[Prompt], list[str]]:
+    """The last `config.n_prompts` rows of `config.prompts`, and the `more` rows before them; rows
+    that leave no room for an answer are left out of both.
 
     config: LosslessConfig or SpeedConfig
-    Raises InputError naming the file where it has too few rows or a prompt is too long.
+    behind: rows at the very end that are not read
+    day: that a chat template may print, see `data/day.py` (None: today's)
+    Returns also what there is to say of rows left out. Raises InputError naming the file where it
+    has too few rows, and where none is short enough.
     """
     if config.n_prompts < 1 or config.max_new_tokens < 1:
         raise InputError(
             f"n_prompts {config.n_prompts} and max_new_tokens {config.max_new_tokens} must be "
             "positive"
         )
+    wanted, left_out = more + config.n_prompts, list[RejectedRow]()
     room = target.max_positions
-    rows = load_prompts(
+    kept = load_prompts(
         config.prompts,
-        target.tokenizer,
+        tokenizer_of(target, config.prompts),
         config.prompt_format,
-        n=config.n_prompts + more,
+        n=wanted + behind,
         part="last",
         text_prompt_tokens=config.text_prompt_tokens,
         max_tokens=None if room is None else room - config.max_new_tokens,
         vocab_size=target.vocab_size,
+        day=day,
+        prompt_column=config.prompt_column,
+        left_out=left_out,
     )
-    if len(rows) < config.n_prompts + more:
-        wanted = f"n_prompts {config.n_prompts}" + (f" and {more} other rows" if more else "")
-        raise InputError(f"{config.prompts} has {len(rows)} rows, not {wanted}; ask for less")
-    return rows[more:], rows[:more]
+    read = sorted([p.row for p in kept] + [r.source_row for r in left_out])
+    if len(read) < wanted + behind:
+        asked = f"n_prompts {config.n_prompts}" + (f" and {more} other rows" if more else "")
+        asked += f" and {behind} behind them" if behind else ""
+        raise InputError(f"{config.prompts} has {len(read)} rows, not {asked}; ask for less")
+    first, last = read[more], read[wanted - 1]
+    prompts = [p for p in kept if first <= p.row <= last]
+    others = [p for p in kept if p.row < first]
+    left_out = [r for r in left_out if r.source_row <= last]
+    n_kept = len(kept) if prompts and (others or not more) else 0
+    return prompts, others, say_left_out(left_out, n_kept, "max_new_tokens")
 
 
 def holdout_warning(head: str, prompts: str, first_row: int) -> str | None:

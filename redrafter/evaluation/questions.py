@@ -20,6 +20,7 @@ from redrafter.data.formats import Messages, category_of, format_of, tools_of
 from redrafter.data.sources import Source, read_source
 from redrafter.data.template import Tools
 from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
 
 #: For models that were never given a template; `--chat_template question`.
 QUESTION_TEMPLATE = (
@@ -104,14 +105,13 @@ def open_questions(
         split=config.split, subset=config.subset, revision=config.revision,
         n_rows=config.n_questions and config.question_begin + config.n_questions,
     )  # fmt: skip
-    if target.tokenizer is None:
-        raise InputError(f"target.path: {target.name} has no tokenizer, and questions are text")
+    tokenizer = tokenizer_of(target, config.questions)
     source = read_source(given)
     form = "columns" if config.prompt_column is not None else str(config.format)
     if form == "auto":
         row, content = source.first()
         form = format_of(content, source.where(row))
-    tokenizer = with_template(target.tokenizer, config.chat_template, target.name)
+    tokenizer = with_template(tokenizer, config.chat_template, target.name)
     room = None if target.max_positions is None else target.max_positions - config.max_new_tokens
     if room is not None and room < 1:
         raise InputError(

@@ -18,7 +18,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import bucket
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.profile import StepCosts
-from redrafter.evaluation.plans import Plan, foreseen
+from redrafter.drafting import Plan, foreseen
 from redrafter.evaluation.runs import Batch
 from redrafter.lookahead.wrapped import WrappedLookahead
 from redrafter.target.model import Target

@@ -37,6 +37,7 @@ from redrafter.target.adapters import probe_tokens
 from redrafter.target.devices import device_name
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
+from redrafter.target.text import encode
 
 FOLDER, FACTS, NUMBERS = "golden", "golden/golden.json", "golden/golden.safetensors"
 FORMAT = 1
@@ -227,7 +228,7 @@ def choose_prompts(
     if prompts:
         rows = [[int(token) for token in prompt] for prompt in prompts[:_PROMPTS]]
     elif target.tokenizer is not None:
-        rows = [target.tokenizer(text).input_ids for text in _TEXTS]
+        rows = [encode(target.tokenizer, text) for text in _TEXTS]
     else:
         rows = [probe_tokens(target.vocab_size, n)[0].tolist() for n in (12, 5, 9, 16)]
     room = _PROMPT_TOKENS

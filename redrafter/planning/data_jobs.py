@@ -147,7 +147,7 @@ def _last_prompts(config: RecordsConfig, wanted: PlanConfig) -> Texts:
         return replace(assumed(wanted), rows=config.n_prompts)
     source = SourceConfig(
         path=config.prompts, format=config.prompt_format,
-        text_prompt_tokens=config.text_prompt_tokens,
+        text_prompt_tokens=config.text_prompt_tokens, prompt_column=config.prompt_column,
     )  # fmt: skip
     found = texts_of_source(source, config.target, "prompts", None, wanted)
     return replace(found, rows=config.n_prompts)

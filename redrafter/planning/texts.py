@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from redrafter.config import PlanConfig, SourceConfig, TargetConfig
+from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
 from redrafter.data.prepare import prepared
 from redrafter.data.rows import TokenRow
 from redrafter.data.sources import read_source
 from redrafter.data.store import Store
-from redrafter.target.model import load_tokenizer
+from redrafter.target.text import load_tokenizer
 
 _LOOKED_AT = 512  # rows of a source that are tokenized
 
@@ -51,8 +52,9 @@ def texts_of_source(
     source: SourceConfig, target: TargetConfig, keep: str, context: int | None, wanted: PlanConfig
 ) -> Texts:
     """By the first rows; assumed where the target has no tokenizer."""
-    tokenizer = load_tokenizer(target)
-    if tokenizer is None:
+    try:
+        tokenizer = load_tokenizer(target)
+    except InputError:
         return assumed(wanted)
     read = read_source(source)
     kept = prepared(read, Renderer(tokenizer, source), source, keep, context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,9 @@ from redrafter.target.adapters import (
 from redrafter.target.devices import pick_device
 from redrafter.target.masks import additive_masks
 from redrafter.target.offload import check_alone, load_in_places, reader
+from redrafter.target.paths import OWN_CODE, check_path, said
 from redrafter.target.sharding import ShardedBackbone, check_launch, load_split
+from redrafter.target.text import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Target:
     model: a transformers model, or a PeftModel, whose adapter is then kept as it is
     parts: what it was made from, where an adapter has been merged (`load_target` does that)
     backbone: of a model that several processes hold in parts (see `redrafter.target.sharding`)
+    tokenizer_error: why there is no tokenizer, for whoever needs text (`redrafter.target.text`)
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class Target:
         name: str | None = None,
         parts: Parts | None = None,
         backbone: ShardedBackbone | None = None,
+        tokenizer_error: InputError | None = None,
     ):
         model = plain_model(model)
         self.model = model.eval().requires_grad_(False)
         self._parts = parts
         self._adapted = parts is not None or bool(getattr(model, "peft_config", None))
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokenizer_error = tokenizer, tokenizer_error
         self.config = model.config.get_text_config()
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.sharded = backbone is not None
@@ -287,7 +290,9 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     dtype = config.dtype
     if dtype == "auto":  # half precision has no fast path on most CPUs
         dtype = "float32" if device.type == "cpu" else "auto"
-    kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    kwargs: dict[str, Any] = dict(OWN_CODE)
+    if config.attention != "auto":
+        kwargs["attn_implementation"] = config.attention
     shard, mapped = config.shard != "none", config.device_map != "none"
     if shard or mapped:
         shape = load_model_config(config)
@@ -310,17 +315,17 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
         # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
         # own class, KeyError, ...): the folder's name is what all of them lack.
         raise InputError(
-            f"target.path: cannot load {path!r}{_named_by(adapter)} as a causal LM: {error}"
+            f"target.path: cannot load {path!r}{_named_by(adapter)} as a causal LM: {said(error)}"
         ) from error
     if shard:
-        target = Target(model, load_tokenizer(config), name=config.path, backbone=backbone)
+        target = Target(model, name=config.path, backbone=backbone, **_tokenizer(config))
         target.fingerprint(), target.parts()  # now, while all processes are here
         return target
     model = model if mapped else model.to(device)
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
-    return Target(model, load_tokenizer(config), name=config.path, parts=parts)
+    return Target(model, name=config.path, parts=parts, **_tokenizer(config))
 
 
 def _named_by(adapter: Adapter | None) -> str:
@@ -330,22 +335,12 @@ def _named_by(adapter: Adapter | None) -> str:
     return f", the base of {file} (correct base_model_name_or_path there, or give target.base),"
 
 
-def load_tokenizer(config: TargetConfig) -> Any:
-    """A target's tokenizer, or None where it has none: token ids still work, and commands that
-    read text say what is missing. An adapter may bring its own; else its base's is taken."""
-    from transformers import AutoTokenizer
-
-    adapter = find_adapter(config)
-    if adapter is not None:
-        if (adapter.folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(str(adapter.folder))
-        config = adapter.base_config(config)
+def _tokenizer(config: TargetConfig) -> dict[str, Any]:
+    """A target's tokenizer or, as token ids work without, the error of whoever needs text."""
     try:
-        found = AutoTokenizer.from_pretrained(check_path(config), revision=config.revision)
-    except (OSError, ValueError, KeyError):
-        return None
-    # Without its files transformers makes some families' tokenizers of special tokens alone.
-    return found if len(found) > len(found.all_special_tokens) else None
+        return {"tokenizer": load_tokenizer(config)}
+    except InputError as error:
+        return {"tokenizer_error": error}
 
 
 def load_model_config(config: TargetConfig) -> Any:
@@ -355,10 +350,12 @@ def load_model_config(config: TargetConfig) -> Any:
     adapter = find_adapter(config)
     whole = config if adapter is None else adapter.base_config(config)
     try:
-        found = AutoConfig.from_pretrained(check_path(whole), revision=whole.revision)
+        found = AutoConfig.from_pretrained(check_path(whole), revision=whole.revision, **OWN_CODE)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"target.path: {whole.path!r}{_named_by(adapter)} cannot be read ({error})"
+            f"target.path: {whole.path!r}{_named_by(adapter)} cannot be read ({said(error)})"
         ) from None
     if adapter is not None and adapter.vocab_rows is not None:
         found.get_text_config().vocab_size = adapter.vocab_rows
@@ -377,13 +374,3 @@ def context_of(config: Any) -> int | None:
         if part.get("rope_type") == "longrope":
             context = part["original_max_position_embeddings"]
     return context
-
-
-def check_path(config: TargetConfig) -> str:
-    """target.path. Raises InputError where it is plainly neither a model's folder nor a Hub id."""
-    path = config.path
-    if os.sep in path and not os.path.isdir(path) and path.count("/") != 1:
-        raise InputError(f"target.path: folder {path!r} does not exist")
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        raise InputError(f"target.path: {path!r} has no config.json; not a Hugging Face model")
-    return path

@@ -18,17 +18,18 @@ from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows, write_rows
 from redrafter.data.chat import Renderer
 from redrafter.data.day import dated, day_of
-from redrafter.data.prompts import rendered
+from redrafter.data.prompts import rendered, say_left_out
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
-from redrafter.data.rows import TokenRow
+from redrafter.data.rows import RejectedRow, TokenRow
 from redrafter.data.sources import read_source
 from redrafter.data.states import StateMaker, build_states, check_context
 from redrafter.data.store import Store, begun, job_folder
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.files import digest_json
-from redrafter.processes import by_main
+from redrafter.processes import by_main, say
 from redrafter.target.identity import target_identity
 from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
 from redrafter.training.step import needed_teacher
 
 _ANY_DAY = "2000-01-01"
@@ -118,23 +119,18 @@ def continuation_tokens(data: DataConfig, depth: int) -> int:
 def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
     """Answers to the source's prompts, or its texts."""
     context, source = target.max_positions, data.source
+    tokenizer = tokenizer_of(target, f"data.source {source.path}")
     if data.text == "source":
         return build_rows(
-            source, need_tokenizer(target), "texts", folder, max_tokens=context,
+            source, tokenizer, "texts", folder, max_tokens=context,
             vocab_size=target.vocab_size, named=True,
         )  # fmt: skip
     room = None if context is None else context - data.answers.max_new_tokens
     prompts = build_rows(
-        source, need_tokenizer(target), "prompts", folder, max_tokens=room,
+        source, tokenizer, "prompts", folder, max_tokens=room,
         vocab_size=target.vocab_size, named=True,
     )  # fmt: skip
     return build_answers(target, prompts, data.answers, folder, seed=seed, named=True)
-
-
-def need_tokenizer(target: Target):
-    if target.tokenizer is None:
-        raise InputError(f"{target.name} has no tokenizer, so no text can be read for it")
-    return target.tokenizer
 
 
 def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
@@ -204,20 +200,24 @@ def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store
     room = None if context is None else context - measured.max_new_tokens
     # What training left out and what is read here are both counted from the end.
     whole = read_source(replace(source, holdout_rows=0, n_rows=None))
-    tokenizer = need_tokenizer(target)
+    tokenizer = tokenizer_of(target, f"eval.source {source.path}")
 
-    def rows(day: str | None) -> list[TokenRow]:
+    def rows(day: str | None, left_out: list[RejectedRow]) -> list[TokenRow]:
         renderer = Renderer(tokenizer, whole.config, day)
         prompts = rendered(
             whole, whole.held_out(measured.prompts), renderer, room, "eval.max_new_tokens",
-            target.vocab_size,
+            target.vocab_size, left_out,
         )  # fmt: skip
         return [TokenRow(p.ids, (False,) * len(p.ids), p.row) for p in prompts]
 
     # Found again on another day by what the prompts are on one and the same day.
-    identity = {"prompts": digest_json([[r.source_row, r.ids] for r in rows(_ANY_DAY)])}
+    left_out: list[RejectedRow] = []
+    on_any_day = rows(_ANY_DAY, left_out)
+    for warning in say_left_out(left_out, len(on_any_day), "eval.max_new_tokens"):
+        say(f"warning: {warning}")
+    identity = {"prompts": digest_json([[r.source_row, r.ids] for r in on_any_day])}
     place = job_folder(folder, "prompts", identity, named=True)
     day = by_main(lambda: day_of(tokenizer, begun(place)))
     return write_rows(
-        lambda: rows(day), "prompts", folder, dated(identity, day), named=True
+        lambda: rows(day, []), "prompts", folder, dated(identity, day), named=True
     )  # fmt: skip

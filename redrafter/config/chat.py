@@ -1,0 +1,32 @@
+"""`redrafter chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from redrafter.config.common import TargetConfig, at_least
+from redrafter.config.evaluation import PartnersConfig
+
+
+@dataclass(frozen=True)
+class ChatConfig(PartnersConfig):
+    """`redrafter chat`: talk to a target, and see what drafting saves."""
+
+    target: TargetConfig
+    drafter: str | None = None
+    """Name of what drafts; all of them, with their options, stand below. None is the head, where
+    there is one; `plain`, or neither, decodes without drafting."""
+    system: str | None = None
+    """A system message to begin with."""
+    max_new_tokens: int = 256
+    """Of an answer, at most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Answer i samples with seed + i."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves its own choice."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_new_tokens")
+        at_least(0, self, "temperature")
