@@ -23,6 +23,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from redrafter import threads
+
+threads.wait_asleep()  # torch reads it when it is imported
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -187,8 +191,7 @@ def measure(model: LlamaForCausalLM, target: Target, rows: Rows, batch_tokens: i
 
 def train(config: DraftModelConfig) -> dict[str, Any]:
     """Train, save, and return what was measured last, by held-out store."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    threads.settle(config.threads)
     target = load_target(config.target)
     rows = joined([read_rows(path, target) for path in config.stores])
     heldout = {path: read_rows(path, target, config.heldout_rows) for path in config.heldout}

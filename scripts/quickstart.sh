@@ -7,9 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
-OMP_NUM_THREADS="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-export OMP_NUM_THREADS
-
 step() {
   echo
   echo "== [$((SECONDS / 60)) min $((SECONDS % 60)) s] $*"
@@ -29,7 +26,7 @@ python data/states.py --target.path quickstart/target --rows quickstart/answers 
   --states.forward_tokens 4096 --output_dir quickstart/states
 
 step "3/6 a draft head for it"
-accelerate launch --num_processes 1 train/redrafter.py --config configs/quickstart.yaml \
+python train/redrafter.py --config configs/quickstart.yaml \
   --target.path quickstart/target --output_dir quickstart/head
 
 step "4/6 is every token the same with and without drafting?"

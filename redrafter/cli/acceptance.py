@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"methods: {name!r} drafts nothing of ours; choose from {', '.join(known.DRAFTERS)}"
             )
     known.check_partners(names, config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
     wanted = generation_config(config.temperature, config.max_new_tokens)
     partners, _ = load_partners(names, config, target, head, others, wanted)

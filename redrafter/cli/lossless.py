@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     temperatures = number_list("temperatures", config.temperatures, float, 0.0)
     names = drafting_methods(config.methods)
     known.check_partners(names, config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     prompts, others = evaluation_prompts(target, config, prompts_to_count(names, config))
     greedy = generation_config(0.0, config.max_new_tokens)
     partners, counted_on = load_partners(names, config, target, head, others, greedy)

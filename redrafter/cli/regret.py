@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = known.parse_methods(",".join([*arms, *selectors.values()]))
     parts = [_speed_config(config, file) for file in config.stream]
     known.check_partners(names, parts[0])
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     rows, others = [], []
     for part in parts:
         used, more = evaluation_prompts(target, part, prompts_to_count(names, part))

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(config)
     names = known.parse_methods(config.methods)
     known.check_partners(names, config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     body = measure(config, names, target, head)
     print(show(body))
     write_result(config.out, config, target, body, head)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = known.parse_methods(",".join(config.methods))
     for part in parts.values():
         known.check_partners(names, part)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     out, bodies = Path(config.out), {}
     for name, part in parts.items():
         file = Path(part.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from redrafter import threads
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import TrainConfig
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.training.faults import RESUMABLE, Interrupted
     from redrafter.training.loop import train
 
+    threads.settle()
     logging.disable_progress_bar()
     try:
         best = train(config)
