@@ -29,9 +29,9 @@ threads.wait_asleep()  # torch reads it when it is imported
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from redrafter.bars import Bar
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import OptimConfig, TargetConfig
 from redrafter.config.common import at_least
@@ -203,7 +203,7 @@ def train(config: DraftModelConfig) -> dict[str, Any]:
     )  # fmt: skip
     optimizer, order = make_optimizer(model, optim), batches(rows, config.batch_tokens, config.seed)
     found: dict[str, Any] = {}
-    with tqdm(total=config.steps, desc="draft model", unit="step") as bar:
+    with Bar(total=config.steps, desc="draft model", unit="step") as bar:
         for step in range(config.steps):
             logits, log_p, labels = both_logits(model, target, rows, next(order))
             loss = mixed(config.loss, logits, labels, log_p).mean()

@@ -110,7 +110,7 @@ def test_launcher_is_thin_and_begins_with_the_guard(launcher):
 
 BASE = {"contracts", "config", "files"}
 DECODE_PARTS = {"decode.tree", "decode.warp", "decode.noise", "decode.cache"}
-DATA = BASE | {"target", "decode", "drafters", "lookahead", "processes"}
+DATA = BASE | {"bars", "target", "decode", "drafters", "lookahead", "processes"}
 ALL = DATA | {"heads", "losses", "data", "training", "evaluation", "hub", "generation"}
 #: Part of the library: which others it may import (itself always). `a.b` allows that module only.
 MAY_IMPORT = {
@@ -121,6 +121,8 @@ MAY_IMPORT = {
     "files": {"config"},
     "processes": {"contracts"},
     "threads": {"contracts"},
+    "bars": set(),
+    "launcher": {"processes"},
     "target": BASE | {"processes"},  # of several processes each has its own device
     "heads": BASE | {"hub.fetch"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
@@ -130,11 +132,12 @@ MAY_IMPORT = {
     "data": DATA,
     "training": BASE
     | {"heads", "losses", "data", "decode", "drafters", "target", "processes"}
+    | {"bars", "launcher"}  # what a stopped run says to it
     | {"lookahead", "hub.export"},  # DISCO is trained; every export carries what travels with it
     "evaluation": ALL,
     "hub": ALL,
     "planning": ALL,
-    "cli": ALL | {"cli", "planning", "threads"},
+    "cli": ALL | {"cli", "planning", "threads", "launcher"},
 }
 
 

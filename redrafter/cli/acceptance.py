@@ -15,19 +15,18 @@ from redrafter.contracts import InputError
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Decodes with every method, prints a table, writes JSON. Returns the exit status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         AcceptanceConfig,
         argv,
         "eval/acceptance.py",
         "Acceptance of drafts by rule, beside 1 - TV and the best that any rule could do. Trees of "
         "independent draws (multi:...:how=iid) have both oracles.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
     from redrafter.data.answers import generation_config
     from redrafter.drafters.options import parse_name
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.acceptance import measure_acceptance
     from redrafter.evaluation.plans import build_plan
     from redrafter.evaluation.prompts import evaluation_prompts

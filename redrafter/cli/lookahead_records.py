@@ -25,15 +25,14 @@ interruption, and `accelerate launch --multi_gpu --num_processes 8` shares the w
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    from redrafter.evaluation import methods as known
-
     config = parse(
-        RecordsConfig, argv, "data/lookahead.py", _DESCRIPTION + "\n" + known.describe_drafting(),
+        RecordsConfig, argv, "data/lookahead.py", _DESCRIPTION, names="describe_drafting",
         plan="data_jobs:plan_records",
     )  # fmt: skip
     from redrafter.data.answers import generation_config
     from redrafter.data.lookahead_store import build_records
     from redrafter.drafters.options import parse_name
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.plans import build_plan, parse_plan
 
     names = known.parse_methods(config.drafter)

@@ -15,17 +15,16 @@ from redrafter.contracts import InputError
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Compares, prints a table, writes JSON. Returns 1 if a difference stays unexplained."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         LosslessConfig,
         argv,
         "eval/lossless.py",
         "Speculative against plain decoding, token by token; every difference must be a near-tie.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
     from redrafter.data.answers import generation_config
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.lossless import ragged
     from redrafter.evaluation.plans import planner
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list

@@ -16,16 +16,15 @@ from redrafter.config import RegretConfig, SpeedConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Decodes the stream with every arm and selector, interleaved; prints, writes JSON and
     pictures. Returns the exit status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         RegretConfig,
         argv,
         "eval/regret.py",
         "What a selector of drafters loses, or gains, against the best arm in hindsight.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.pictures import new_figure, save_figure
     from redrafter.evaluation.prompts import evaluation_prompts
     from redrafter.evaluation.regret import regret, regret_chart
