@@ -243,8 +243,8 @@ def test_console_script_has_every_launcher():
 
 
 def clone_files() -> list[Path]:
-    """Files that are or would be committed."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """Files that are committed, or staged: what a user leaves in the clone is no part of it."""
+    command = ["git", "ls-files", "-z", "--cached"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
