@@ -2,8 +2,10 @@
 
 import io
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,30 @@ def test_bars_speak_only_when_they_are_asked_to(monkeypatch):
     with Bar(total=3, disable=True) as bar:
         bar.update()
     assert out.getvalue() == ""
+
+
+def test_the_quickstarts_table_says_where_the_text_repeats_itself():
+    def body(temperature, loops):
+        method = {"tokens_per_step": 1.5, "speedup_plain": 1.2, "low": {"speedup_plain": 1.1},
+                  "high": {"speedup_plain": 1.3}, "steps": 9}  # fmt: skip
+        plain = {**method, "steps": None, "low": {}, "high": {}, "speedup_plain": 1.0}
+        return {"methods": {"plain": plain, "head": method}, "temperature": temperature,
+                "loop_share": loops}  # fmt: skip
+
+    show = runpy.run_path(str(ROOT / "scripts/quickstart_table.py"))["show"]
+    shown = show([body(0.0, 0.69), body(1.0, 0.02)])
+    assert re.search(r"^head +1\.50 +1\.20x \[1\.10, 1\.30\] +1\.50 ", shown, re.MULTILINE)
+    assert re.search(r"^plain +1\.00 +1\.00x +1\.00 ", shown, re.MULTILINE)
+    assert re.search(r"^loops +0\.69 +0\.02", shown, re.MULTILINE)
+    assert "At T 0 the target" in shown and "tokens per forward" in shown
+    assert "repeats itself" not in show([body(0.0, 0.1), body(1.0, 0.02)])
+    assert "At T 0 and 1 the" in show([body(0.0, 0.7), body(1.0, 0.5)])
+
+
+def test_the_package_says_that_it_is_typed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (ROOT / "redrafter/py.typed").exists()
+    assert settings["tool"]["setuptools"]["package-data"] == {"redrafter": ["py.typed"]}
 
 
 def test_a_training_ends_with_a_sentence():
