@@ -1,6 +1,7 @@
 """What a new user meets first: help and refusals at once, in few lines, and logs to be read."""
 
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -9,8 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.utils import LoggerType
 
+from redrafter import processes
 from redrafter.bars import Bar
 from redrafter.cli.args import parse
 from redrafter.cli.main import SUBCOMMANDS
@@ -172,6 +175,17 @@ def test_the_package_says_that_it_is_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert (ROOT / "redrafter/py.typed").exists()
     assert settings["tool"]["setuptools"]["package-data"] == {"redrafter": ["py.typed"]}
+
+
+def test_deepspeed_need_not_say_what_it_found(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    processes._options(False, 1)
+    assert "DS_ACCELERATOR" not in os.environ
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    processes._options(False, 1)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_a_training_ends_with_a_sentence():

@@ -1,5 +1,5 @@
-"""Runs that are asked to stop through the real launcher: a checkpoint, how to go on as the last
-line, and nobody left behind."""
+"""Commands that are asked to stop, alone and through the real launcher: a checkpoint, how to go on as
+the last line, and nobody left behind."""
 
 import os
 import pty
@@ -14,7 +14,9 @@ import psutil
 import pytest
 from launching import ROOT, free_port, quiet, training_argv
 
+from redrafter.cli.args import reports_input_errors
 from redrafter.training import checkpoint
+from redrafter.training.faults import Interruption
 
 STEPS = 4000
 SETTINGS = {
@@ -68,6 +70,55 @@ class Launched:
         with suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         os.close(self.terminal)
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_command_that_is_stopped_says_so_in_one_line(name, status, capsys):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    @reports_input_errors
+    def main(argv):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == status
+    assert capsys.readouterr().out.startswith(f"stopped by {name}: what is written is whole")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_is_noted_and_one_that_is_ignored_stays_so(name, monkeypatch, capfd):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with Interruption() as noted:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # as a terminal and a launcher send it both
+        assert noted.asked
+    assert f"stopped by {name}: x is written" in str(noted.stopped(Path("x")))
+    assert f"{name}: ends after this step" in capfd.readouterr().err
+    assert signal.getsignal(number) == before
+    signal.signal(number, signal.SIG_IGN)  # nohup, or a script's background job
+    try:
+        with Interruption() as noted:
+            os.kill(os.getpid(), number)
+            assert not noted.asked
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_signal_later_ends_the_process(tmp_path):
+    code = (
+        "import os, signal, time\n"
+        "from redrafter.training import faults\n"
+        "faults._SAME_S = 0.05\n"
+        "with faults.Interruption():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=quiet(PYTHONPATH=str(ROOT)))
+    assert done.returncode == -signal.SIGINT
 
 
 #: the session's leader takes the terminal and becomes the launcher
