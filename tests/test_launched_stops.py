@@ -1,5 +1,5 @@
-"""Commands that are asked to stop, alone and through the real launcher: a checkpoint, how to go on as
-the last line, and nobody left behind."""
+"""Commands that are asked to stop, alone and through the real launcher: a checkpoint, the way to go
+on as the last line, and nobody left behind."""
 
 import os
 import pty
