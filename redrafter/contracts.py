@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a command that only explains itself, or refuses, must not wait for it
+    import torch
+    from torch import Tensor
 
 
 class InputError(ValueError):
@@ -288,5 +289,5 @@ class Generation:
 def root_tree(root: Tensor) -> TokenTree:
     """The tree of K = 0. root: (B,) int64."""
     tokens = root[:, None]
-    zeros = torch.zeros_like(tokens)
-    return TokenTree(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool))
+    zeros = tokens.new_zeros(tokens.shape)
+    return TokenTree(tokens, zeros, zeros, valid=zeros == 0)

@@ -257,11 +257,13 @@ def versions() -> dict[str, str]:
 
 def provenance(**facts: Any) -> dict[str, Any]:
     """What must lie beside every checkpoint and result; `facts` are added to it."""
+    torch = sys.modules.get("torch")  # what does not compute has no threads
     return {
         "argv": sys.argv,
         "git_commit": git_commit(),
         "versions": versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": torch and torch.get_num_threads(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     }

@@ -89,6 +89,8 @@ def _options(cpu: bool, n: int) -> dict[str, Any]:
     nothing_else = not torch.accelerator.is_available()
     if asked_for("DEEPSPEED") and nothing_else:
         _leave_unbuilt()
+    if nothing_else:  # DeepSpeed, which transformers imports where it finds it, says so at length
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if n == 1:
         return {"cpu": cpu}
     options: dict[str, Any] = {"timeout": _PATIENCE}

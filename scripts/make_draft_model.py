@@ -23,11 +23,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from redrafter import threads
+
+threads.wait_asleep()  # torch reads it when it is imported
+
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from redrafter.bars import Bar
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import OptimConfig, TargetConfig
 from redrafter.config.common import at_least
@@ -187,8 +191,7 @@ def measure(model: LlamaForCausalLM, target: Target, rows: Rows, batch_tokens: i
 
 def train(config: DraftModelConfig) -> dict[str, Any]:
     """Train, save, and return what was measured last, by held-out store."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    threads.settle(config.threads)
     target = load_target(config.target)
     rows = joined([read_rows(path, target) for path in config.stores])
     heldout = {path: read_rows(path, target, config.heldout_rows) for path in config.heldout}
@@ -200,7 +203,7 @@ def train(config: DraftModelConfig) -> dict[str, Any]:
     )  # fmt: skip
     optimizer, order = make_optimizer(model, optim), batches(rows, config.batch_tokens, config.seed)
     found: dict[str, Any] = {}
-    with tqdm(total=config.steps, desc="draft model", unit="step") as bar:
+    with Bar(total=config.steps, desc="draft model", unit="step") as bar:
         for step in range(config.steps):
             logits, log_p, labels = both_logits(model, target, rows, next(order))
             loss = mixed(config.loss, logits, labels, log_p).mean()

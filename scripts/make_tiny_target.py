@@ -32,6 +32,9 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from redrafter.threads import settle, wait_asleep
+
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -418,6 +421,7 @@ def make(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    wait_asleep()
     size, folder = SIZES[args.size], args.output_dir
     prompts = args.prompts or folder
     sources = read_sources(size.corpus_chars)
@@ -436,6 +440,7 @@ def main(argv: list[str] | None = None) -> int:
         if code := bare_code(source):
             texts["train" if i % HELDOUT_EVERY else "heldout"][name] = code
     if before != identity:
+        settle()
         partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
         partial.mkdir(parents=True)
         try:

@@ -7,9 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
-OMP_NUM_THREADS="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-export OMP_NUM_THREADS
-
 step() {
   echo
   echo "== [$((SECONDS / 60)) min $((SECONDS % 60)) s] $*"
@@ -29,18 +26,21 @@ python data/states.py --target.path quickstart/target --rows quickstart/answers 
   --states.forward_tokens 4096 --output_dir quickstart/states
 
 step "3/6 a draft head for it"
-accelerate launch --num_processes 1 train/redrafter.py --config configs/quickstart.yaml \
+python train/redrafter.py --config configs/quickstart.yaml \
   --target.path quickstart/target --output_dir quickstart/head
 
 step "4/6 is every token the same with and without drafting?"
 python eval/lossless.py --target.path quickstart/target --head quickstart/head \
   --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --out quickstart/head/lossless.json
 
-step "5/6 how fast?"
-# Prints the table that the quickstart ends with.
-python eval/speed.py --target.path quickstart/target --head quickstart/head \
-  --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 \
-  --methods stock,plain,lookup,head --out quickstart/head/speed.json
+step "5/6 how fast? greedily, and sampling"
+measure() {
+  python eval/speed.py --target.path quickstart/target --head quickstart/head \
+    --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --max_new_tokens 64 \
+    --methods stock,plain,lookup,head --temperature "$1" --out "quickstart/head/$2" >/dev/null
+}
+measure 0 speed.json
+measure 1 speed-t1.json
 
 step "6/6 what publishing it would upload (a dry run: nothing leaves this machine)"
 python scripts/push_to_hub.py --head quickstart/head --repo USER/quickstart --dry-run
@@ -48,9 +48,13 @@ python scripts/push_to_hub.py --head quickstart/head --repo USER/quickstart --dr
 step "done; made:"
 printf '  %-30s %s\n' \
   quickstart/target "the model; its prompts_train.jsonl and prompts_heldout.jsonl" \
-  quickstart/answers "what it said to the prompts; data/check.py --show 3 prints some" \
+  quickstart/answers "what it said to the prompts" \
   quickstart/states "its hidden states there: what the head was trained on" \
   quickstart/head "the draft head" \
   quickstart/head/lossless.json "what was compared, token by token" \
-  quickstart/head/speed.json "the numbers of the table above" \
+  quickstart/head/speed.json "all numbers of the table below; speed-t1.json at temperature 1" \
   quickstart/head/card "the model card that publishing it would write"
+echo "  python data/check.py --store quickstart/answers --target.path quickstart/target --show 3"
+echo "    prints three of its answers; 'source .venv/bin/activate' first, here and for all of README"
+echo
+python scripts/quickstart_table.py quickstart/head/speed.json quickstart/head/speed-t1.json

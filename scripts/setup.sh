@@ -39,3 +39,5 @@ setup_venv
 export PATH="$PWD/.venv/bin:$PATH"
 # Nothing is fetched from here on; without this a mistyped path is looked up on the Hub for minutes.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Threads that wait for each other give up their core (redrafter/threads.py says why).
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"

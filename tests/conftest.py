@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped path fails at once, not after minutes of look-ups
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of commands that tests start; see threads.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; nothing is measured
 
 import shutil
 import subprocess

@@ -49,3 +49,17 @@ def test_the_hub_says_no(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=r"draft: 'me/heads' .* offline mode is enabled$"):
         fetch("me/heads", "draft")
+
+
+def test_a_misspelt_local_folder_is_no_matter_of_the_hub(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("couldn't connect")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    for name in ("head", "notes"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="head: 'runs/haed' does not exist: runs holds head, not"):
+        fetch("runs/haed", "head")
+    with pytest.raises(InputError, match="the Hub did not give it: couldn't connect"):
+        fetch("me/heads", "head")

@@ -15,20 +15,19 @@ from redrafter.contracts import InputError
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Decodes with every method, prints a table, writes JSON. Returns the exit status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         AcceptanceConfig,
         argv,
         "eval/acceptance.py",
         "Acceptance of drafts by rule, beside 1 - TV and the best that any rule could do. Trees of "
         "independent draws (multi:...:how=iid) have both oracles.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
     from redrafter.data.answers import generation_config
     from redrafter.drafters.options import parse_name
     from redrafter.drafting import build_plan
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.acceptance import measure_acceptance
     from redrafter.evaluation.prompts import evaluation_prompts
     from redrafter.evaluation.report import write_result
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"methods: {name!r} drafts nothing of ours; choose from {', '.join(known.DRAFTERS)}"
             )
     known.check_partners(names, config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     more = prompts_to_count(names, config)
     prompts, others, warnings = evaluation_prompts(target, config, more)
     wanted = generation_config(config.temperature, config.max_new_tokens)

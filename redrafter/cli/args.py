@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from importlib import import_module
+from typing import NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from redrafter.config import PlanConfig
 from redrafter.contracts import InputError
-from redrafter.processes import check_alone, check_launch, join, launched, linger, one_voice
+from redrafter.launcher import follow, last_word, sigterm_interrupts
+from redrafter.processes import (
+    check_alone,
+    check_launch,
+    is_main,
+    join,
+    launched,
+    linger,
+    one_voice,
+    say,
+)
 
 Config = TypeVar("Config")
 
 
-class _Formatter(DefaultHelpFormatter):
-    """Keeps an epilog's lines; everything else is wrapped as ever."""
+class _Parser(ArgumentParser):
+    """Says in one line what is wrong, and which option was probably meant; no usage of eighty."""
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if "\n" in text:
-            return text
-        return super()._fill_text(text, width, indent)
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        near = []
+        if message.startswith("unrecognized arguments"):
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            for word in re.findall(r"--[\w.-]+", message):
+                near += difflib.get_close_matches(word, known, n=1)
+        meant = f"; did you mean {' '.join(near)}?" if near else ""
+        self.exit(2, f"error: {message}{meant} ({self.prog} --help explains all options)\n")
 
 
 def parse(
@@ -31,9 +49,10 @@ def parse(
     argv: Sequence[str] | None,
     prog: str,
     description: str | None = None,
-    epilog: str | None = None,
+    names: str | None = None,
     alone: bool = False,
     plan: str | None = None,
+    refuse: Callable[[Config], None] | None = None,
 ) -> Config:
     """Build a frozen configuration dataclass from the command line.
 
@@ -42,19 +61,24 @@ def parse(
     with status 2 and a message that names it. `--help` shows the text under each field.
 
     argv: arguments without the program's name; None takes those of this process
-    epilog: stands as it is below the options in the help
+    names: function of `redrafter.evaluation.methods` that describes the names which an option
+        takes. Adds `--list`, which prints that and ends the program
     alone: the command works in one process and refuses more; others join those of the launch here,
         before any work. Raises InputError where the launch is not what was asked for
     plan: "module:function" of `redrafter.planning` that plans such a job. Adds `--plan`, which
         prints the plan and ends the program instead of returning; InputError where it cannot fit
+    refuse: raises InputError for what is known to be wrong before anything heavy is imported
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=_Formatter
-    )
+    parser = _Parser(prog=prog, description=description, formatter_class=DefaultHelpFormatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
     words = sys.argv[1:] if argv is None else list(argv)
+    if names is not None:
+        parser.add_argument("--list", action="store_true", help=_LIST_HELP)
+        if "--list" in words:
+            say(getattr(import_module("redrafter.evaluation.methods"), names)())
+            raise SystemExit(0)
     if plan is not None:
         parser.add_argument("--plan", action="store_true", help=_PLAN_HELP)
         parser.add_class_arguments(PlanConfig, "plan_for")
@@ -64,7 +88,8 @@ def parse(
         given = parser.parse_args(words)
         try:
             values = parser.instantiate(given)
-            values.pop("config", None)
+            for name in ("config", "list"):
+                values.pop(name, None)
             planned, wanted = values.pop("plan", False), values.pop("plan_for", None)
             config = cls(**vars(values))
         except ValueError as error:  # of a dataclass that does not like its values
@@ -72,6 +97,8 @@ def parse(
     if planned:
         show_plan(plan, config, wanted)
         raise SystemExit(0)
+    if refuse is not None:
+        refuse(config)
     if alone:
         check_alone(prog)
     elif launched() == 1:
@@ -82,6 +109,7 @@ def parse(
     return config
 
 
+_LIST_HELP = "Print every name of a drafter or method, with its options, and stop there."
 _PLAN_HELP = (
     "Say what the job needs on this device with this launch (memory, disk, hours by a short probe, "
     "and what a draft may gain), refuse what cannot fit, and stop there. Paths of data and output "
@@ -98,8 +126,6 @@ def _required_texts(cls: type) -> list[str]:
 
 def show_plan(plan: str, config: object, wanted: PlanConfig) -> None:
     """Print the plan, on the first process of a launch. Raises InputError where it cannot fit."""
-    from importlib import import_module
-
     from redrafter.planning.machine import is_first_process
 
     module, function = plan.split(":")
@@ -109,8 +135,12 @@ def show_plan(plan: str, config: object, wanted: PlanConfig) -> None:
     made.check()
 
 
+_STOPPED = "what is written is whole, the same command goes on from it or begins anew"
+
+
 def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorates a command's main(): an InputError becomes its message and status 2, no traceback.
+    """Decorates a command's main(): an InputError becomes its message and status 2, no traceback;
+    SIGINT and SIGTERM (or a launcher that is gone) one line and 128 + their number.
 
     Any other exception is a fault of ours and keeps its traceback. What all processes of a launch
     have to say is said once.
@@ -118,11 +148,18 @@ def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        follow()
         try:
-            return main(argv) or 0
+            with sigterm_interrupts():
+                return main(argv) or 0
         except InputError as error:
             linger()
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except KeyboardInterrupt as stop:
+            name = str(stop) or "SIGINT"
+            if is_main():
+                last_word(f"stopped by {name}: {_STOPPED}")
+            raise SystemExit(128 + signal.Signals[name]) from None
 
     return wrapped

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = number_list("batch_sizes", config.batch_sizes, int, 1)
     slowdown = check_slowdown(config)
     names = check_drafters(config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     costs = CostMeter(
         target,
         new_tokens=new_tokens,

@@ -33,17 +33,16 @@ _FIRST_ROUNDS = 10  # measurements of costs before anything is timed
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not there yet, one part at a time; writes OUT/*.json, OUT/table.md and the
     pictures. Returns the exit status."""
-    from redrafter.drafters.profile import read_costs
-    from redrafter.evaluation import methods as known
-
     config = parse(
         LookaheadEvalConfig,
         argv,
         "eval/lookahead.py",
         "When to stop drafting: lookaheads beside every static length and the oracle.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
+    from redrafter.drafters.profile import read_costs
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.pictures import new_figure
     from redrafter.evaluation.report import read_result, write_result
     from redrafter.evaluation.speed import decoding

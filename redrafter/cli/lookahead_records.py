@@ -26,10 +26,8 @@ interruption, and `accelerate launch --multi_gpu --num_processes 8` shares the w
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    from redrafter.evaluation import methods as known
-
     config = parse(
-        RecordsConfig, argv, "data/lookahead.py", _DESCRIPTION + "\n" + known.describe_drafting(),
+        RecordsConfig, argv, "data/lookahead.py", _DESCRIPTION, names="describe_drafting",
         plan="data_jobs:plan_records",
     )  # fmt: skip
     from redrafter.data.answers import generation_config
@@ -38,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.store import begun
     from redrafter.drafters.options import parse_name
     from redrafter.drafting import build_plan, parse_plan
+    from redrafter.evaluation import methods as known
 
     names = known.parse_methods(config.drafter)
     if len(names) != 1 or parse_name(names[0]).kind not in known.DRAFTERS:

@@ -15,18 +15,17 @@ from redrafter.contracts import InputError
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Compares, prints a table, writes JSON. Returns 1 if a difference stays unexplained."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         LosslessConfig,
         argv,
         "eval/lossless.py",
         "Speculative against plain decoding, token by token; every difference must be a near-tie.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
     from redrafter.data.answers import generation_config
     from redrafter.drafting import planner
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.lossless import ragged
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
     from redrafter.evaluation.report import write_result
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     temperatures = number_list("temperatures", config.temperatures, float, 0.0)
     names = drafting_methods(config.methods)
     known.check_partners(names, config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     more = prompts_to_count(names, config)
     prompts, others, warnings = evaluation_prompts(target, config, more)
     greedy = generation_config(0.0, config.max_new_tokens)

@@ -6,26 +6,39 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from redrafter.contracts import InputError
+from redrafter import threads
+
+_FEW = 8  # tokens that a step verifies, give or take
 
 
-def load_both(config: Any) -> tuple[Any, Any]:
-    """(Target, draft head or None) of an evaluation's configuration; sets torch's threads."""
-    import torch
+def load_both(config: Any, measured: bool = False) -> tuple[Any, Any]:
+    """(Target, draft head or None) of an evaluation's configuration; sets torch's threads.
 
+    measured: where their number is not given, by what one forward of the target takes here. Not
+        for what is gone on with after an interruption, which must compute as it began
+    """
     from redrafter.heads.load import load_head
     from redrafter.hub.fetch import fetch
     from redrafter.target.model import load_target
 
-    if config.threads is not None:
-        if config.threads < 1:
-            raise InputError(f"threads: {config.threads} must be at least 1")
-        torch.set_num_threads(config.threads)
+    threads.settle(config.threads)
     target = load_target(config.target)
+    if measured and target.device.type == "cpu" and not threads.fixed(config.threads):
+        threads.choose(lambda: _one_step(target, getattr(config, "batch_size", 1)))
     if getattr(config, "head", None) is None:
         return target, None
     path = fetch(config.head, "head")
     return target, load_head(path, target, config.allow_other_target)
+
+
+def _one_step(target: Any, rows: int) -> None:
+    """Forwards as decoding makes them: of one new token, and of a few that were drafted."""
+    import torch
+
+    with torch.inference_mode():
+        for new in (1, _FEW):
+            ids = torch.zeros(rows, new, dtype=torch.long)
+            target.project(target.backbone(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 def load_draft(config: Any) -> Any:

@@ -16,16 +16,15 @@ from redrafter.config import RegretConfig, SpeedConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Decodes the stream with every arm and selector, interleaved; prints, writes JSON and
     pictures. Returns the exit status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         RegretConfig,
         argv,
         "eval/regret.py",
         "What a selector of drafters loses, or gains, against the best arm in hindsight.",
-        known.describe_drafting(),
+        names="describe_drafting",
         alone=True,
     )
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.pictures import new_figure, save_figure
     from redrafter.evaluation.prompts import evaluation_prompts
     from redrafter.evaluation.regret import regret, regret_chart
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = known.parse_methods(",".join([*arms, *selectors.values()]))
     parts = [_speed_config(config, file) for file in config.stream]
     known.check_partners(names, parts[0])
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     rows, others, warnings = [], [], []
     for part in parts:
         used, more, left_out = evaluation_prompts(target, part, prompts_to_count(names, part))

@@ -21,15 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answers what is not answered yet; writes OUT/journal.jsonl as it goes, then
     OUT/answers/run-R/METHOD.jsonl, OUT/spec-bench.json, table.md and config.yaml. Returns the exit
     status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         SpecBenchConfig,
         argv,
         "eval/spec_bench.py",
         "Spec-Bench's protocol: chats with each method's own history, speedups by task, answer "
         "files that Spec-Bench reads. A run that was stopped goes on.",
-        known.describe_methods(),
+        names="describe_methods",
         alone=True,
     )
     from redrafter.evaluation.answer_files import file_names

@@ -14,22 +14,21 @@ from redrafter.contracts import InputError
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints a table, writes JSON. Returns the exit status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         SpeedConfig,
         argv,
         "eval/speed.py",
         "Tokens per step and speed of drafting, beside stock and plain decoding.",
-        known.describe_methods(),
+        names="describe_methods",
         alone=True,
     )
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.report import write_result
 
     check(config)
     names = known.parse_methods(config.methods)
     known.check_partners(names, config)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     body = measure(config, names, target, head)
     print(show(body))
     write_result(config.out, config, target, body, head)

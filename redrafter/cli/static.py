@@ -80,7 +80,7 @@ def load(config: StaticConfig) -> tuple[Any, Any]:
     """(target, Partners with the head or the draft model)."""
     from redrafter.drafters.build import Partners
 
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     return target, Partners(head=head, draft=load_draft(config))
 
 

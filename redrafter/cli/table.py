@@ -18,17 +18,16 @@ from redrafter.contracts import InputError
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not there yet, one prompt set and temperature at a time; writes OUT/*.json,
     OUT/table.md and the pictures. Returns the exit status."""
-    from redrafter.evaluation import methods as known
-
     config = parse(
         TableConfig,
         argv,
         "eval/table.py",
         "The table of all methods: what eval/speed.py measures, over prompt sets and temperatures.",
-        known.describe_methods(),
+        names="describe_methods",
         alone=True,
     )
     from redrafter.evaluation import charts
+    from redrafter.evaluation import methods as known
     from redrafter.evaluation.pictures import new_figure, save_figure
     from redrafter.evaluation.report import markdown, read_result, write_result
     from redrafter.files import write_config, write_text
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = known.parse_methods(",".join(config.methods))
     for part in parts.values():
         known.check_partners(names, part)
-    target, head = load_both(config)
+    target, head = load_both(config, measured=True)
     out, bodies = Path(config.out), {}
     for name, part in parts.items():
         file = Path(part.out)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from redrafter import threads
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import TrainConfig
+from redrafter.training.refusals import refuse
 
 _DESCRIPTION = """\
 Fit a ReDrafter head to a frozen language model, on the model's own answers to your prompts.
@@ -28,7 +31,9 @@ A MODEL larger than one device: on many processes that DeepSpeed started
 (configs/accelerate/zero3.yaml), --target.shard zero3 --data.mode online splits its layers among
 them; in one process, --target.device_map auto leaves in host memory and on disk what does not fit.
 
-SIGTERM ends the run after the step at hand: a checkpoint is written, the exit status is 75.
+SIGTERM or Ctrl-C, here or to the launcher, ends the run after the step at hand: a checkpoint is
+written, the last line says how to go on, and the exit status is 75 (accelerate launch does not pass
+it on: 143 with one process, 1 with several).
 """
 
 
@@ -36,24 +41,40 @@ SIGTERM ends the run after the step at hand: a checkpoint is written, the exit s
 def main(argv: Sequence[str] | None = None) -> int:
     """argv: arguments without the program's name; None takes those of this process."""
     config = parse(
-        TrainConfig, argv, "train/redrafter.py", _DESCRIPTION, plan="training_job:plan_training"
-    )
+        TrainConfig, argv, "train/redrafter.py", _DESCRIPTION,
+        plan="training_job:plan_training", refuse=refuse,
+    )  # fmt: skip
     from transformers.utils import logging  # heavy: not needed for --help
 
-    from redrafter.processes import join
+    from redrafter.launcher import last_word
+    from redrafter.processes import join, linger
     from redrafter.training.faults import RESUMABLE, Interrupted
     from redrafter.training.loop import train
 
+    threads.settle()
     logging.disable_progress_bar()
     try:
         best = train(config)
     except Interrupted as stop:
         if join().is_main_process:
-            print(stop)
+            last_word(str(stop))
+        else:
+            linger()  # the launcher ends the others as soon as one is gone
         return RESUMABLE
     if join().is_main_process:
-        print(f"{config.output_dir}: head of step {best['step']}", best.get("tokens_per_step", ""))
+        print(summary(config, best))
     return 0
+
+
+def summary(config: TrainConfig, best: dict[str, Any]) -> str:
+    """What a training ends with. best: of `Run.train`."""
+    text = f"{config.output_dir} holds the head of step {best['step']}"
+    if rates := best.get("tokens_per_step"):
+        found = ", ".join(f"{rate:.2f} ({name})" for name, rate in rates.items())
+        text += f", which makes {found} tokens per step on {config.eval.prompts} held-out prompts"
+    if config.tracker == "tensorboard":
+        text += f"; the curves: tensorboard --logdir {config.output_dir}/logs"
+    return text
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from redrafter import threads
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import TargetConfig, VerifyConfig
 from redrafter.contracts import InputError
@@ -26,14 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replays, prints, writes JSON. Returns 1 if something differs."""
     words = with_head(sys.argv[1:] if argv is None else list(argv))
     config = parse(VerifyConfig, words, "eval/verify.py", _DESCRIPTION, alone=True)
-    import torch
-
     from redrafter.hub.fetch import fetch
 
-    if config.threads is not None:
-        if config.threads < 1:
-            raise InputError(f"threads: {config.threads} must be at least 1")
-        torch.set_num_threads(config.threads)
+    threads.settle(config.threads)
     folder = Path(fetch(config.head, "head"))
     return write(config, folder) if config.write else verify(config, folder)
 

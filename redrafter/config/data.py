@@ -136,7 +136,7 @@ class MakeAnswersConfig:
     seed: int = 0
     """Fixes every sampled answer."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class MakeStatesConfig:
     """Greedy tokens to store per position, for data.labels `greedy` (1) or `local`
     (optim.depth + 1)."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "continuation")
@@ -214,7 +214,7 @@ class ProbeConfig:
     part_tokens: int = 8192
     """Tokens per part; what an interruption can lose."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "width", "batch_size", "part_tokens", "threads")

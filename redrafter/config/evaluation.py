@@ -65,7 +65,7 @@ class LosslessConfig(DraftingConfig):
     seed: int = 0
     """Prompt i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 
@@ -85,7 +85,7 @@ class VerifyConfig:
     """For `write`: JSON-lines file of prompts; a few rows of its end are taken. None takes fixed
     texts."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
     out: str | None = None
     """JSON file to write."""
 
@@ -141,7 +141,7 @@ class CostsConfig:
     """Accept a head that was trained for another target: `merged` one that computes the same, as a
     merged copy of base and adapter does (compared on fixed tokens), `true` any."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 
@@ -178,6 +178,6 @@ class SpeedConfig(DraftingConfig):
     seed: int = 0
     """Prompt i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""

@@ -40,7 +40,7 @@ class RecordsConfig(DraftingConfig):
     shard_prompts: int = 100
     """Prompts per file; a kill loses the one being made."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
 
 @dataclass(frozen=True)

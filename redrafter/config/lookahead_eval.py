@@ -51,7 +51,7 @@ class LookaheadEvalConfig(DraftingConfig):
     seed: int = 0
     """Prompt i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "n_prompts", "max_new_tokens", "repeats", "cost_rounds")

@@ -62,7 +62,7 @@ class SpecBenchConfig(DraftingConfig):
     seed: int = 0
     """Row i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "n_questions", "max_new_tokens", "repeats")

@@ -55,7 +55,7 @@ class StaticConfig:
     """Accept a head that was trained for another target: `merged` one that computes the same, as a
     merged copy of base and adapter does (compared on fixed tokens), `true` any."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 

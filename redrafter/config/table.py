@@ -36,7 +36,7 @@ class TableConfig(DraftingConfig):
     seed: int = 0
     """Prompt i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "n_prompts", "max_new_tokens", "repeats", "cost_rounds")
@@ -69,7 +69,7 @@ class AcceptanceConfig(DraftingConfig):
     seed: int = 0
     """Prompt i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 
@@ -98,7 +98,7 @@ class RegretConfig(DraftingConfig):
     seed: int = 0
     """Prompt i samples with seed + i."""
     threads: int | None = None
-    """CPU threads of torch; None leaves its own choice."""
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write; pictures go beside it."""
 

@@ -178,7 +178,7 @@ class TrainConfig:
     """Checkpoints kept; the best one comes on top."""
     resume: str = "none"
     """`auto` goes on from the newest checkpoint in the output folder (starts anew if there is
-    none), a path from that checkpoint, `none` starts anew."""
+    none), a path from that checkpoint, `none` starts anew (not in a folder that holds some)."""
     tracker: str | None = "tensorboard"
     """Where metrics are logged (a tracker that accelerate knows); none logs nowhere."""
     log_steps: int = 20

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.contracts import InputError
 from redrafter.data.probed import PROBED, check_probed
 from redrafter.data.store import Store
@@ -31,7 +31,7 @@ def bigrams_of_store(
     counts, n_pairs = PairCounts(vocab_size), 0
     chunk = (store.lengths.cumsum(0) - store.lengths) // _CHUNK_TOKENS
     sizes = chunk.unique_consecutive(return_counts=True)[1].tolist()
-    with tqdm(total=store.n_rows, desc="bigrams", unit="row", disable=not progress) as bar:
+    with Bar(total=store.n_rows, desc="bigrams", unit="row", disable=not progress) as bar:
         for rows in torch.arange(store.n_rows).split(sizes) if sizes else ():
             found = store.rows(rows)
             tokens, wanted = found.tokens, found.supervised

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.config import SourceConfig
 from redrafter.contracts import InputError
 from redrafter.data.chat import Renderer
@@ -142,7 +142,7 @@ def _write(
     total: int | None,
     facts: dict[str, Any],
 ) -> None:
-    bar = tqdm(items, total=total, desc=kind, unit="row", disable=total == 0)
+    bar = Bar(items, total=total, desc=kind, unit="row", disable=total == 0)
     row = shards = n = n_source = 0
     last = None
     for index, chunk in enumerate(batched(bar, _SHARD_ROWS)):

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.data.store import Job, Store
 from redrafter.processes import by_main, everyone, is_main, launched, mine, share_of, wait_to_see
 
@@ -24,7 +24,7 @@ Shard = tuple[dict[str, Tensor], Sequence[dict[str, Any]]]
 def fill(
     job: Job,
     sizes: Sequence[int],
-    make: Callable[[int, tqdm], Shard],
+    make: Callable[[int, Bar], Shard],
     *,
     what: str,
     unit: str,
@@ -45,7 +45,7 @@ def fill(
     own = [todo[place] for place in mine(len(todo))]
     left = sum(sizes[i] for i in own)
     done = sum(sizes) - left if launched() == 1 else 0  # one cannot tell what others have done
-    with tqdm(total=done + left, initial=done, desc=share_of(what), unit=unit,
+    with Bar(total=done + left, initial=done, desc=share_of(what), unit=unit,
               unit_scale=unit == "token", disable=not (progress and is_main())) as bar:  # fmt: skip
         with together():
             for index in own:

@@ -24,8 +24,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.contracts import InputError
 from redrafter.data.finite import OVERFLOWED, choice
 from redrafter.drafters.bigram import BigramTable, load_bigrams, save_bigrams
@@ -158,7 +158,7 @@ def probe_bigrams(
 
     pieces = torch.arange(target.vocab_size).split(part_tokens)
     own = [pieces[i] for i in mine(len(pieces))]
-    with tqdm(total=sum(map(len, own)), desc=share_of("probe"), unit="token",
+    with Bar(total=sum(map(len, own)), desc=share_of("probe"), unit="token",
               disable=not (progress and is_main())) as bar:  # fmt: skip
         for tokens in own:
             if _read_part(parts, tokens, width) is None:

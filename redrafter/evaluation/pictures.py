@@ -23,7 +23,7 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError(
-            "figures need matplotlib: pip install 'redrafter[plots]', or leave the plot out"
+            "figures need matplotlib: pip install matplotlib, or leave the plot out"
         ) from None
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from redrafter.contracts import InputError
 from redrafter.files import plain_values, provenance, write_json
 from redrafter.target.devices import device_name
@@ -116,7 +114,6 @@ def write_result(
         },
         head=None if head is None else {"fingerprint": head.fingerprint()},
         device=device_name(target.device),
-        threads=torch.get_num_threads(),
     )
     write_json(path, _finite(plain_values({**body, "provenance": facts})))
 

@@ -51,7 +51,7 @@ def inject(head: PreTrainedModel, settings: LoraSettings, start: str | Path) -> 
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError(
-            "head.lora needs peft, which is not installed: pip install 'redrafter[peft]'"
+            "head.lora needs peft, which is not installed: pip install peft"
         ) from None
     linear = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)]
     chosen = _chosen(linear, settings.target_modules)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from redrafter.contracts import InputError
 
+_NAMED = 8  # of a folder's files, in a message
+
 # owner/name, then a file or folder inside the repository, then a revision
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(/[^@]+)?(?:@([\w./-]+))?")
 
@@ -39,6 +41,12 @@ def fetch(
         )
     except Exception as error:  # offline, unknown, gated, interrupted: each its own class
         first = str(error).strip().splitlines()[0]
+        if (beside := Path(path).parent).is_dir():  # a folder's name that was misspelt
+            there = ", ".join(sorted(p.name for p in beside.iterdir())[:_NAMED]) or "nothing"
+            raise InputError(
+                f"{option}: {path!r} does not exist: {beside} holds {there} (and the Hub has no "
+                "such repository, or cannot be asked)"
+            ) from None
         raise InputError(
             f"{option}: {path!r} does not exist here, and the Hub did not give it: {first}"
         ) from None

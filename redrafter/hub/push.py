@@ -67,7 +67,7 @@ def prepare(config: PushConfig) -> Release:
     names = {part for name in files for part in (name, name.split("/")[0])}
     notes = [f"no {name}: {advice}" for name, advice in _ADVICE.items() if name not in names]
     if drawn is None:
-        notes.append("no pictures: they need matplotlib (pip install 'redrafter[plots]')")
+        notes.append("no pictures: they need matplotlib (pip install matplotlib)")
     if run.target.hub_id is None:
         notes.append("the target's Hub id is not known: --base_model OWNER/NAME names it")
     if not run.target.license:

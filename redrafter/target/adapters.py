@@ -74,7 +74,7 @@ def import_peft() -> Any:
         import peft
     except ImportError:
         raise InputError(
-            "adapters need peft, which is not installed: pip install 'redrafter[peft]'"
+            "adapters need peft, which is not installed: pip install peft"
         ) from None
     return peft
 

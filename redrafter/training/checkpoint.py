@@ -28,6 +28,7 @@ from redrafter.files import new_folder, write_json
 from redrafter.heads import lora
 from redrafter.heads.reading import read_tensors
 from redrafter.heads.recurrent import RecurrentHead
+from redrafter.training.refusals import all_steps
 from redrafter.training.sharded import AVERAGES, trained
 
 
@@ -125,12 +126,6 @@ def export(path: Path, head: RecurrentHead, out: Path) -> None:
     shutil.rmtree(out / ".merged", ignore_errors=True)
 
 
-def all_steps(folder: Path) -> list[int]:
-    """Steps that have a whole checkpoint, ascending."""
-    found = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-    return sorted(int(name) for name in found if name.isdigit())
-
-
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, by name: missing, cut short, or no such file at all.
     Their numbers are not read."""
@@ -187,26 +182,6 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     for step in steps:
         if step not in kept:
             shutil.rmtree(folder / f"step-{step}")
-
-
-def find(resume: str, folder: Path) -> Path | None:
-    """What `--resume` means: a checkpoint's folder, or None to start anew.
-
-    Raises InputError where a run would overwrite another, or there is nothing to resume from.
-    """
-    steps = all_steps(folder)
-    if resume == "none":
-        if steps:
-            raise InputError(
-                f"{folder} holds checkpoints up to step {steps[-1]}: give --resume auto to go on, "
-                "another --output_dir, or remove it"
-            )
-        return None
-    if resume == "auto":
-        return folder / f"step-{steps[-1]}" if steps else None
-    if not (Path(resume) / "state.json").is_file():
-        raise InputError(f"--resume {resume}: no state.json there; not a checkpoint of a training")
-    return Path(resume)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.config.lookahead import DiscoTrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.lookahead_store import KIND, read_records
@@ -120,7 +120,7 @@ def fit(
     steps = config.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, history = (float("inf"), -1, {}), []
-    bar = tqdm(range(config.epochs), desc="disco", unit="epoch", disable=not progress)
+    bar = Bar(range(config.epochs), desc="disco", unit="epoch", disable=not progress)
     for epoch in bar:
         network.train()
         for inputs, chance in loader:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from redrafter.contracts import InputError
-from redrafter.training.checkpoint import all_steps
+from redrafter.launcher import end_launcher, from_terminal
+from redrafter.processes import is_main
+from redrafter.training.refusals import all_steps
 
 #: exit status of a run that was asked to stop and can be resumed (EX_TEMPFAIL of sysexits.h)
 RESUMABLE = 75
+
+#: a launcher passes on what a terminal has sent to everyone: within this time it is the same signal
+_SAME_S = 3.0
+#: SIGHUP: the terminal is gone, or the launcher that it belonged to
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 #: what gloo and NCCL say when the other side is gone
 _LOST = re.compile(
@@ -28,31 +38,55 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Within it a SIGTERM is only noted (`asked`), so that the step at hand can be finished and a
-    checkpoint written. A second one ends the process at once."""
+    """Within it SIGINT, SIGTERM and SIGHUP are only noted (`asked`), so that the step at hand can
+    be finished and a checkpoint written. Another one, later, ends the process at once."""
 
     asked = False
 
     def __enter__(self) -> Interruption:
-        self._before = None
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:
-            pass  # signals can be handled in the main thread only
+        self._before: dict[int, Any] = {}
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:  # whoever started us wants it so
+                continue
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:
+                pass  # signals can be handled in the main thread only
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._when = True, now
+            self._name = signal.Signals(number).name
+            if number == signal.SIGINT and from_terminal():
+                end_launcher()  # it has the same signal, and would end with a traceback
+            text = f"\n{self._name}: ends after this step (another one: at once)\n"
+            _write(text if is_main() else "")
+        elif now - self._when > _SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def stopped(self, path: Path) -> Interrupted:
+        # Another process of the launch may have been told instead.
+        by = f" by {self._name}" if self.asked else ""
         return Interrupted(
-            f"stopped by SIGTERM: {path} is written, the same command with --resume auto goes on"
+            f"stopped{by}: {path} is written, the same command with --resume auto goes on"
         )
+
+
+def _write(text: str) -> None:
+    """To the error output, where print may be at work; and if the terminal is gone, nothing that is
+    printed from now on may end the process."""
+    for number, content in ((1, ""), (2, text)):
+        try:
+            os.write(number, content.encode())
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 @contextmanager

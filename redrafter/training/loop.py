@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.config import HeadConfig, OptimConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.reading import Part
@@ -38,6 +38,7 @@ from redrafter.training.engine import Engine, connect
 from redrafter.training.faults import Interruption, lost_peers
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
+from redrafter.training.refusals import find, refuse
 from redrafter.training.step import StepLoss, needed_teacher, total_weight
 
 #: values that may change between a checkpoint and the run that resumes from it
@@ -115,7 +116,7 @@ class Run:
         self.config = config
         self.out = Path(config.output_dir)
         self.checkpoints = self.out / "checkpoints"
-        checkpoint.find(config.resume, self.checkpoints)  # fails before any work
+        refuse(config)
         self.accelerator = connect(config)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -161,7 +162,7 @@ class Run:
             for text in checkpoint.set_aside(self.checkpoints):
                 print(text)
         self.accelerator.wait_for_everyone()
-        return checkpoint.find(self.config.resume, self.checkpoints)
+        return find(self.config.resume, self.checkpoints)
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ class Run:
     def _loop(self) -> None:
         config, total = self.config, self.config.optim.steps
         window, clock = None, time.perf_counter()
-        bar = tqdm(
+        bar = Bar(
             total=total, initial=self.done, desc="training", unit="step", disable=not self.main
         )
         with bar:
@@ -244,7 +245,7 @@ class Run:
             return False
         return bool(self.shared[1])
 
-    def _log(self, window: Tensor, seconds: float, bar: tqdm) -> None:
+    def _log(self, window: Tensor, seconds: float, bar: Bar) -> None:
         """The only place that reads the loss from the device."""
         n, hits, losses = self.engine.sum(window).tolist()
         skipped, _, in_a_row = self.engine.skips.tolist()
@@ -273,7 +274,7 @@ class Run:
         if self.config.tracker is not None:
             self.accelerator.log(values, step=self.done)
 
-    def _evaluate(self, bar: tqdm) -> bool:
+    def _evaluate(self, bar: Bar) -> bool:
         """Measure the head; True if it is the best so far."""
         found = {"step": self.done, **self.measure(lora.merged(self.engine.whole_head()))}
         self.engine.release()

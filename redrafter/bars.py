@@ -1,0 +1,45 @@
+"""The progress of long work: tqdm's bar in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_LOG_S = 30.0  # between two lines
+_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
+
+
+class Bar(tqdm):
+    """tqdm, which draws its bar by returning to the line's beginning; where the error output is no
+    terminal that leaves fragments, so there it writes whole lines."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.lines = options.get("file") is None and not sys.stderr.isatty()
+        if self.lines:
+            options = {"mininterval": _LOG_S, "maxinterval": _LOG_S, "miniters": 1,
+                       "bar_format": _LINE, "delay": 1e-9, **options}  # fmt: skip
+        super().__init__(*args, **options)
+
+    def display(self, *args: Any, **options: Any) -> Any:
+        if not self.lines:
+            return super().display(*args, **options)
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+        return True
+
+    @classmethod
+    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
+        if sys.stderr.isatty():
+            super().write(s, file, end, nolock)
+        else:
+            print(s, file=file, end=end, flush=True)
+
+    def close(self) -> None:
+        if self.lines and not self.disable:
+            self.disable = True  # tqdm's own end of a line is not needed
+            self.display()
+            self._decr_instances(self)
+        else:
+            super().close()

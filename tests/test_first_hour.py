@@ -1,0 +1,197 @@
+"""What a new user meets first: help and refusals at once, in few lines, and logs to be read."""
+
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import LoggerType
+
+from redrafter import processes
+from redrafter.bars import Bar
+from redrafter.cli.args import parse
+from redrafter.cli.main import SUBCOMMANDS
+from redrafter.cli.speed import main as speed
+from redrafter.cli.train_redrafter import summary
+from redrafter.config import SpeedConfig, TargetConfig, TrainConfig
+from redrafter.contracts import InputError
+from redrafter.training.refusals import TRACKERS, check_tracker
+
+ROOT = Path(__file__).resolve().parent.parent
+_ALONE = """\
+import sys
+from redrafter.cli.{command} import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print("status", end.code, *{{"torch", "transformers", "accelerate"}} & set(sys.modules))
+"""
+
+
+def at_once(command: str, *argv: str) -> tuple[str, str]:
+    """(stdout, stderr) of a command that must end before anything heavy is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE.format(command=command), *map(str, argv)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    *said, status = done.stdout.splitlines()
+    assert status in ("status 0", "status 2"), done.stdout + done.stderr
+    return "\n".join(said), done.stderr
+
+
+# ------------------------------------------------------------------------------------ at once
+
+
+_HELP = """\
+import contextlib, importlib, io, sys
+for command in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        importlib.import_module(f"redrafter.cli.{command}").main(["--help"])
+    print(command, *{"torch", "transformers", "accelerate", "numpy"} & set(sys.modules))
+"""
+
+
+def test_help_waits_for_nothing_heavy():
+    command = [sys.executable, "-c", _HELP, *SUBCOMMANDS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == list(SUBCOMMANDS), done.stdout + done.stderr
+
+
+def test_a_run_that_would_overwrite_another_is_refused_at_once(tmp_path):
+    (tmp_path / "checkpoints/step-40").mkdir(parents=True)
+    argv = ["--target.path", "x", "--output_dir", tmp_path, "--data.source.path", "y"]
+    _, wrong = at_once("train_redrafter", *argv)
+    assert wrong.startswith("error: ") and wrong.count("\n") == 1
+    assert "checkpoints up to step 40: give --resume auto to go on" in wrong
+    _, wrong = at_once("train_redrafter", *argv, "--resume", tmp_path / "nothing")
+    assert "no state.json there" in wrong
+
+
+def test_a_tracker_that_could_not_log_is_refused_at_once(tmp_path):
+    argv = ["--target.path", "x", "--output_dir", tmp_path, "--data.source.path", "y", "--tracker"]
+    _, wrong = at_once("train_redrafter", *argv, "tensorbord")
+    assert "tracker: 'tensorbord' is unknown; did you mean tensorboard?" in wrong
+    _, wrong = at_once("train_redrafter", *argv, "aim")
+    assert "tracker: aim is not installed" in wrong and "pip install aim" in wrong
+
+
+def test_trackers_are_those_that_accelerate_knows(tmp_path, monkeypatch):
+    assert set(TRACKERS) == {str(kind.value) for kind in LoggerType} - {"all"}
+    for name in (None, "all", "tensorboard"):
+        check_tracker(name)
+    (tmp_path / "aim").mkdir()  # as a tracker leaves its logs, and no package of it
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="not installed"):
+        check_tracker("aim")
+
+
+# ------------------------------------------------------------------------------------ in few lines
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--warm_up", "3"], "unrecognized arguments: --warm_up 3"),
+        (["--targt.path", "x"], "did you mean --target.path?"),
+        (["--repeats", "many"], '"repeats"'),
+        ([], "arguments are required: target.path"),
+    ],
+)
+def test_a_wrong_option_is_one_message_without_eighty_lines_of_usage(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(SpeedConfig, words, "eval/speed.py")
+    wrong = capsys.readouterr().err
+    assert ended.value.code == 2 and said in wrong
+    assert wrong.count("\n") <= 3 and "eval/speed.py --help" in wrong
+
+
+def test_list_shows_every_name_that_a_method_may_have(capsys):
+    from redrafter.drafters.build import DRAFTERS
+
+    with pytest.raises(SystemExit) as ended:
+        speed(["--list"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    found = set(re.findall(r"^  ([\w-]+)", shown, re.MULTILINE))
+    assert set(DRAFTERS) | {"plain", "stock", "hf-assistant"} <= found
+
+
+# ------------------------------------------------------------------------------------ logs
+
+
+def lines(monkeypatch, terminal: bool) -> str:
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("redrafter.bars._LOG_S", 0.0)
+    with Bar(total=3, desc="training", unit="step", mininterval=0) as bar:
+        for step in range(3):
+            bar.update()
+            bar.set_postfix(loss=f"{step}.5", refresh=False)
+    return out.getvalue()
+
+
+def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
+    found = lines(monkeypatch, terminal=False)
+    assert "\r" not in found and found.endswith("\n")
+    assert re.fullmatch(r"training: 3 of 3 steps, .*, loss=2\.5", found.splitlines()[-1])
+    assert all(line.startswith("training: ") for line in found.splitlines())
+    assert "\r" in lines(monkeypatch, terminal=True)
+
+
+def test_bars_speak_only_when_they_are_asked_to(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with Bar(total=3, disable=True) as bar:
+        bar.update()
+    assert out.getvalue() == ""
+
+
+def test_the_quickstarts_table_says_where_the_text_repeats_itself():
+    def body(temperature, loops):
+        method = {"tokens_per_step": 1.5, "speedup_plain": 1.2, "low": {"speedup_plain": 1.1},
+                  "high": {"speedup_plain": 1.3}, "steps": 9}  # fmt: skip
+        plain = {**method, "steps": None, "low": {}, "high": {}, "speedup_plain": 1.0}
+        return {"methods": {"plain": plain, "head": method}, "temperature": temperature,
+                "loop_share": loops}  # fmt: skip
+
+    show = runpy.run_path(str(ROOT / "scripts/quickstart_table.py"))["show"]
+    shown = show([body(0.0, 0.69), body(1.0, 0.02)])
+    assert re.search(r"^head +1\.50 +1\.20x \[1\.10, 1\.30\] +1\.50 ", shown, re.MULTILINE)
+    assert re.search(r"^plain +1\.00 +1\.00x +1\.00 ", shown, re.MULTILINE)
+    assert re.search(r"^loops +0\.69 +0\.02", shown, re.MULTILINE)
+    assert "At T 0 the target" in shown and "tokens per forward" in shown
+    assert "repeats itself" not in show([body(0.0, 0.1), body(1.0, 0.02)])
+    assert "At T 0 and 1 the" in show([body(0.0, 0.7), body(1.0, 0.5)])
+
+
+def test_the_package_says_that_it_is_typed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (ROOT / "redrafter/py.typed").exists()
+    assert settings["tool"]["setuptools"]["package-data"] == {"redrafter": ["py.typed"]}
+
+
+def test_deepspeed_need_not_say_what_it_found(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    processes._options(False, 1)
+    assert "DS_ACCELERATOR" not in os.environ
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    processes._options(False, 1)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_training_ends_with_a_sentence():
+    config = TrainConfig(TargetConfig("x"), data=None, output_dir="runs/head")
+    assert summary(config, {"step": 7}) == (
+        "runs/head holds the head of step 7; the curves: tensorboard --logdir runs/head/logs"
+    )
+    best = {"step": 7, "tokens_per_step": {"greedy": 2.345, "T=1": 2.0}}
+    assert "makes 2.35 (greedy), 2.00 (T=1) tokens per step on 40 held-out" in summary(config, best)
