@@ -58,6 +58,6 @@ def _some(names: Iterable[str]) -> str:
 
 def choose_experts(model: Any, dtype: torch.dtype) -> None:
     """Experts are computed one by one where the grouped product lacks the dtype (float64)."""
-    chosen = getattr(model, "get_experts_implementation", dict)()  # transformers before 5.? has none
+    chosen = getattr(model, "get_experts_implementation", dict)()  # older versions have none
     if dtype not in _GROUPED and "grouped_mm" in chosen.values():
         model.set_experts_implementation("eager")

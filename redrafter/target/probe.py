@@ -10,13 +10,14 @@ masks, positions and cache, and every path is compared with the bare model's for
                |                        node's place among the keys is not its position
                +----- 2 -- 3
 
-Three forwards of at most 4 x 9 tokens in all, once per target. Only where rounding might not
-explain a difference, the model is also compared with itself. Source: ours.
+Three forwards of at most 4 x 8 tokens each, once per target; more only where a difference is larger
+than rounding usually makes one: then the model is compared with itself as well. Source: ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +26,13 @@ from torch import Tensor
 from redrafter.contracts import InputError
 from redrafter.decode.cache import RowCache
 from redrafter.processes import everyone
+from redrafter.target.adapters import probe_tokens
 
 if TYPE_CHECKING:
     from redrafter.target.model import Target
 
 _PROMPTS = (3, 5)
+_WINDOW = 3  # no longer than any of them, and than a path
 _PARENT = (0, 0, 0, 2)
 _PATHS = ((0, 1), (0, 2, 3))  # from the root to each leaf
 # As for stored figures of a head (`redrafter.hub.rounding`): several roundings to the dtype one
@@ -45,26 +48,47 @@ def check_target(target: Target) -> None:
     """
     tokens = _tokens(target)
     paths = _paths(tokens)
-    try:
-        own, ours = _compare(target, tokens, paths)
-    except Exception as error:  # each class has its own way to fail
-        raise InputError(_refusal(target, _why_raised(target, paths, error))) from error
-    finite = own.isfinite().all() & ours.isfinite().all()
-    difference = float((own - ours).abs().max())
-    wrong = not bool(finite) or difference > _tolerance(target, own, measured=None)
-    if target.sharded:  # what follows makes forwards, which are collective
-        wrong = any(everyone(wrong))
-    if not wrong:
-        return
-    if not bool(finite):
-        raise InputError(_refusal(target, _why_not_finite(target, own)))
-    measured = _own_rounding(target, paths, own)
-    if not difference <= _tolerance(target, own, measured):
+    with torch.inference_mode(), _short_windows(target):
+        try:
+            own, ours = _compare(target, tokens, paths)
+        except Exception as error:  # each class has its own way to fail
+            raise InputError(_refusal(target, _why_raised(target, paths, error))) from error
+        finite = bool((own.isfinite().all() & ours.isfinite().all()).item())
+        difference = float((own - ours).abs().max())
+        if not _any(target, not finite or difference > _tolerance(target, own)):
+            return
+        if not finite:
+            raise InputError(_refusal(target, _why_not_finite(target, own)))
+        measured = _own_rounding(target, paths, own)
+        if not _any(target, difference > _tolerance(target, own, measured)):
+            return
         why = _why_wrong(target, paths, measured)
-        raise InputError(
-            _refusal(target, f"{why} (its logits, up to {float(own.abs().max()):.3g}, are off by "
-                             f"{difference:.2g})")
-        )  # fmt: skip
+    largest = float(own.abs().max())
+    raise InputError(
+        _refusal(target, f"{why} (its logits, up to {largest:.3g}, are off by {difference:.2g})")
+    )
+
+
+def _any(target: Target, flag: bool) -> bool:
+    """Of all processes that share the weights: what depends on it makes forwards, together."""
+    return any(everyone(flag)) if target.sharded else flag
+
+
+@contextmanager
+def _short_windows(target: Target) -> Iterator[None]:
+    """Windows of a few tokens, so that few tokens show what the class makes of a window: whether
+    it applies one, and where it ends. transformers reads them off the configuration when it makes
+    a mask."""
+    if target.sees_all or not any(target.windows.values()):
+        yield
+        return
+    windows, configured = target.windows, target.config.sliding_window
+    target.windows = {name: w and min(w, _WINDOW) for name, w in windows.items()}
+    target.config.sliding_window = min(configured, _WINDOW)
+    try:
+        yield
+    finally:
+        target.windows, target.config.sliding_window = windows, configured
 
 
 def _refusal(target: Target, why: str) -> str:
@@ -81,10 +105,10 @@ def _tokens(target: Target) -> Tensor:
     """
     special = set(_special_ids(target.model.config.to_dict()))
     n = len(_PROMPTS) * (max(_PROMPTS) + len(_PARENT))
-    free = [t for t in range(min(target.vocab_size, n + len(special))) if t not in special]
-    free = free or [0]
-    # A prime stride, so that neighbours are no neighbours in the vocabulary
-    picked = [free[7 * i % len(free)] for i in range(n)]
+    known = getattr(target.model.get_input_embeddings(), "num_embeddings", target.vocab_size)
+    spread = probe_tokens(min(known, target.vocab_size), n + len(special))[0].tolist()
+    free = [t for t in spread if t not in special] or [0]
+    picked = [free[i % len(free)] for i in range(n)]
     return torch.tensor(picked, device=target.device).view(len(_PROMPTS), -1)
 
 
@@ -93,7 +117,8 @@ def _special_ids(fields: dict[str, Any]) -> Iterator[int]:
         if isinstance(value, dict):
             yield from _special_ids(value)
         elif str(name).endswith(("token_id", "token_index", "padding_idx")):
-            yield from value if isinstance(value, (list, tuple)) else [value]
+            found = value if isinstance(value, (list, tuple)) else [value]
+            yield from (t for t in found if isinstance(t, int))
 
 
 def _paths(tokens: Tensor) -> Tensor:
@@ -115,7 +140,6 @@ def _places() -> Iterator[tuple[int, int, list[int], list[int]]]:
             yield row * len(_PATHS) + i, row, list(path), [length + d for d in range(len(path))]
 
 
-@torch.inference_mode()
 def _compare(target: Target, tokens: Tensor, paths: Tensor) -> tuple[Tensor, Tensor]:
     """(n, V) logits each, in float32 at least: the model's own, and as decoding computes them."""
     whole = _wide(_own_logits(target, paths))
@@ -160,9 +184,7 @@ def _decoded(target: Target, tokens: Tensor) -> tuple[Tensor, Tensor]:
     for row, start in enumerate(_PROMPTS):
         allowed[row, :, start : start + n] = seen.to(device)
         keys[row, start : start + n] = position[row]
-    out = target.forward(
-        tokens[:, width:], position, target.masks(allowed, position, keys), cache
-    )
+    out = target.forward(tokens[:, width:], position, target.masks(allowed, position, keys), cache)
     return _wide(first.logits), _wide(out.logits)
 
 
@@ -173,7 +195,7 @@ def _wide(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- rounding
 
 
-def _tolerance(target: Target, own: Tensor, measured: float | None) -> float:
+def _tolerance(target: Target, own: Tensor, measured: float | None = None) -> float:
     """What rounding may change a logit by: (4 eps(dtype) + 64 eps(float32)) of the largest, or four
     times the `measured` rounding. At most half of the dtype's digits (the root of its eps) are
     believed to be rounding, times four again: in float32 a wrong soft-cap stays visible however
@@ -187,7 +209,6 @@ def _tolerance(target: Target, own: Tensor, measured: float | None) -> float:
     return known if measured is None else max(known, _FACTOR * min(measured, eps**0.5 * largest))
 
 
-@torch.inference_mode()
 def _own_rounding(target: Target, paths: Tensor, own: Tensor) -> float:
     """The largest difference of two logits that are equal but for rounding: the bare model on all
     paths at once, on each alone, and token by token with its own cache."""
@@ -220,13 +241,19 @@ def _stepwise(target: Target, tokens: Tensor) -> Tensor:
 
 
 def _why_raised(target: Target, paths: Tensor, error: Exception) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     try:
-        with torch.inference_mode():
-            _own_logits(target, paths)
-    except Exception:
-        return f"cannot compute logits of token ids alone in {target.dtype} ({text})"
-    return f"takes no masks of single keys, positions and cache of ours ({text})"
+        _own_logits(target, paths)
+    except Exception as own:
+        return f"cannot compute logits of token ids alone in {target.dtype} ({_text(own)})"
+    try:
+        target.project(target.backbone(input_ids=paths, use_cache=False).last_hidden_state)
+    except Exception as own:
+        return f"has an lm_head that does not take what its backbone gives ({_text(own)})"
+    return f"does not take masks of single keys, positions and a cache of ours ({_text(error)})"
+
+
+def _text(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].removesuffix(":")
 
 
 def _why_not_finite(target: Target, own: Tensor) -> str:
@@ -238,32 +265,31 @@ def _why_not_finite(target: Target, own: Tensor) -> str:
     )
 
 
-@torch.inference_mode()
 def _why_wrong(target: Target, tokens: Tensor, measured: float) -> str:
-    """What a model ignores, by changing one thing at a time; the first that explains enough."""
+    """What a model ignores, by changing one thing at a time; the first that explains it."""
     logits = _wide(_own_logits(target, tokens))
     bound = _tolerance(target, logits, measured)
+
+    def hidden(**given: Any) -> Tensor:
+        return target.backbone(input_ids=tokens, use_cache=False, **given).last_hidden_state
 
     def differs(a: Tensor, b: Tensor) -> bool:
         return not float((a - b).abs().max()) <= bound
 
-    positions = torch.arange(tokens.shape[1], device=target.device).expand_as(tokens)
-    hidden = target.backbone(input_ids=tokens, use_cache=False).last_hidden_state
-    if differs(_wide(target.project(hidden)), logits):
+    if differs(_wide(target.project(hidden())), logits):
         return "changes its logits after lm_head in a way this version does not know"
-    if differs(_wide(_own_logits(target, tokens[:, :4])), logits[:, :4]):
+    if differs(_wide(_own_logits(target, tokens[:, :-3])), logits[:, :-3]):
         return "lets a token see what follows it (is_decoder is not set, or it is no causal LM)"
-    given = target.states(tokens)
+    place = torch.arange(tokens.shape[1], device=target.device).expand_as(tokens)
+    given = hidden(position_ids=place)
     if differs(_wide(target.project(given)), logits):
-        return "numbers positions in its own way and not from 0"
-    spread = target.backbone(input_ids=tokens, position_ids=2 * positions, use_cache=False)
-    if torch.equal(spread.last_hidden_state, given):
+        return "numbers positions in its own way, not from 0"
+    if torch.equal(hidden(position_ids=2 * place), given):
         return "ignores position_ids"
-    alone = positions[:, :, None] == positions[:, None, :]
-    masks = target.masks(alone, positions, positions)
-    masked = target.backbone(
-        input_ids=tokens, position_ids=positions, attention_mask=masks, use_cache=False
-    )
-    if torch.equal(masked.last_hidden_state, given):
+    itself = target.masks(place[:, :, None] == place[:, None, :], place, place)
+    if torch.equal(hidden(position_ids=place, attention_mask=itself), given):
         return "ignores masks of single keys"
+    everything = target.masks(place[:, :, None] >= place[:, None, :], place, place)
+    if differs(_wide(target.project(hidden(attention_mask=everything))), logits):
+        return "does not apply the window (sliding_window) of its configuration as others do"
     return "computes something else with masks of single keys, positions and a cache of ours"
