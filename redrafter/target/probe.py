@@ -5,12 +5,12 @@ count positions from the cache, look to the right, or change their logits behind
 ragged rows are prefilled and a tree of two branches is verified as decoding does it, with our
 masks, positions and cache, and every path is compared with the bare model's forward of that path.
 
-    rows      [a b c], [d e f g h]      prefilled padded on the right
+    rows      [a b], [c d e]            prefilled padded on the right
     tree      root -- 1                 each row has its own tokens; branches are siblings, so a
                |                        node's place among the keys is not its position
                +----- 2 -- 3
 
-Three forwards of at most 4 x 8 tokens each, once per target; more only where a difference is larger
+Three forwards of at most 4 x 6 tokens each, once per target; more only where a difference is larger
 than rounding usually makes one: then the model is compared with itself as well. Source: ours.
 """
 
@@ -31,8 +31,8 @@ from redrafter.target.adapters import probe_tokens
 if TYPE_CHECKING:
     from redrafter.target.model import Target
 
-_PROMPTS = (3, 5)
-_WINDOW = 3  # no longer than any of them, and than a path
+_PROMPTS = (2, 3)
+_WINDOW = 3  # shorter than the paths
 _PARENT = (0, 0, 0, 2)
 _PATHS = ((0, 1), (0, 2, 3))  # from the root to each leaf
 # As for stored figures of a head (`redrafter.hub.rounding`): several roundings to the dtype one
@@ -99,7 +99,7 @@ def _refusal(target: Target, why: str) -> str:
 
 
 def _tokens(target: Target) -> Tensor:
-    """(2, 9) int64: of each row a prompt of up to 5 tokens, then the tree's nodes.
+    """(2, 7) int64: of each row a prompt of up to 3 tokens, then the tree's nodes.
 
     No id that a configuration gives a meaning: models treat padding and images in their own ways.
     """
@@ -122,7 +122,7 @@ def _special_ids(fields: dict[str, Any]) -> Iterator[int]:
 
 
 def _paths(tokens: Tensor) -> Tensor:
-    """(4, 8) int64: each row's text along each path, with any token behind a shorter one."""
+    """(4, 6) int64: each row's text along each path, with any token behind a shorter one."""
     width = max(_PROMPTS) + max(map(len, _PATHS))
     made = []
     for row, length in zip(tokens, _PROMPTS, strict=True):
@@ -157,7 +157,7 @@ def _own_logits(target: Target, tokens: Tensor) -> Tensor:
 
 
 def _decoded(target: Target, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded prefill, then the tree on its cache. tokens: (2, 9).
+    """Right-padded prefill, then the tree on its cache. tokens: (2, 7).
 
     Returns (2, 1, V) logits of each prompt's last token, and (2, 4, V) of the nodes.
     """
