@@ -123,7 +123,8 @@ MAY_IMPORT = {
     "threads": {"contracts"},
     "bars": set(),
     "launcher": {"processes"},
-    "target": BASE | {"processes"},  # of several processes each has its own device
+    # Of several processes each has its own device; a model is tried with the cache it will meet.
+    "target": BASE | {"processes", "decode.cache"},
     "heads": BASE | {"hub.fetch"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
     "decode": BASE | {"target"},

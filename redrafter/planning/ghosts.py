@@ -49,7 +49,7 @@ class GhostTarget(Target):
         super().__init__(model, name=Path(config.path).name or config.path)
         self.wanted = config
 
-    def _check_project(self) -> None:
+    def _check(self) -> None:
         """Nothing: it compares values."""
 
     def fingerprint(self) -> str:

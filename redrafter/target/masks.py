@@ -28,3 +28,10 @@ def additive_masks(
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         masks[name] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
     return masks
+
+
+def for_rows(masks: Tensor | dict[str, Tensor], n: int) -> Tensor | dict[str, Tensor]:
+    """Masks (B or 1, ...) as views of n rows: some classes (XGLM, MVP) refuse to broadcast."""
+    if isinstance(masks, dict):
+        return {name: for_rows(mask, n) for name, mask in masks.items()}
+    return masks if len(masks) == n else masks.expand(n, -1, -1, -1)

@@ -24,9 +24,11 @@ from redrafter.target.adapters import (
     probe_tokens,
 )
 from redrafter.target.devices import pick_device
-from redrafter.target.masks import additive_masks
+from redrafter.target.loading import choose_experts, load_complete
+from redrafter.target.masks import additive_masks, for_rows
 from redrafter.target.offload import check_alone, load_in_places, reader
 from redrafter.target.paths import OWN_CODE, check_path, said
+from redrafter.target.probe import check_target
 from redrafter.target.sharding import ShardedBackbone, check_launch, load_split
 from redrafter.target.text import load_tokenizer
 
@@ -113,8 +115,9 @@ class Target:
         granite = getattr(self.config, "logits_scaling", None) or 1.0
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
+        choose_experts(model, self.dtype)
         self._no_mask = torch.empty(1, 1, 1, 0)
-        self._check_project()
+        self._check()
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
         """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
@@ -123,17 +126,9 @@ class Target:
             return {"full_attention": None} if window is None else {"sliding_attention": window}
         return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
 
-    @torch.inference_mode()
-    def _check_project(self) -> None:
-        """A class may scale or cap its logits in ways `project` does not know: find out now."""
-        ids = torch.tensor([[0, min(1, self.vocab_size - 1)]], device=self.device)
-        whole = self.model(input_ids=ids, use_cache=False).logits
-        ours = self.project(self.backbone(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(whole.float(), ours.float(), rtol=1e-2, atol=1e-2):
-            raise InputError(
-                f"{self.name}: {type(self.model).__name__} changes its logits after lm_head in a "
-                "way this version does not know; the target cannot be used"
-            )
+    def _check(self) -> None:
+        """Raises InputError where its logits, computed as decoding does, are not the model's."""
+        check_target(self)
 
     def together(self) -> AbstractContextManager[None]:
         """Processes that share the target's weights all enter this where each of them makes as many
@@ -186,7 +181,7 @@ class Target:
         hidden = self.backbone(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=masks,
+            attention_mask=for_rows(masks, len(tokens)),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -275,8 +270,6 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
 
     may_shard: the caller's processes all make the target's forwards together
     """
-    from transformers import AutoModelForCausalLM
-
     config = TargetConfig(path=config) if isinstance(config, str) else config
     if config.shard != "none" and not may_shard:
         raise InputError(
@@ -306,9 +299,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
         elif mapped:
             model = load_in_places(path, config, shape, known, device, kwargs, whole.revision)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, revision=whole.revision, **kwargs
-            )
+            model = load_complete(path, dtype=dtype, revision=whole.revision, **kwargs)
     except InputError:
         raise
     except Exception as error:

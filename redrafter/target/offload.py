@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.processes import launched
+from redrafter.target.loading import load_complete
 
 Place = int | str  # an accelerator's number (or "mps"), "cpu", "disk"
 
@@ -109,7 +110,7 @@ def load_in_places(
     with torch.device("meta"):
         ghost = AutoModelForCausalLM.from_config(shape, dtype=dtype, **attention)
     ghost.tie_weights()
-    return AutoModelForCausalLM.from_pretrained(
+    return load_complete(
         path, dtype=dtype, revision=revision, offload_folder=config.offload_folder,
         device_map=layers_to_places(ghost, config, device), **attention,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from torch import nn
 
 from redrafter.contracts import InputError
 from redrafter.processes import asked_for, everyone
+from redrafter.target.loading import load_complete
 
 #: DeepSpeed's name of each dtype that it can split
 _SWITCH = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -115,13 +116,12 @@ def load_split(
 
     config: the model's own, for its width. Returns the model and its backbone.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     settings = _settings(dtype, config.get_text_config().hidden_size)
     asked = HfDeepSpeedConfig(settings)  # transformers looks for it as long as it is referred to
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        model = load_complete(path, dtype=dtype, **kwargs)
     finally:
         unset_hf_deepspeed_config()
         del asked

@@ -1,0 +1,63 @@
+"""Loading a causal LM so that it is the one in the checkpoint, and runs in its dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from redrafter.contracts import InputError
+
+#: dtypes that torch's grouped products know, with which transformers computes experts by default
+_GROUPED = (torch.float32, torch.bfloat16, torch.float16)
+_NAMED = 3  # keys that a message shows
+
+
+def load_complete(path: str, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, all of whose weights come from the checkpoint.
+
+    transformers draws what a checkpoint lacks at random: another model at every load. Weights that
+    are tied to others, and what a class can do without, are not missing.
+    Raises InputError naming the folder and the missing weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Other shapes are no error here, so that they are told of as what is missing is.
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    kind = type(model).__name__
+    if found["missing_keys"]:
+        raise InputError(
+            f"target.path: {path!r} lacks {_some(found['missing_keys'])}, which a {kind} needs and "
+            "which would be drawn at random: give the folder of a whole causal LM (not of a bare "
+            "backbone, a classifier or a checkpoint that was cut short)"
+        )
+    if found["mismatched_keys"]:
+        names = [f"{n} ({tuple(a)}, not {tuple(b)})" for n, a, b in found["mismatched_keys"]]
+        raise InputError(
+            f"target.path: {path!r} has other shapes than its config.json says of {_some(names)}: "
+            "its weights and its config.json do not belong together"
+        )
+    if found["unexpected_keys"]:
+        warnings.warn(
+            f"target.path: {path!r} has {_some(found['unexpected_keys'])}, for which a {kind} has "
+            "no place; they are not used",
+            stacklevel=2,
+        )
+    return model
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f", ... ({len(names)} in all)" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def choose_experts(model: Any, dtype: torch.dtype) -> None:
+    """Experts are computed one by one where the grouped product lacks the dtype (float64)."""
+    chosen = getattr(model, "get_experts_implementation", dict)()  # older versions have none
+    if dtype not in _GROUPED and "grouped_mm" in chosen.values():
+        model.set_experts_implementation("eager")
