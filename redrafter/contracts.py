@@ -290,3 +290,22 @@ def root_tree(root: Tensor) -> TokenTree:
     tokens = root[:, None]
     zeros = torch.zeros_like(tokens)
     return TokenTree(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool))
+
+
+class NoDraft(Drafter):
+    """Every tree is its root: one token per step, as in plain decoding."""
+
+    def start(self) -> None:
+        pass
+
+    def extend(self, level: int) -> None:
+        raise AssertionError("there are no levels")
+
+    def tree(self) -> TokenTree:
+        return root_tree(self.seqs.root)
+
+
+class AllLevels(Lookahead):
+    """Lets every level stand that the drafter can draft."""
+
+    level_by_level = False
