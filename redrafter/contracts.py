@@ -276,7 +276,8 @@ class Generation:
     """What `plain` and `speculative` return.
 
     tokens: new token ids per row, prompt excluded; an EOS that ended the row is included
-    finish: per row "eos", "stop_string", "criteria" or "length"
+    finish: per row "eos", "stop_string", "criteria" or "length"; "not_finite" where the scores of
+        the token to come were nan or infinite, or all -inf: `tokens` ends before it
     """
 
     tokens: list[list[int]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,9 @@ _REFUSED = {
 }  # fmt: skip
 
 Prompts = Sequence[Sequence[int]] | Tensor
+
+#: `Generation.finish` of a row for which there was nothing to choose from
+NOT_FINITE = "not_finite"
 
 
 class Request:
@@ -141,7 +145,8 @@ class Request:
         cache = RowCache(target.n_layers, self.n_rows, seqs.ids.shape[1] + slack, target.device)
         position = torch.arange(width, device=target.device)[None]
         causal = position[:, :, None] >= position[:, None, :]
-        cache.prepare(width)
+        ragged = min(lengths) < width
+        cache.prepare(width, position >= seqs.length[:, None] if ragged else None)
         out = target.forward(
             seqs.ids[:, :width],
             position.expand(self.n_rows, -1),
@@ -166,7 +171,12 @@ class Emitter:
             request.streamer.put(torch.tensor([request.prompts[0]]))
 
     def emit(self, row: int, new: list[int]) -> int:
-        """Append tokens to a live row until one of them stops it. Returns how many were kept."""
+        """Append tokens to a live row until one of them stops it. Returns how many were kept.
+
+        new: none where the scores to choose from were not finite, which ends the row
+        """
+        if not new:
+            self.finish[row] = NOT_FINITE
         for kept, token in enumerate(new, start=1):
             self.tokens[row].append(token)
             if self.request.streamer is not None:
@@ -204,7 +214,20 @@ class Emitter:
         if self.request.streamer is not None:
             self.request.streamer.end()
         stats.seconds["total"] = time.perf_counter() - self.started
+        if NOT_FINITE in self.finish:
+            # To the caller of the loop, which is decorated
+            warnings.warn(not_finite(self.request.target), stacklevel=4)
         return Generation(self.tokens, self.finish, stats)
+
+
+def not_finite(target: Target) -> str:
+    """What to say of rows that ended so."""
+    return (
+        f"{target.name} in {str(target.dtype).removeprefix('torch.')} gives scores that are not "
+        f"finite (nan or infinite): rows end before the first such token, their finish is "
+        f"{NOT_FINITE!r}. Most often numbers overflow: load it in bfloat16 or float32; else its "
+        "weights are damaged, or a logits processor forbids every token"
+    )
 
 
 def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> list[list[int]]:

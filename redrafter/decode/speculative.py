@@ -27,7 +27,7 @@ from redrafter.decode.ratio import RULES, Rule, accepting_noise, verify_ratio
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
 from redrafter.decode.tree import ancestors
-from redrafter.decode.verify import Verdict, choose, verify
+from redrafter.decode.verify import Verdict, choose_scored, to_host, verify
 from redrafter.target.model import Target, TargetOutput
 
 
@@ -92,9 +92,9 @@ def _decode(state: _Decoding, drafter: Drafter, lookahead: Lookahead) -> Generat
             seen = ancestors(tree, state.deepest(tree))
         with timer("verify"), drafter.watch(False):
             out = state.forward(tree, seen)
-        verdict = state.verify(out, tree, seen)
         drafted = torch.where(tree.valid, tree.depth, 0).amax(1)
-        in_order = state.accept(verdict, drafted, tree.n_nodes)
+        verdict, told = state.verify(out, tree, seen, drafted)
+        in_order = state.accept(told, tree.n_nodes)
         state.commit(verdict, in_order)
         truth = _truth(verdict, out, tree, seqs, needs)
         with timer("draft"):
@@ -169,9 +169,10 @@ class _Decoding:
         seqs, emitter, request = self.seqs, self.emitter, self.request
         self.cache, logits, hidden = request.prefill(seqs, self.slack)
         noise = request.noise(emitter.lengths, 1)
-        first = choose(request.warp.rows(logits, seqs), None if noise is None else noise[:, 0])
-        for row, token in enumerate(first.tolist()):
-            emitter.emit(row, [token])
+        noise = None if noise is None else noise[:, 0]
+        first, best = choose_scored(request.warp.rows(logits, seqs), noise)
+        for row, token in enumerate(to_host(first, best)):
+            emitter.emit(row, token)
         self._append(first[:, None])
         seqs.cache = self.cache
         count = seqs.live.long()  # a row may have ended with its first token
@@ -204,31 +205,65 @@ class _Decoding:
         masks = target.masks(allowed, position, key_position)
         return target.forward(tree.tokens, position, masks, cache)
 
-    def verify(self, out: TargetOutput, tree: TokenTree, seen: Tensor) -> Verdict:
+    def verify(
+        self, out: TargetOutput, tree: TokenTree, seen: Tensor, drafted: Tensor
+    ) -> tuple[Verdict, list[list[int]]]:
+        """The verdict, and per row what the host is told, in the step's one read: accepted and
+        drafted levels (B,), then the verdict's tokens and path."""
+        verdict, told = self._judge(out, tree, seen, drafted)
+        spoilt = [
+            row[0] < 0 and live for row, live in zip(told, self.emitter.live, strict=True)
+        ]  # fmt: skip
+        if any(spoilt) and tree.n_nodes > 1:
+            self._forward_alone(torch.tensor(spoilt, device=drafted.device), out)
+            verdict, told = self._judge(out, tree, seen, drafted)
+        if any(row[0] < 0 for row in told):
+            verdict.count = verdict.count.clamp(min=0)
+        return verdict, told
+
+    def _judge(
+        self, out: TargetOutput, tree: TokenTree, seen: Tensor, drafted: Tensor
+    ) -> tuple[Verdict, list[list[int]]]:
         seqs, deepest = self.seqs, self.deepest(tree)
         scores = self.request.warp.tree(out.logits, tree, seen, seqs)
         if self.rule == "seeded" or not self.request.sampled:
             noise = None if seqs.noise is None else seqs.noise[:, : deepest + 1]
-            return verify(scores, tree, noise, seen, deepest)
-        uniform = accepting_noise(seqs, tree, deepest)
-        return verify_ratio(scores, tree, uniform, deepest, self.rule)
-
-    def accept(self, verdict: Verdict, drafted: Tensor, n_nodes: int) -> bool:
-        """Emit and stop. The step's one read of the host. Returns whether every row's accepted
-        nodes are its first ones."""
-        emitter, stats = self.emitter, self.timer.stats
+            verdict = verify(scores, tree, noise, seen, deepest)
+        else:
+            uniform = accepting_noise(seqs, tree, deepest)
+            verdict = verify_ratio(scores, tree, uniform, deepest, self.rule)
         counts = torch.stack([verdict.count, drafted], 1)
-        packed = torch.cat([counts, verdict.tokens, verdict.path], 1).tolist()
-        width = verdict.tokens.shape[1]
+        return verdict, torch.cat([counts, verdict.tokens, verdict.path], 1).tolist()
+
+    def _forward_alone(self, rows: Tensor, out: TargetOutput) -> None:
+        """Take the root's numbers from a forward without the drafted nodes. rows: (B,) bool
+
+        A node whose keys or values are not finite spoils every other that it is masked from: a
+        weight of 0 times nan is nan. So where a root is not finite, what was drafted may be why.
+        By a ratio rule the draws still stand, and only those below the root can be tested.
+        """
+        self.cache.clear(rows)
+        root = root_tree(self.seqs.root)
+        again = self.forward(root, ancestors(root, 0))
+        out.logits = out.logits.masked_fill(rows[:, None, None], float("nan"))
+        for own, alone in ((out.logits, again.logits), (out.hidden, again.hidden)):
+            own[:, 0] = torch.where(rows[:, None], alone[:, 0], own[:, 0])
+        self.timer.stats.forwards += 1
+        self.timer.stats.nodes_verified += sum(self.emitter.live)
+
+    def accept(self, told: list[list[int]], n_nodes: int) -> bool:
+        """Emit and stop. Returns whether every row's accepted nodes are its first ones."""
+        emitter, stats = self.emitter, self.timer.stats
         in_order = True
         stats.forwards += 1
-        for row, (count, reached, *rest) in enumerate(packed):
+        for row, (count, reached, *rest) in enumerate(told):
             if emitter.finish[row] is not None:
                 continue
             stats.nodes_verified += n_nodes
             kept = emitter.emit(row, rest[: count + 1])
             count_step(stats, row, reached, min(count, kept), kept)
-            in_order &= rest[width : width + count + 1] == list(range(count + 1))
+            path = rest[len(rest) // 2 :]
+            in_order &= path[: count + 1] == list(range(count + 1))
         return in_order
 
     def commit(self, verdict: Verdict, in_order: bool) -> None:
