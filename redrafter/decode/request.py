@@ -89,7 +89,7 @@ class Request:
         ]
         minimum = torch.tensor(minimum, device=device) if max(minimum) > 0 else None
         processors = build_processors(config, minimum, self.eos, logits_processor)
-        self.warp = Warp(processors, target.vocab_size)
+        self.warp = Warp(processors, target.vocab_size, self.n_rows)
 
     def _limit(self, prompt_length: int) -> int:
         """The most tokens a row may have, prompt included."""
@@ -216,17 +216,19 @@ class Emitter:
         stats.seconds["total"] = time.perf_counter() - self.started
         if NOT_FINITE in self.finish:
             # To the caller of the loop, which is decorated
-            warnings.warn(not_finite(self.request.target), stacklevel=4)
+            warnings.warn(
+                f"{not_finite(self.request.target)}. Rows ended before the first such token; their "
+                f"finish is {NOT_FINITE!r}", stacklevel=4,
+            )  # fmt: skip
         return Generation(self.tokens, self.finish, stats)
 
 
 def not_finite(target: Target) -> str:
-    """What to say of rows that ended so."""
+    """What may be wrong where rows ended so."""
     return (
         f"{target.name} in {str(target.dtype).removeprefix('torch.')} gives scores that are not "
-        f"finite (nan or infinite): rows end before the first such token, their finish is "
-        f"{NOT_FINITE!r}. Most often numbers overflow: load it in bfloat16 or float32; else its "
-        "weights are damaged, or a logits processor forbids every token"
+        "finite (nan or infinite): most often numbers overflow, then load it in bfloat16 or "
+        "float32; else its weights are damaged, or a logits processor forbids every token"
     )
 
 
