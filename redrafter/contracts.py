@@ -277,7 +277,8 @@ class Generation:
     """What `plain` and `speculative` return.
 
     tokens: new token ids per row, prompt excluded; an EOS that ended the row is included
-    finish: per row "eos", "stop_string", "criteria" or "length"
+    finish: per row "eos", "stop_string", "criteria" or "length"; "not_finite" where the scores of
+        the token to come were nan or infinite, or all -inf: `tokens` ends before it
     """
 
     tokens: list[list[int]]
@@ -291,3 +292,22 @@ def root_tree(root: Tensor) -> TokenTree:
     tokens = root[:, None]
     zeros = tokens.new_zeros(tokens.shape)
     return TokenTree(tokens, zeros, zeros, valid=zeros == 0)
+
+
+class NoDraft(Drafter):
+    """Every tree is its root: one token per step, as in plain decoding."""
+
+    def start(self) -> None:
+        pass
+
+    def extend(self, level: int) -> None:
+        raise AssertionError("there are no levels")
+
+    def tree(self) -> TokenTree:
+        return root_tree(self.seqs.root)
+
+
+class AllLevels(Lookahead):
+    """Lets every level stand that the drafter can draft."""
+
+    level_by_level = False

@@ -26,13 +26,17 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
     PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
 VOCAB, EOS, PAD = 48, [5, 17], 0
+PADDED = 11  # tokens that the longest of the first four prompts has
 SAMPLED = dict(do_sample=True, temperature=0.8, top_k=20, top_p=0.9)
 SEEDS = [11, 12, 13, 14]
 
@@ -94,6 +98,17 @@ CASES = {
     "eos_token_id": lambda: (4, dict(eos_token_id=[9, 30])),
     "no_eos": lambda: (4, dict(eos_token_id=-1)),
     "pad_token_id": lambda: (4, dict(pad_token_id=44)),
+    "forced_bos_token_id": lambda: (4, dict(forced_bos_token_id=7)),
+    "begin_suppress_tokens": lambda: (4, dict(begin_suppress_tokens=list(range(0, VOCAB, 2)))),
+    "watermarking_config": lambda: (4, dict(
+        watermarking_config=WatermarkingConfig(bias=4.0, context_width=1),
+    )),
+    "prompt_ignored": lambda: (4, dict(logits_processor=LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.6, prompt_ignore_length=PADDED)],
+    ))),
+    "own_min_length": lambda: (4, dict(
+        logits_processor=LogitsProcessorList([MinLengthLogitsProcessor(PADDED + 9, EOS)]),
+    )),
     "max_time": lambda: (1, dict(max_time=1e6)),
     "logits_processor": lambda: (1, dict(logits_processor=LogitsProcessorList([AfterEven()]))),
     "stopping_criteria": lambda: (
@@ -132,7 +147,6 @@ ERRORS = {
     "cache_implementation": lambda: (1, dict(cache_implementation="static")),
     "streamer": lambda: (2, dict(streamer=Collect())),
     "tokenizer": lambda: (1, dict(stop_strings=["i"])),
-    "ForcedEOSTokenLogitsProcessor": lambda: (4, dict(forced_eos_token_id=5)),
     "pad_token_id": lambda: (2, dict(
         eos_token_id=None, pad_token_id=None,
         stopping_criteria=StoppingCriteriaList([AtMultiple()]),
@@ -274,6 +288,18 @@ def refused(user: User, call) -> list[str]:
     return ["nothing", ""]
 
 
+def overflow(user: User) -> list[str]:
+    """One row of the model's embedding is infinite, and stands in no prompt."""
+    rows = user.model.get_input_embeddings().weight.data
+    made = user.plain(1)[0, len(user.prompts[0]) :].tolist()
+    token = next(t for t in made if t not in user.prompts[0])
+    kept = rows[token].clone()
+    rows[token] = float("inf")
+    found = refused(user, lambda: user.ours(1))
+    rows[token] = kept
+    return found
+
+
 def main() -> None:
     model, head, other, out = map(Path, sys.argv[1:])
     sys.meta_path.insert(0, Refuse())
@@ -284,6 +310,11 @@ def main() -> None:
     counter.remove()
     found["cases"] = {name: both(user, make()[0], lambda make=make: make()[1])
                       for name, make in CASES.items()}  # fmt: skip
+    assert max(map(len, user.prompts[:4])) == PADDED
+    found["padded"] = {name: both(user, 4, lambda make=make: make()[1])
+                       for name, make in CASES.items() if make()[0] == 1}  # fmt: skip
+    found["alone"] = [user.plain([row], **CASES["logits_processor"]()[1])[0, len(row):].tolist()
+                      for row in user.prompts[:4]]  # fmt: skip
     found["sampled"] = sampled(user)
     found["streamed"] = streamed(user)
     found["result"] = result(user)
@@ -300,6 +331,7 @@ def main() -> None:
         "ours": user.ours(4, custom_generate=str(other), allow_other_target=True).tolist(),
         "plain": user.plain(4).tolist(),
     }
+    found["overflow"] = overflow(user)
     found["left_alone"] = left_alone(user, head)
     found["modules"] = sorted(m for m in sys.modules if m.split(".")[0] == "redrafter")
     out.write_text(json.dumps(found))

@@ -116,8 +116,39 @@ def test_argument_is_honoured(found, name):
     assert case["ours_warned"] == []
 
 
+@pytest.mark.parametrize("name", [n for n, make in stock_user.CASES.items() if make()[0] == 1])
+def test_argument_is_honoured_in_a_padded_batch(found, name):
+    case, rows = found["padded"][name], found["sampled"]["prompts"]
+    if name == "logits_processor":  # one's own sees no padding
+        assert unpadded(case["ours"], rows) == found["alone"]
+    elif name == "context_ends":
+        left = [tiny("llama").max_positions - len(row) for row in rows]
+        ours, plain = (unpadded(case[way], rows, left) for way in ("ours", "plain"))
+        assert ours == plain and [len(row) for row in ours] == left
+    else:
+        assert case["ours"] == case["plain"]
+        assert case["ours_warned"] == []
+    if name not in IDLE:
+        assert case["ours"] != found["greedy"]["4"]["plain"][0]
+
+
+def unpadded(made, rows, lengths=None):
+    """New tokens per row, up to a length or what was filled in behind an EOS."""
+    width = max(map(len, rows))
+    new = [row[width:] for row in made]
+    if lengths is not None:
+        return [row[:n] for row, n in zip(new, lengths, strict=True)]
+    ends = [next((i + 1 for i, t in enumerate(row) if t in EOS), len(row)) for row in new]
+    return [row[:end] for row, end in zip(new, ends, strict=True)]
+
+
+def test_overflow_is_an_error(found):
+    kind, text = found["overflow"]
+    assert kind == "InputError" and "not finite" in text and "float32" in text
+
+
 #: they leave the text as it is
-IDLE = {"max_time", "generation_config", "context_ends"}
+IDLE = {"max_time", "generation_config", "context_ends", "forced_bos_token_id"}
 
 
 @pytest.mark.parametrize("name", sorted(stock_user.CASES.keys() - IDLE))

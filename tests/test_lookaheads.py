@@ -11,7 +11,7 @@ from test_draft_model import SMALL, close_draft
 from test_recurrent_drafter import make_head
 
 from redrafter.config import TreeConfig
-from redrafter.contracts import InputError, Lookahead
+from redrafter.contracts import InputError, Lookahead, NoDraft
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.build import DRAFTERS, Partners
@@ -22,7 +22,6 @@ from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.drafters.none import NoDraft
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter

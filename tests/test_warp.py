@@ -10,7 +10,7 @@ from redrafter.contracts import InputError, Sequences
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import ancestors
-from redrafter.decode.warp import Warp, build_processors
+from redrafter.decode.warp import Warp, build_processors, without_padding
 
 SMALL = 7  # a vocabulary in which n-grams and bad words do occur
 LENGTHS, PROMPTS = (9, 4, 12), (6, 4, 3)
@@ -113,7 +113,7 @@ def processors(changes, extra=None) -> list:
 def compare(steps: list, resolution: float | None = None) -> float:
     """Returns the share of the scores that the processors changed."""
     random = torch.Generator().manual_seed(5)
-    seqs, warp = sequences(), Warp(steps, SMALL)
+    seqs, warp = sequences(), Warp(steps, SMALL, len(LENGTHS))
     tree = random_tree(random, len(LENGTHS), 12, SMALL, valid=0.8)
     tree.tokens[:, 0] = seqs.root
     logits = 2 * torch.randn(len(LENGTHS), 12, SMALL, generator=random, dtype=torch.float64)
@@ -157,6 +157,32 @@ def test_other_stateless_processors_of_transformers():
     compare(steps)
 
 
+def test_a_length_for_every_row():
+    """Each row has its own, as if it were alone; what a batch was padded with is not counted."""
+
+    def penalty(length):
+        return hf.RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=length)
+
+    seqs, n = sequences(), len(LENGTHS)
+    logits = torch.randn(n, SMALL, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([3, 0, 11])
+    got = Warp([penalty(lengths)], SMALL, n).rows(logits, seqs)
+    alone = [Warp([penalty(int(k))], SMALL, n).rows(logits, seqs)[b] for b, k in enumerate(lengths)]
+    assert torch.equal(got, torch.stack(alone))
+    assert compare([penalty(lengths)]) > 0
+    padding = torch.tensor([2, 5, 0])
+    unpadded = without_padding(penalty(lengths + padding), padding)
+    assert torch.equal(Warp([unpadded], SMALL, n).rows(logits, seqs), got)
+    # transformers counts the padding itself so: nothing of the rows is left out
+    none = without_padding(penalty(padding), padding)
+    everything = Warp([hf.RepetitionPenaltyLogitsProcessor(1.5)], SMALL, n).rows(logits, seqs)
+    assert torch.equal(Warp([none], SMALL, n).rows(logits, seqs), everything)
+    one = without_padding(hf.ForcedEOSTokenLogitsProcessor(14, [5]), padding)
+    assert one.max_length.tolist() == [12, 9, 14] and compare([one]) > 0
+    with pytest.raises(InputError, match=r"prompt_ignore_length.*batch of 2 rows"):
+        Warp([penalty(lengths)], SMALL, 2)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_list_is_transformers_own(name):
     """Same processors, same order, and on one row the same scores as `generate` would use."""
@@ -168,7 +194,7 @@ def test_the_list_is_transformers_own(name):
         config, input_ids_seq_length=PROMPTS[0], logits_processor=own, device="cpu"
     )
     seqs = sequences()
-    warp = Warp(processors(CONFIGS[name], own), SMALL)
+    warp = Warp(processors(CONFIGS[name], own), SMALL, len(LENGTHS))
     logits = torch.randn(len(LENGTHS), SMALL, generator=torch.Generator().manual_seed(1))
     ids = seqs.ids[:1, : LENGTHS[0]]
     assert torch.equal(warp.rows(logits, seqs)[:1], theirs(ids, logits[:1].clone()))
@@ -177,7 +203,7 @@ def test_the_list_is_transformers_own(name):
 def test_half_precision_is_warped_in_float32():
     seqs = sequences()
     logits = torch.randn(len(LENGTHS), SMALL).bfloat16()
-    assert Warp([], SMALL).rows(logits, seqs).dtype == torch.float32
+    assert Warp([], SMALL, len(LENGTHS)).rows(logits, seqs).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class RowCache(Cache):
         self._groups: list[Tensor] = []
         self._views: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
         self._slots: Tensor | None = None
+        self._padding: Tensor | None = None
         self._start = self._width = 0
         self._uniform = True
 
@@ -42,6 +43,8 @@ class RowCache(Cache):
         """Write (B, heads, n, d) at every row's own offset; return all keys and values so far."""
         keys, values = self._views[layer_idx] or self._allocate(key_states, value_states, layer_idx)
         for store, new in ((keys, key_states), (values, value_states)):
+            if self._padding is not None:
+                new = new.masked_fill(self._padding.to(new.device)[:, None, :, None], 0)
             if self._uniform:
                 store[:, :, self._start : self._start + new.shape[2]].copy_(new)
             else:
@@ -102,8 +105,13 @@ class RowCache(Cache):
         finished row's last token may be committed where a live one's is not."""
         return self._uniform
 
-    def prepare(self, n: int) -> None:
-        """The next forward brings n tokens per row."""
+    def prepare(self, n: int, padding: Tensor | None = None) -> None:
+        """The next forward brings n tokens per row.
+
+        padding: (B, n) bool, those that belong to no text. Zeros are kept of them: a masked key
+        has weight 0, and 0 * nan would be nan
+        """
+        self._padding = padding
         self._start, self._width = self.lengths[0], max(self.lengths) + n
         if self._width > self.capacity:
             raise RuntimeError(f"cache of {self.capacity} entries cannot hold {self._width}")
@@ -133,6 +141,13 @@ class RowCache(Cache):
                 self.bytes_moved += moved.numel() * moved.element_size()
         self.lengths = list(lengths)
         self._length = None
+
+    def clear(self, rows: Tensor) -> None:
+        """Forget what lies behind the committed entries of some rows. rows: (B,) bool"""
+        behind = torch.arange(self.capacity, device=self.device) >= self.length[:, None]
+        behind = (behind & rows[:, None])[None, :, None, :, None]
+        for store in self._groups:
+            store.masked_fill_(behind.to(store.device), 0)
 
     @property
     def n_bytes(self) -> int:

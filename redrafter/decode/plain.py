@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from redrafter.contracts import Drafter, Generation, Lookahead, StepStats
 from redrafter.decode.cache import RowCache
 from redrafter.decode.request import Emitter, Prompts, Request
-from redrafter.decode.verify import choose
+from redrafter.decode.verify import choose_scored, to_host
 from redrafter.target.model import Target
 
 
@@ -54,11 +54,10 @@ def plain(
     lengths = emitter.lengths
     while True:
         scores = request.warp.rows(logits, seqs)
-        chosen = choose(scores, request.noise_at(lengths))
-        for row, token in enumerate(chosen.tolist()):
+        chosen, best = choose_scored(scores, request.noise_at(lengths))
+        for row, token in enumerate(to_host(chosen, best)):
             if emitter.finish[row] is None:
-                emitter.emit(row, [token])
-                stats.emitted[row] += 1
+                stats.emitted[row] += emitter.emit(row, token)
         live, lengths = emitter.live, emitter.lengths
         if not any(live):
             break
@@ -75,7 +74,7 @@ def plain(
         for row in range(n_rows):
             stats.steps[row] += live[row]
     # The prefill's own token is not a step's.
-    stats.emitted = [n - 1 for n in stats.emitted]
+    stats.emitted = [max(0, n - 1) for n in stats.emitted]
     return emitter.result(stats)
 
 

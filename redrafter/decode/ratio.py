@@ -81,8 +81,10 @@ def verify_ratio(
     node = torch.zeros_like(row)
     path, tokens, count = [], [], torch.zeros_like(row)
     for d in range(max_depth + 1):
-        path.append(torch.where(walking, node, 0))
         p = scores[row, node].double().softmax(-1)
+        finite = ~p[:, 0].isnan()  # else all of p is, every draw is rejected, and nothing follows
+        count = count - (walking & ~finite).long()
+        path.append(torch.where(walking & finite, node, 0))
         order = draws.order[row, node]  # (B, R)
         if d == max_depth:
             order = torch.full_like(order, -1)

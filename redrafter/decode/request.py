@@ -7,6 +7,7 @@ import difflib
 import math
 import operator
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -49,6 +50,9 @@ FIELDS = (
 
 #: rows of token ids, (B, T), or what a tokenizer returns
 Prompts = Sequence[Sequence[int]] | Tensor | Mapping
+
+#: `Generation.finish` of a row for which there was nothing to choose from
+NOT_FINITE = "not_finite"
 
 
 class Request:
@@ -103,7 +107,7 @@ class Request:
             raise
         except (TypeError, ValueError) as error:  # transformers' word on a value
             raise InputError(f"generation_config: {error}") from error
-        self.warp = Warp(processors, target.vocab_size)
+        self.warp = Warp(processors, target.vocab_size, self.n_rows)
 
     def _limit(self, prompt_length: int) -> int:
         """The most tokens a row may have, prompt included."""
@@ -159,7 +163,8 @@ class Request:
         cache = RowCache(target.n_layers, self.n_rows, seqs.ids.shape[1] + slack, target.device)
         position = torch.arange(width, device=target.device)[None]
         causal = position[:, :, None] >= position[:, None, :]
-        cache.prepare(width)
+        ragged = min(lengths) < width
+        cache.prepare(width, position >= seqs.length[:, None] if ragged else None)
         out = target.forward(
             seqs.ids[:, :width],
             position.expand(self.n_rows, -1),
@@ -184,7 +189,12 @@ class Emitter:
             request.streamer.put(torch.tensor([request.prompts[0]]))
 
     def emit(self, row: int, new: list[int]) -> int:
-        """Append tokens to a live row until one of them stops it. Returns how many were kept."""
+        """Append tokens to a live row until one of them stops it. Returns how many were kept.
+
+        new: none where the scores to choose from were not finite, which ends the row
+        """
+        if not new:
+            self.finish[row] = NOT_FINITE
         for kept, token in enumerate(new, start=1):
             self.tokens[row].append(token)
             if self.request.streamer is not None:
@@ -222,7 +232,22 @@ class Emitter:
         if self.request.streamer is not None:
             self.request.streamer.end()
         stats.seconds["total"] = time.perf_counter() - self.started
+        if NOT_FINITE in self.finish:
+            # To the caller of the loop, which is decorated
+            warnings.warn(
+                f"{not_finite(self.request.target)}. Rows ended before the first such token; their "
+                f"finish is {NOT_FINITE!r}", stacklevel=4,
+            )  # fmt: skip
         return Generation(self.tokens, self.finish, stats)
+
+
+def not_finite(target: Target) -> str:
+    """What may be wrong where rows ended so."""
+    return (
+        f"{target.name} in {str(target.dtype).removeprefix('torch.')} gives scores that are not "
+        "finite (nan or infinite): most often numbers overflow, then load it in bfloat16 or "
+        "float32; else its weights are damaged, or a logits processor forbids every token"
+    )
 
 
 def as_rows(prompts: Prompts, attention_mask: Tensor | None, target: Target) -> list[list[int]]:

@@ -5,30 +5,29 @@ proposes; under a ratio rule its law is."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from redrafter.contracts import (
+    AllLevels,
     Drafter,
     Generation,
     InputError,
     Lookahead,
+    NoDraft,
     Sequences,
-    StepStats,
     TokenTree,
     Truth,
     root_tree,
 )
-from redrafter.decode.cache import RowCache
 from redrafter.decode.plain import plain
 from redrafter.decode.ratio import RULES, Rule, accepting_noise, verify_ratio
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
 from redrafter.decode.tree import ancestors
-from redrafter.decode.verify import Verdict, choose, verify
+from redrafter.decode.verify import Verdict, choose_scored, to_host, verify
 from redrafter.target.model import Target, TargetOutput
 
 
@@ -57,93 +56,67 @@ def speculative(
     """
     if rule not in ("seeded", *RULES):
         raise InputError(f"rule: {rule!r} is not one of seeded, {', '.join(RULES)}")
-    depth = drafter.max_depth if drafter else 0
-    if lookahead and not lookahead.speculates(target.device):
-        made = plain(
-            target, prompts, generation_config, seeds=seeds, logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria, streamer=streamer, attention_mask=attention_mask,
-        )  # fmt: skip
+    drafter, lookahead = drafter or NoDraft(), lookahead or AllLevels()
+    asked = dict(
+        seeds=seeds, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+        streamer=streamer, attention_mask=attention_mask,
+    )  # fmt: skip
+    if not lookahead.speculates(target.device):
+        made = plain(target, prompts, generation_config, **asked)
+        depth = drafter.max_depth
         made.stats.drafted_at, made.stats.accepted_at = [0] * depth, [0] * depth
         made.stats.seconds["lookahead"] = 0.0
         made.extra["drafter"] = {}
         return made
-    request = Request(
-        target, prompts, generation_config, seeds,
-        logits_processor, stopping_criteria, streamer, attention_mask,
-    )  # fmt: skip
-    emitter, timer = Emitter(request), StepTimer(request.n_rows, depth)
-    seqs = request.sequences(slack=depth + 1)
-    limit = torch.tensor(request.limit, device=target.device)
-    watch = drafter.watch if drafter else nullcontext
+    request = Request(target, prompts, generation_config, **asked)
+    return _decode(_Decoding(request, drafter, rule), drafter, lookahead)
+
+
+def _decode(state: _Decoding, drafter: Drafter, lookahead: Lookahead) -> Generation:
+    """The loop. What the steps' parts do stands below, in the order in which they are called."""
+    seqs, emitter, timer = state.seqs, state.emitter, state.timer
+    needs = drafter.needs | lookahead.needs
     with timer("prefill"):
-        with watch(True):
-            cache, logits, hidden = request.prefill(seqs, slack=drafter.max_nodes if drafter else 1)
-        noise = request.noise(emitter.lengths, 1)
-        first = choose(request.warp.rows(logits, seqs), None if noise is None else noise[:, 0])
-        for row, token in enumerate(first.tolist()):
-            emitter.emit(row, [token])
-        _append(seqs, first[:, None], emitter)
-        seqs.cache = cache
-        count = seqs.live.long()  # a row may have ended with its first token
-        truth = Truth(first[:, None], count, hidden[:, None], logits[:, None], last_logits=logits)
-        if drafter:
-            drafter.begin(seqs)
-            drafter.observe(truth)
-        if lookahead:
-            lookahead.begin(seqs)
-            lookahead.observe(count * 0, count * 0, truth)
-    needs = (drafter.needs if drafter else frozenset()) | (
-        lookahead.needs if lookahead else frozenset()
-    )
+        with drafter.watch(True):
+            truth = state.prefill()
+        nothing = torch.zeros_like(seqs.length)
+        drafter.begin(seqs)
+        drafter.observe(truth)
+        lookahead.begin(seqs)
+        lookahead.observe(nothing, nothing, truth)
 
     while any(emitter.live):
-        seqs.noise = request.noise(emitter.lengths, depth + 1)
         with timer("draft"):
-            tree = _draft(drafter, lookahead, seqs, limit, timer)
-            deepest = depth if tree.n_nodes > 1 else 0  # nothing drafted: nothing to walk along
-            seen = ancestors(tree, deepest)
-        with timer("verify"), watch(False):
-            out = _forward(target, tree, seen, seqs, cache, limit)
-        scores = request.warp.tree(out.logits, tree, seen, seqs)
-        if rule == "seeded" or not request.sampled:
-            noise = seqs.noise if seqs.noise is None else seqs.noise[:, : deepest + 1]
-            verdict = verify(scores, tree, noise, seen, deepest)
-        else:
-            uniform = accepting_noise(seqs, tree, deepest)
-            verdict = verify_ratio(scores, tree, uniform, deepest, rule)
-        was_live, drafted = seqs.live, torch.where(tree.valid, tree.depth, 0).amax(1)
-        _accept(verdict, drafted, tree.n_nodes, seqs, cache, emitter, timer.stats)
+            state.draw_noise()
+            tree = _draft(drafter, lookahead, state)
+            seen = ancestors(tree, state.deepest(tree))
+        with timer("verify"), drafter.watch(False):
+            out = state.forward(tree, seen)
+        drafted = torch.where(tree.valid, tree.depth, 0).amax(1)
+        verdict, told = state.verify(out, tree, seen, drafted)
+        in_order = state.accept(told, tree.n_nodes)
+        state.commit(verdict, in_order)
         truth = _truth(verdict, out, tree, seqs, needs)
-        if drafter:
-            with timer("draft"):
-                drafter.observe(truth)
-        if lookahead:
-            with timer("lookahead"):
-                lookahead.observe(drafted * was_live, verdict.count * was_live, truth)
+        with timer("draft"):
+            drafter.observe(truth)
+        with timer("lookahead"):
+            lookahead.observe(drafted, verdict.count, truth)
+
     made = emitter.result(timer.stats)
-    made.extra["drafter"] = drafter.report() if drafter else {}
+    made.extra["drafter"] = drafter.report()
     return made
 
 
-def _draft(
-    drafter: Drafter | None,
-    lookahead: Lookahead | None,
-    seqs: Sequences,
-    limit: Tensor,
-    timer: StepTimer,
-) -> TokenTree:
+def _draft(drafter: Drafter, lookahead: Lookahead, state: _Decoding) -> TokenTree:
     """Level by level until the depth or the lookahead ends it."""
-    if drafter is None:
-        return root_tree(seqs.root)
-    depth, plan = drafter.max_depth, None
-    if lookahead:
-        with timer("lookahead"):
-            depth, plan = _plan(lookahead, seqs, depth)
-    if depth == 0 and drafter.max_depth > 0:
+    seqs, timer = state.seqs, state.timer
+    with timer("lookahead"):
+        depth, plan = _plan(lookahead, seqs, drafter.max_depth)
+    if depth == 0:
         return root_tree(seqs.root)
     drafter.start()
     levels = torch.zeros_like(seqs.length)  # per row, levels that the lookahead let stand
-    go_on, asks = seqs.live, lookahead is not None and lookahead.level_by_level
+    go_on, asks = seqs.live, lookahead.level_by_level
     for level in range(0 if asks and drafter.foresees else 1, depth + 1):
         if plan is not None:
             go_on = go_on & (level <= plan)
@@ -163,8 +136,9 @@ def _draft(
         if go_on.device.type == "cpu" and not bool(go_on.any()):
             break
     tree = drafter.tree()
-    # A node that could only be emitted past a row's limit is never useful.
-    levels = torch.minimum(levels, limit - seqs.length)
+    # A node that could only be emitted past a row's limit is never useful; of a row that is not
+    # live none is.
+    levels = torch.minimum(levels, state.limit - seqs.length)
     tree.valid = tree.valid & (tree.depth <= levels[:, None])
     return tree
 
@@ -179,69 +153,133 @@ def _plan(lookahead: Lookahead, seqs: Sequences, depth: int) -> tuple[int, Tenso
     return depth if plan is None else min(depth, plan), None
 
 
-def _forward(
-    target: Target,
-    tree: TokenTree,
-    seen: Tensor,
-    seqs: Sequences,
-    cache: RowCache,
-    limit: Tensor,
-) -> TargetOutput:
-    """The step's one target forward, over every node of every row's tree."""
-    cache.prepare(tree.n_nodes)
-    if tree.n_nodes == 1 and target.sees_all and cache.uniform:
-        position = seqs.length[:, None] - 1
-        return target.forward(tree.tokens, position, target.no_mask(cache.width), cache)
-    # Invalid nodes may lie past the context: any position the model has will do for them.
-    position = torch.minimum(seqs.length[:, None] - 1 + tree.depth, limit[:, None] - 1)
-    keys = torch.arange(cache.width, device=position.device).expand(len(position), -1)
-    committed = cache.length[:, None]
-    # Columns: the row's committed prefix, then its nodes, then whatever longer rows need.
-    node = keys - committed
-    is_node = (node >= 0) & (node < tree.n_nodes)
-    node = node.clamp(0, tree.n_nodes - 1)
-    on_path = seen.gather(2, node[:, None].expand(-1, tree.n_nodes, -1))
-    allowed = (keys < committed)[:, None] | (on_path & is_node[:, None])
-    key_position = torch.where(is_node, position.gather(1, node), keys)
-    return target.forward(
-        tree.tokens, position, target.masks(allowed, position, key_position), cache
-    )
+class _Decoding:
+    """What a generation knows of itself, and the parts of its steps."""
 
+    def __init__(self, request: Request, drafter: Drafter, rule: Rule):
+        self.request, self.target, self.rule = request, request.target, rule
+        self.depth, self.slack = drafter.max_depth, drafter.max_nodes
+        self.emitter = Emitter(request)
+        self.timer = StepTimer(request.n_rows, self.depth)
+        self.seqs = request.sequences(slack=self.depth + 1)
+        self.limit = torch.tensor(request.limit, device=self.target.device)
 
-def _accept(
-    verdict: Verdict,
-    drafted: Tensor,
-    n_nodes: int,
-    seqs: Sequences,
-    cache: RowCache,
-    emitter: Emitter,
-    stats: StepStats,
-) -> None:
-    """Emit, stop, commit. The step's one read of the host."""
-    counts = torch.stack([verdict.count, drafted], 1)
-    packed = torch.cat([counts, verdict.tokens, verdict.path], 1).tolist()
-    width = verdict.tokens.shape[1]
-    in_order = True
-    stats.forwards += 1
-    for row, (count, reached, *rest) in enumerate(packed):
-        if emitter.finish[row] is not None:
-            continue
-        stats.nodes_verified += n_nodes
-        kept = emitter.emit(row, rest[: count + 1])
-        count_step(stats, row, reached, min(count, kept), kept)
-        in_order &= rest[width : width + count + 1] == list(range(count + 1))
-    _append(seqs, verdict.tokens, emitter)
-    # All but the new root: a finished row's cache is never looked at again.
-    cache.commit([n - 1 for n in emitter.lengths], None if in_order else verdict.path)
+    def prefill(self) -> Truth:
+        """The prompts, and every row's first token."""
+        seqs, emitter, request = self.seqs, self.emitter, self.request
+        self.cache, logits, hidden = request.prefill(seqs, self.slack)
+        noise = request.noise(emitter.lengths, 1)
+        noise = None if noise is None else noise[:, 0]
+        first, best = choose_scored(request.warp.rows(logits, seqs), noise)
+        for row, token in enumerate(to_host(first, best)):
+            emitter.emit(row, token)
+        self._append(first[:, None])
+        seqs.cache = self.cache
+        count = seqs.live.long()  # a row may have ended with its first token
+        return Truth(first[:, None], count, hidden[:, None], logits[:, None], last_logits=logits)
 
+    def draw_noise(self) -> None:
+        self.seqs.noise = self.request.noise(self.emitter.lengths, self.depth + 1)
 
-def _append(seqs: Sequences, tokens: Tensor, emitter: Emitter) -> None:
-    """Write (B, K+1) tokens behind every row (what lies past its new length is stale)."""
-    live = torch.tensor(emitter.live, device=tokens.device)
-    where = seqs.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    seqs.ids.scatter_(1, where, tokens)
-    seqs.length = torch.tensor(emitter.lengths, device=tokens.device)
-    seqs.live = live
+    def deepest(self, tree: TokenTree) -> int:
+        return self.depth if tree.n_nodes > 1 else 0  # nothing drafted: nothing to walk along
+
+    def forward(self, tree: TokenTree, seen: Tensor) -> TargetOutput:
+        """The step's one target forward, over every node of every row's tree."""
+        target, cache, length = self.target, self.cache, self.seqs.length
+        cache.prepare(tree.n_nodes)
+        if tree.n_nodes == 1 and target.sees_all and cache.uniform:
+            position = length[:, None] - 1
+            return target.forward(tree.tokens, position, target.no_mask(cache.width), cache)
+        # Invalid nodes may lie past the context: any position the model has will do for them.
+        position = torch.minimum(length[:, None] - 1 + tree.depth, self.limit[:, None] - 1)
+        keys = torch.arange(cache.width, device=position.device).expand(len(position), -1)
+        committed = cache.length[:, None]
+        # Columns: the row's committed prefix, then its nodes, then whatever longer rows need.
+        node = keys - committed
+        is_node = (node >= 0) & (node < tree.n_nodes)
+        node = node.clamp(0, tree.n_nodes - 1)
+        on_path = seen.gather(2, node[:, None].expand(-1, tree.n_nodes, -1))
+        allowed = (keys < committed)[:, None] | (on_path & is_node[:, None])
+        key_position = torch.where(is_node, position.gather(1, node), keys)
+        masks = target.masks(allowed, position, key_position)
+        return target.forward(tree.tokens, position, masks, cache)
+
+    def verify(
+        self, out: TargetOutput, tree: TokenTree, seen: Tensor, drafted: Tensor
+    ) -> tuple[Verdict, list[list[int]]]:
+        """The verdict, and per row what the host is told, in the step's one read: accepted and
+        drafted levels (B,), then the verdict's tokens and path."""
+        verdict, told = self._judge(out, tree, seen, drafted)
+        spoilt = [
+            row[0] < 0 and live for row, live in zip(told, self.emitter.live, strict=True)
+        ]  # fmt: skip
+        if any(spoilt) and tree.n_nodes > 1:
+            self._forward_alone(torch.tensor(spoilt, device=drafted.device), out)
+            verdict, told = self._judge(out, tree, seen, drafted)
+        if any(row[0] < 0 for row in told):
+            verdict.count = verdict.count.clamp(min=0)
+        return verdict, told
+
+    def _judge(
+        self, out: TargetOutput, tree: TokenTree, seen: Tensor, drafted: Tensor
+    ) -> tuple[Verdict, list[list[int]]]:
+        seqs, deepest = self.seqs, self.deepest(tree)
+        scores = self.request.warp.tree(out.logits, tree, seen, seqs)
+        if self.rule == "seeded" or not self.request.sampled:
+            noise = None if seqs.noise is None else seqs.noise[:, : deepest + 1]
+            verdict = verify(scores, tree, noise, seen, deepest)
+        else:
+            uniform = accepting_noise(seqs, tree, deepest)
+            verdict = verify_ratio(scores, tree, uniform, deepest, self.rule)
+        counts = torch.stack([verdict.count, drafted], 1)
+        return verdict, torch.cat([counts, verdict.tokens, verdict.path], 1).tolist()
+
+    def _forward_alone(self, rows: Tensor, out: TargetOutput) -> None:
+        """Take the root's numbers from a forward without the drafted nodes. rows: (B,) bool
+
+        A node whose keys or values are not finite spoils every other that it is masked from: a
+        weight of 0 times nan is nan. So where a root is not finite, what was drafted may be why.
+        By a ratio rule the draws still stand, and only those below the root can be tested.
+        """
+        self.cache.clear(rows)
+        root = root_tree(self.seqs.root)
+        again = self.forward(root, ancestors(root, 0))
+        out.logits = out.logits.masked_fill(rows[:, None, None], float("nan"))
+        for own, alone in ((out.logits, again.logits), (out.hidden, again.hidden)):
+            own[:, 0] = torch.where(rows[:, None], alone[:, 0], own[:, 0])
+        self.timer.stats.forwards += 1
+        self.timer.stats.nodes_verified += sum(self.emitter.live)
+
+    def accept(self, told: list[list[int]], n_nodes: int) -> bool:
+        """Emit and stop. Returns whether every row's accepted nodes are its first ones."""
+        emitter, stats = self.emitter, self.timer.stats
+        in_order = True
+        stats.forwards += 1
+        for row, (count, reached, *rest) in enumerate(told):
+            if emitter.finish[row] is not None:
+                continue
+            stats.nodes_verified += n_nodes
+            kept = emitter.emit(row, rest[: count + 1])
+            count_step(stats, row, reached, min(count, kept), kept)
+            path = rest[len(rest) // 2 :]
+            in_order &= path[: count + 1] == list(range(count + 1))
+        return in_order
+
+    def commit(self, verdict: Verdict, in_order: bool) -> None:
+        """What was accepted becomes text."""
+        self._append(verdict.tokens)
+        # All but the new root: a finished row's cache is never looked at again.
+        lengths = [n - 1 for n in self.emitter.lengths]
+        self.cache.commit(lengths, None if in_order else verdict.path)
+
+    def _append(self, tokens: Tensor) -> None:
+        """Write (B, K+1) tokens behind every row (what lies past its new length is stale)."""
+        seqs, device = self.seqs, tokens.device
+        where = seqs.length[:, None] + torch.arange(tokens.shape[1], device=device)
+        seqs.ids.scatter_(1, where, tokens)
+        seqs.length = torch.tensor(self.emitter.lengths, device=device)
+        seqs.live = torch.tensor(self.emitter.live, device=device)
 
 
 def _truth(

@@ -8,6 +8,8 @@ other stateless one runs on flattened (node, prefix) rows; stateful ones are ref
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -28,6 +30,17 @@ _STATEFUL = (
     hf.WhisperTimeStampLogitsProcessor, hf.WhisperNoSpeechDetection,
     hf.EncoderRepetitionPenaltyLogitsProcessor, hf.EncoderNoRepeatNGramLogitsProcessor,
 )  # fmt: skip
+#: What of a processor counts tokens from where a row begins: one number for all rows of the batch,
+#: or (B,) one for each.
+_LENGTHS = {
+    hf.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
+    hf.MinLengthLogitsProcessor: "min_length",
+    hf.MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
+    hf.SuppressTokensAtBeginLogitsProcessor: "begin_index",
+    hf.ForcedEOSTokenLogitsProcessor: "max_length",
+    hf.ExponentialDecayLengthPenalty: "regulation_start",
+    hf.AlternatingCodebooksLogitsProcessor: "input_start_len",
+}
 
 
 class MinNewTokens:
@@ -89,20 +102,57 @@ def build_processors(
     return steps
 
 
-class Warp:
-    """Applies a list of processors; see the module's docstring."""
+def without_padding(p: LogitsProcessor, padding: Tensor) -> LogitsProcessor:
+    """A processor made for padded rows, for the rows as they are. padding: (B,) tokens before each.
 
-    def __init__(self, processors: list, vocab_size: int):
+    Lengths that none of transformers' own processors counts are not known here.
+    """
+    name, length = _length_of(p)
+    if length is None:
+        return p
+    return _with_length(p, name, (torch.as_tensor(length).cpu() - padding.cpu()).clamp(min=0))
+
+
+def _length_of(p) -> tuple[str, int | Tensor | None]:
+    name = next((name for kind, name in _LENGTHS.items() if isinstance(p, kind)), None)
+    return name, None if name is None else getattr(p, name)
+
+
+def _with_length(p, name: str, length: int | Tensor):
+    other = copy.copy(p)
+    setattr(other, name, length)
+    return other
+
+
+def _by_row(p, n_rows: int) -> list:
+    """A processor for each row, whose length is its own; the same one where they do not differ."""
+    name, length = _length_of(p)
+    if not isinstance(length, Tensor):
+        return [p] * n_rows
+    if length.shape != (n_rows,):
+        raise InputError(
+            f"logits processor {type(p).__name__}: {name} is {tuple(length.shape)} for a batch of "
+            f"{n_rows} rows; give one number, or one for every row"
+        )
+    made = {n: _with_length(p, name, n) for n in set(length.tolist())}
+    return [made[n] for n in length.tolist()]
+
+
+class Warp:
+    """Applies a list of processors; see the module's docstring. n_rows: B"""
+
+    def __init__(self, processors: list, vocab_size: int, n_rows: int):
         for p in processors:
             _refuse_stateful(p, vocab_size)
-        self.processors = processors
+        self._rows = [_by_row(p, n_rows) for p in processors]
+        self.processors = processors = [rows[0] for rows in self._rows]
         #: whether any of them looks at the tokens before the one being chosen
         self.reads_prefix = any(type(p) not in (*_PREFIX_FREE, MinNewTokens) for p in processors)
 
     def rows(self, logits: Tensor, seqs: Sequences) -> Tensor:
         """logits: (B, V) for the token at position L of every row. Returns (B, V) scores."""
         scores = _scores(logits)
-        for p in self.processors:
+        for p, own in zip(self.processors, self._rows, strict=True):
             if isinstance(p, MinNewTokens):
                 scores = p(scores, seqs.length - seqs.prompt_length)
             elif type(p) in _PREFIX_FREE:
@@ -111,7 +161,7 @@ class Warp:
                 lengths = seqs.length.tolist()
                 scores = torch.cat(
                     [
-                        p(seqs.ids[b : b + 1, :n].clone(), scores[b : b + 1].clone())
+                        own[b](seqs.ids[b : b + 1, :n].clone(), scores[b : b + 1].clone())
                         for b, n in enumerate(lengths)
                     ]
                 )
@@ -123,17 +173,17 @@ class Warp:
         seen: (B, N, N) bool from `tree.ancestors`
         """
         scores = _scores(logits)
-        for p in self.processors:
+        for p, own in zip(self.processors, self._rows, strict=True):
             if isinstance(p, MinNewTokens):
                 n_new = (seqs.length - seqs.prompt_length)[:, None] + tree.depth
                 scores = p(scores, n_new)
             elif type(p) in _PREFIX_FREE:
                 scores = p(None, scores.flatten(0, 1)).view_as(scores)
-            elif _is_plain_penalty(p):
+            elif all(map(_is_plain_penalty, own)):
                 penalised = torch.where(scores < 0, scores * p.penalty, scores / p.penalty)
                 scores = torch.where(_tokens_seen(tree, seen, seqs, scores), penalised, scores)
             else:
-                scores = _per_prefix(p, scores, tree, seen, seqs)
+                scores = _per_prefix(own, scores, tree, seen, seqs)
         return scores
 
 
@@ -147,7 +197,7 @@ def _scores(logits: Tensor) -> Tensor:
 
 
 def _is_plain_penalty(p) -> bool:
-    return type(p) is hf.RepetitionPenaltyLogitsProcessor and p.prompt_ignore_length is None
+    return type(p) is hf.RepetitionPenaltyLogitsProcessor and not p.prompt_ignore_length
 
 
 def _tokens_seen(tree: TokenTree, seen: Tensor, seqs: Sequences, scores: Tensor) -> Tensor:
@@ -162,8 +212,11 @@ def _tokens_seen(tree: TokenTree, seen: Tensor, seqs: Sequences, scores: Tensor)
     return (context[:, None] | drafted)[..., :vocab]
 
 
-def _per_prefix(p, scores: Tensor, tree: TokenTree, seen: Tensor, seqs: Sequences) -> Tensor:
-    """Any stateless processor: nodes of a row at one depth have prefixes of one length."""
+def _per_prefix(
+    own: list, scores: Tensor, tree: TokenTree, seen: Tensor, seqs: Sequences
+) -> Tensor:
+    """Any stateless processor, each row's own: nodes of a row at one depth have prefixes of one
+    length."""
     out = scores.clone()
     for b, length in enumerate(seqs.length.tolist()):
         context = seqs.ids[b, :length]
@@ -171,7 +224,7 @@ def _per_prefix(p, scores: Tensor, tree: TokenTree, seen: Tensor, seqs: Sequence
             nodes = (tree.depth[b] == depth).nonzero()[:, 0]
             paths = [tree.tokens[b, seen[b, i]][1:] for i in nodes.tolist()]  # root: in context
             prefix = torch.stack([torch.cat([context, path]) for path in paths])
-            out[b, nodes] = p(prefix, scores[b, nodes].clone())
+            out[b, nodes] = own[b](prefix, scores[b, nodes].clone())
     return out
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from redrafter.config import TreeConfig
-from redrafter.contracts import Drafter, InputError
+from redrafter.contracts import Drafter, InputError, NoDraft
 from redrafter.drafters.bigram import BigramTable, CountedBigrams
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
@@ -24,7 +24,6 @@ from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate, n_nodes
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.drafters.none import NoDraft
 from redrafter.drafters.options import Name, describe, options_of, parse_name
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling

@@ -13,8 +13,10 @@ only the loop that chooses tokens is replaced. What differs from plain `generate
   seed is the same in any batch, and by `redrafter.speculative`. `seeds` (one, or one per row) fixes
   it; without, seeds come from torch's generator, so `torch.manual_seed` does.
 - A row of a batch gets what it would get alone: processors and criteria of your own are given one
-  row at a time, without its padding, and criteria are asked after every emitted token.
+  row at a time, without its padding, and criteria are asked after every emitted token. What
+  transformers' own processors count from the padded batch's beginning means the same place here.
 - Output ends with the model's context.
+- Where the model's scores are not finite, as after an overflow, an error says so.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from transformers.utils import cached_file
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
+from redrafter.decode.request import NOT_FINITE, not_finite
 from redrafter.decode.speculative import speculative
+from redrafter.decode.warp import without_padding
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.load import load_own
 from redrafter.heads.recurrent import RecurrentHead
@@ -57,10 +61,6 @@ _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidde
 _PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 #: made from lengths that count padding; the loop has a minimum of its own
 _MINIMA = (hf.MinLengthLogitsProcessor, hf.MinNewTokensLengthLogitsProcessor)
-_BY_LENGTH = (
-    hf.ForcedBOSTokenLogitsProcessor, hf.ForcedEOSTokenLogitsProcessor,
-    hf.ExponentialDecayLengthPenalty, hf.SuppressTokensAtBeginLogitsProcessor,
-)  # fmt: skip
 
 
 def generate(
@@ -135,8 +135,11 @@ class _Decoder:
             p for p in logits_processor
             if _is_own(p, self.own_processors) or not isinstance(p, _MINIMA)
         ]  # fmt: skip
+        if input_ids.shape[1] > 1:  # it is for a batch of single tokens, not for a row of one
+            kind = hf.ForcedBOSTokenLogitsProcessor
+            processors = [p for p in processors if not isinstance(p, kind)]
         if mask is not None:
-            _check_padded(processors, self.own_processors)
+            processors = [without_padding(p, (mask == 0).sum(1)) for p in processors]
         seeds = 0
         if config.do_sample:
             seeds = _seeds(self.seeds, rows, config.num_return_sequences or 1)
@@ -149,6 +152,8 @@ class _Decoder:
             drafter=RecurrentDrafter(loaded.head, target, tree),
             logits_processor=processors, stopping_criteria=criteria,
         )  # fmt: skip
+        if NOT_FINITE in result.finish:
+            raise InputError(not_finite(target))
         longest = max(map(len, result.tokens))
         made = [row + [pad] * (longest - len(row)) for row in result.tokens]
         sequences = torch.cat([input_ids, torch.tensor(made, device=input_ids.device)], 1)
@@ -232,15 +237,6 @@ def _check(model: Any, config: GenerationConfig, inputs: dict[str, Any]) -> None
     for name, value in inputs.items():
         if name not in _PREPARED and value is not None and value is not False:
             raise _unsupported(name)
-
-
-def _check_padded(processors: list[Any], own: list[Any]) -> None:
-    for p in processors:
-        if isinstance(p, _BY_LENGTH) and not _is_own(p, own):
-            raise InputError(
-                f"{type(p).__name__} counts from the batch's padded length: decode rows of equal "
-                "length together, or one at a time"
-            )
 
 
 def _is_own(one: Any, others: list[Any]) -> bool:

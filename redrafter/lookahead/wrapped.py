@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from redrafter.contracts import Lookahead, Sequences, Truth
+from redrafter.contracts import AllLevels, Lookahead, Sequences, Truth
 
 
 class WrappedLookahead(Lookahead):
@@ -14,8 +14,8 @@ class WrappedLookahead(Lookahead):
     """
 
     def __init__(self, inner: Lookahead | None = None):
-        self.inner = inner or Lookahead()
-        self.level_by_level = inner is not None and inner.level_by_level
+        self.inner = inner or AllLevels()
+        self.level_by_level = self.inner.level_by_level
         self.needs, self.reads = self.inner.needs, self.inner.reads
 
     def begin(self, seqs: Sequences) -> None:
