@@ -15,7 +15,7 @@ from redrafter.data.build_rows import columns_of
 from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import Store, open_job
-from redrafter.decode.plain import plain
+from redrafter.decode.refill import refilled
 from redrafter.decode.speculative import speculative
 from redrafter.target.identity import target_identity, text_identity
 from redrafter.target.model import Target
@@ -99,10 +99,7 @@ def _answer(
     drafter: Callable[[], Drafter] | None,
     bar: tqdm,
 ) -> tuple[dict[int, TokenRow], list[dict]]:
-    """Prompt number -> prompt and answer, in order; and the prompts that leave no room for one.
-
-    Batches hold prompts of similar length; which they are does not change an answer.
-    """
+    """Prompt number -> prompt and answer, in order; and the prompts that leave no room for one."""
     read = prompts.rows(chosen)
     ids = {i: read.ids(place) for place, i in enumerate(chosen)}
     room = target.max_positions
@@ -112,24 +109,47 @@ def _answer(
         for i in chosen if room is not None and len(ids[i]) >= room
     ]  # fmt: skip
     fitting = [i for i in chosen if room is None or len(ids[i]) < room]
+    source_rows = {i: int(prompts.source_row[i]) for i in fitting}
+    seeds = [answer_seed(seed, source_rows[i], temperature, sample) for i in fitting]
+    texts = _texts(target, [ids[i] for i in fitting], seeds, temperature, config, drafter, bar)
+    made = {}
+    for i, text in zip(fitting, texts, strict=True):
+        mask = (False,) * len(ids[i]) + (True,) * len(text)
+        made[i] = TokenRow((*ids[i], *text), mask, source_rows[i])
+    bar.update(len(rejected))
+    return made, rejected
+
+
+def _texts(
+    target: Target,
+    rows: list[list[int]],
+    seeds: list[int],
+    temperature: float,
+    config: AnswersConfig,
+    drafter: Callable[[], Drafter] | None,
+    bar: tqdm,
+) -> list[list[int]]:
+    """The answer to every prompt, `config.batch_size` of them at a time; moves the bar by a row
+    each. What else is in the batch changes no answer."""
+    if not rows:
+        return []
     generation = generation_config(temperature, config.max_new_tokens)
-    order = sorted(fitting, key=lambda i: (len(ids[i]), i))
-    made: dict[int, TokenRow] = {}
+    if drafter is None:
+        return refilled(
+            target, rows, generation, slots=config.batch_size, seeds=seeds,
+            ended=lambda row: bar.update(1),
+        ).tokens  # fmt: skip
+    texts: dict[int, list[int]] = {}
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))  # of similar lengths
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        source_rows = [int(prompts.source_row[i]) for i in batch]
-        seeds = [answer_seed(seed, row, temperature, sample) for row in source_rows]
-        rows = [ids[i] for i in batch]
-        if drafter is None:
-            texts = plain(target, rows, generation, seeds=seeds).tokens
-        else:
-            texts = speculative(target, rows, generation, seeds=seeds, drafter=drafter()).tokens
-        for i, row, prompt, text in zip(batch, source_rows, rows, texts, strict=True):
-            mask = (False,) * len(prompt) + (True,) * len(text)
-            made[i] = TokenRow((*prompt, *text), mask, row)
+        made = speculative(
+            target, [rows[i] for i in batch], generation,
+            seeds=[seeds[i] for i in batch], drafter=drafter(),
+        )  # fmt: skip
+        texts.update(zip(batch, made.tokens, strict=True))
         bar.update(len(batch))
-    bar.update(len(rejected))
-    return {i: made[i] for i in fitting}, rejected
+    return [texts[i] for i in range(len(rows))]
 
 
 def answer_seed(seed: int, source_row: int, temperature: float, sample: int) -> int:
