@@ -25,6 +25,7 @@ from redrafter.target.adapters import (
     probe_tokens,
 )
 from redrafter.target.devices import pick_device
+from redrafter.target.gguf import as_folder, find_gguf
 from redrafter.target.masks import additive_masks
 from redrafter.target.offload import check_alone, load_in_places, reader
 from redrafter.target.sharding import ShardedBackbone, check_launch, load_split
@@ -380,7 +381,11 @@ def context_of(config: Any) -> int | None:
 
 
 def check_path(config: TargetConfig) -> str:
-    """target.path. Raises InputError where it is plainly neither a model's folder nor a Hub id."""
+    """target.path, of a GGUF file the folder that it was unpacked to. Raises InputError where it is
+    plainly neither a model's folder nor a Hub id."""
+    file = find_gguf(config)
+    if file is not None:
+        return as_folder(file)
     path = config.path
     if os.sep in path and not os.path.isdir(path) and path.count("/") != 1:
         raise InputError(f"target.path: folder {path!r} does not exist")
