@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -42,25 +43,12 @@ def build_answers(
     and several processes share them out (`filling.py`).
     """
     check_same_text(prompts, target)
-    identity = {
-        "target": target_identity(target),
-        "prompts": prompts.digest,
-        "temperatures": [float(t) for t in config.temperatures],
-        "samples_per_prompt": config.samples_per_prompt,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": seed,
-        "shard_prompts": config.shard_prompts,
-    }
+    identity = {"prompts": prompts.digest, **answers_identity(target, config, seed)}
     job = open_job(folder, "answers", identity, named)
     if job.complete:
         return open_filled(job)
-    passes = [
-        (float(t), sample)
-        for t in config.temperatures
-        for sample in range(config.samples_per_prompt if t > 0 else 1)
-    ]
-    step, n = config.shard_prompts, prompts.n_rows
-    groups = [range(first, min(first + step, n)) for first in range(0, n, step)]
+    passes, n = passes_of(config), prompts.n_rows
+    groups = groups_of(n, config.shard_prompts)
 
     def make(index: int, bar: tqdm) -> Shard:
         number, group = divmod(index, len(groups))
@@ -74,6 +62,32 @@ def build_answers(
         job, sizes, make, what="answers", unit="row", progress=progress,
         together=target.together, input=sum(sizes), made_from=prompts.lineage,
     )  # fmt: skip
+
+
+def answers_identity(target: Target, config: AnswersConfig, seed: int) -> dict[str, Any]:
+    """What answers depend on, besides what they answer."""
+    return {
+        "target": target_identity(target),
+        "temperatures": [float(t) for t in config.temperatures],
+        "samples_per_prompt": config.samples_per_prompt,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": seed,
+        "shard_prompts": config.shard_prompts,
+    }
+
+
+def passes_of(config: AnswersConfig) -> list[tuple[float, int]]:
+    """(temperature, sample number) of every time that all prompts are answered."""
+    return [
+        (float(t), sample)
+        for t in config.temperatures
+        for sample in range(config.samples_per_prompt if t > 0 else 1)
+    ]
+
+
+def groups_of(n: int, size: int) -> list[range]:
+    """0 .. n - 1 in runs of `size`, the last one shorter."""
+    return [range(first, min(first + size, n)) for first in range(0, n, size)]
 
 
 def check_same_text(store: Store, target: Target) -> None:
@@ -111,16 +125,15 @@ def _answer(
     fitting = [i for i in chosen if room is None or len(ids[i]) < room]
     source_rows = {i: int(prompts.source_row[i]) for i in fitting}
     seeds = [answer_seed(seed, source_rows[i], temperature, sample) for i in fitting]
-    texts = _texts(target, [ids[i] for i in fitting], seeds, temperature, config, drafter, bar)
+    texts = answer(target, [ids[i] for i in fitting], seeds, temperature, config, drafter, bar)
     made = {}
     for i, text in zip(fitting, texts, strict=True):
-        mask = (False,) * len(ids[i]) + (True,) * len(text)
-        made[i] = TokenRow((*ids[i], *text), mask, source_rows[i])
+        made[i] = answered_row(ids[i], text, source_rows[i])
     bar.update(len(rejected))
     return made, rejected
 
 
-def _texts(
+def answer(
     target: Target,
     rows: list[list[int]],
     seeds: list[int],
@@ -152,9 +165,17 @@ def _texts(
     return [texts[i] for i in range(len(rows))]
 
 
-def answer_seed(seed: int, source_row: int, temperature: float, sample: int) -> int:
-    """32 bits that an answer is drawn with."""
-    text = f"{seed}/{source_row}/{float(temperature)!r}/{sample}"
+def answered_row(prompt: Sequence[int], text: Sequence[int], source_row: int) -> TokenRow:
+    """A prompt and its answer, of which the answer is learned."""
+    mask = (False,) * len(prompt) + (True,) * len(text)
+    return TokenRow((*prompt, *text), mask, source_row)
+
+
+def answer_seed(
+    seed: int, source_row: int, temperature: float, sample: int, turn: int = 0
+) -> int:
+    """32 bits that an answer is drawn with. turn: 0 for the first of its source row."""
+    text = f"{seed}/{source_row}/{float(temperature)!r}/{sample}" + (f"/{turn}" if turn else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 

@@ -52,12 +52,7 @@ def build_rows(
     and failed ones add up to the rows read.
     """
     source = main_first(lambda: read_source(config))
-    identity = {
-        "source": source.digest,
-        "read_as": {k: v for k, v in plain_values(config).items() if k not in _FREE},
-        "text": text_identity(tokenizer),
-        "max_tokens": max_tokens,
-    }
+    identity = {**source_identity(source, tokenizer), "max_tokens": max_tokens}
     read = lambda: prepared(source, Renderer(tokenizer, config), config, keep, max_tokens)  # noqa: E731
     total = _total(source) if progress else 0
     store = write_rows(read, keep, folder, identity, named, total, made_from=[origin(source)])
@@ -68,6 +63,15 @@ def build_rows(
             f"({'; '.join(sorted(reasons)[:3])}){_LONGER if max_tokens is not None else ''}"
         )
     return store
+
+
+def source_identity(source: Source, tokenizer: Any) -> dict[str, Any]:
+    """What a source's rows of tokens depend on."""
+    return {
+        "source": source.digest,
+        "read_as": {k: v for k, v in plain_values(source.config).items() if k not in _FREE},
+        "text": text_identity(tokenizer),
+    }
 
 
 def write_rows(

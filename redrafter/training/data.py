@@ -17,6 +17,7 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows, write_rows
 from redrafter.data.chat import Renderer
+from redrafter.data.conversations import build_conversations
 from redrafter.data.prompts import rendered
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
 from redrafter.data.rows import TokenRow
@@ -110,12 +111,15 @@ def continuation_tokens(data: DataConfig, depth: int) -> int:
 
 
 def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
-    """Answers to the source's prompts, or its texts."""
+    """Answers to the source's prompts or conversations, or its texts."""
     context, source = target.max_positions, data.source
     if data.text == "source":
         return build_rows(
             source, need_tokenizer(target), "texts", folder, max_tokens=context, named=True
         )
+    if data.text == "conversations":
+        need_tokenizer(target)
+        return build_conversations(target, source, data.answers, folder, seed=seed, named=True)
     room = None if context is None else context - data.answers.max_new_tokens
     prompts = build_rows(
         source, need_tokenizer(target), "prompts", folder, max_tokens=room, named=True
