@@ -15,6 +15,9 @@ Second stage of the data: the target's own answers, which is what a draft head s
 
   python data/answers.py --target.path MODEL --prompts runs/prompts --output_dir runs/answers
 
+  python data/answers.py --target.path MODEL --source.path CHATS.jsonl --output_dir runs/answers
+      conversations: every turn, each put after the target's own earlier answers
+
   accelerate launch --multi_gpu --num_processes 8 data/answers.py ...
       the same answers, made by eight processes (of one or several machines that share the folder)
 
@@ -30,22 +33,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from redrafter.data.answers import build_answers
     from redrafter.data.build_rows import report
+    from redrafter.data.conversations import build_conversations, cut_turns
     from redrafter.data.store import Store
     from redrafter.drafters.lookup import PromptLookup
     from redrafter.drafters.recurrent import RecurrentDrafter
 
     if (config.drafter == "head") != (config.head is not None):
         raise InputError("drafter head goes with --head FOLDER, and only with it")
-    prompts = Store(config.prompts, "prompts")
+    if (config.prompts is None) == (config.source is None):
+        raise InputError(
+            "give either --prompts, the folder that data/prepare.py made, or --source.path, "
+            "conversations of which every turn is answered"
+        )
+    prompts = None if config.prompts is None else Store(config.prompts, "prompts")
     target, head = load_both(config)
+    if config.source is not None and target.tokenizer is None:
+        raise InputError(f"target.path: {target.name} has no tokenizer, and conversations are text")
     makers = {
         "none": None,
         "lookup": PromptLookup,
         "head": lambda: RecurrentDrafter(head, target, config.tree),
     }
-    store = build_answers(
-        target, prompts, config.answers, config.output_dir,
-        seed=config.seed, drafter=makers[config.drafter],
-    )  # fmt: skip
+    how = {"seed": config.seed, "drafter": makers[config.drafter]}
+    if prompts is not None:
+        store = build_answers(target, prompts, config.answers, config.output_dir, **how)
+    else:
+        store = build_conversations(
+            target, config.source, config.answers, config.output_dir, **how
+        )  # fmt: skip
     say(report(store))
+    if prompts is None:
+        say(
+            f"  turns of {store.manifest['conversations']} conversations; max_new_tokens (or the "
+            f"context) cut {cut_turns(store, target)} answers short"
+        )
     return 0

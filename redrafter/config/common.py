@@ -32,7 +32,9 @@ class TargetConfig:
 
     path: str
     """Folder or Hub id of a Hugging Face causal language model, or of a peft adapter, which is
-    merged into its base when loaded."""
+    merged into its base when loaded; or a GGUF file, or a folder that holds one."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in the folder, or the Hub's repository, that `path` is."""
     base: str | None = None
     """For an adapter: its base's folder or Hub id, where adapter_config.json names another."""
     device: str = "auto"

@@ -64,8 +64,9 @@ class DataConfig:
     source: SourceConfig | None = None
     """Text to begin with, where there are no stores: data.source.path, .format, .n_rows,
     .holdout_rows and the other fields that `data/prepare.py --help` explains."""
-    text: Literal["answers", "source"] = "answers"
-    """Learn from the target's own answers to the source's prompts, or from its texts as they
+    text: Literal["answers", "conversations", "source"] = "answers"
+    """Learn from the target's own answers to the source's prompts; to every turn of its
+    conversations, each put after the target's own earlier answers; or from its texts as they
     stand."""
     answers: AnswersConfig = AnswersConfig()
     """How answers are made."""
@@ -118,10 +119,13 @@ class MakeAnswersConfig:
 
     target: TargetConfig
     """The target that answers."""
-    prompts: str
-    """Folder of prompts made by data/prepare.py."""
     output_dir: str
     """Folder for the answers; the same command goes on after an interruption."""
+    prompts: str | None = None
+    """Folder of prompts made by data/prepare.py; one answer is given to each."""
+    source: SourceConfig | None = None
+    """Conversations, in place of prompts: every turn is answered, each next one put after the
+    target's own earlier answers. source.path, .format and so on are those of data/prepare.py."""
     answers: AnswersConfig = AnswersConfig()
     """How they are made."""
     drafter: Literal["none", "head", "lookup"] = "none"

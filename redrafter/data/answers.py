@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from redrafter.config import AnswersConfig
-from redrafter.contracts import Drafter, InputError
+from redrafter.contracts import Drafter, Generation, InputError
 from redrafter.data.build_rows import columns_of, need_rows
 from redrafter.data.filling import Shard, fill, open_filled
-from redrafter.data.finite import NOT_FINITE
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import Store, open_job
 from redrafter.data.vocabulary import check_store_ids
-from redrafter.decode.plain import plain
+from redrafter.decode.refill import refilled
+from redrafter.decode.request import NOT_FINITE
 from redrafter.decode.speculative import speculative
 from redrafter.target.identity import target_identity, text_identity
 from redrafter.target.model import Target
@@ -47,26 +48,13 @@ def build_answers(
     answer that met scores that are not finite, are left out and listed.
     """
     check_same_text(prompts, target)
-    identity = {
-        "target": target_identity(target),
-        "prompts": prompts.digest,
-        "temperatures": [float(t) for t in config.temperatures],
-        "samples_per_prompt": config.samples_per_prompt,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": seed,
-        "shard_prompts": config.shard_prompts,
-    }
+    identity = {"prompts": prompts.digest, **answers_identity(target, config, seed)}
     job = open_job(folder, "answers", identity, named)
     if job.complete:
         return need_rows(open_filled(job), prompts.name)
     check_store_ids(prompts, target)
-    passes = [
-        (float(t), sample)
-        for t in config.temperatures
-        for sample in range(config.samples_per_prompt if t > 0 else 1)
-    ]
-    step, n = config.shard_prompts, prompts.n_rows
-    groups = [range(first, min(first + step, n)) for first in range(0, n, step)]
+    passes, n = passes_of(config), prompts.n_rows
+    groups = groups_of(n, config.shard_prompts)
 
     def make(index: int, bar: tqdm) -> Shard:
         number, group = divmod(index, len(groups))
@@ -81,6 +69,32 @@ def build_answers(
         together=target.together, input=sum(sizes), made_from=prompts.lineage,
     )  # fmt: skip
     return need_rows(store, prompts.name)
+
+
+def answers_identity(target: Target, config: AnswersConfig, seed: int) -> dict[str, Any]:
+    """What answers depend on, besides what they answer."""
+    return {
+        "target": target_identity(target),
+        "temperatures": [float(t) for t in config.temperatures],
+        "samples_per_prompt": config.samples_per_prompt,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": seed,
+        "shard_prompts": config.shard_prompts,
+    }
+
+
+def passes_of(config: AnswersConfig) -> list[tuple[float, int]]:
+    """(temperature, sample number) of every time that all prompts are answered."""
+    return [
+        (float(t), sample)
+        for t in config.temperatures
+        for sample in range(config.samples_per_prompt if t > 0 else 1)
+    ]
+
+
+def groups_of(n: int, size: int) -> list[range]:
+    """0 .. n - 1 in runs of `size`, the last one shorter."""
+    return [range(first, min(first + size, n)) for first in range(0, n, size)]
 
 
 def check_same_text(store: Store, target: Target) -> None:
@@ -106,10 +120,7 @@ def _answer(
     drafter: Callable[[], Drafter] | None,
     bar: tqdm,
 ) -> tuple[dict[int, TokenRow], list[dict]]:
-    """Prompt number -> prompt and answer, in order; and the prompts that have none.
-
-    Batches hold prompts of similar length; which they are does not change an answer.
-    """
+    """Prompt number -> prompt and answer, in order; and the prompts that have none."""
     read = prompts.rows(chosen)
     ids = {i: read.ids(place) for place, i in enumerate(chosen)}
     room = target.max_positions
@@ -118,37 +129,77 @@ def _answer(
         for i in chosen if room is not None and len(ids[i]) >= room
     }  # fmt: skip
     bar.update(len(why))
-    generation = generation_config(temperature, config.max_new_tokens)
-    order = sorted((i for i in chosen if i not in why), key=lambda i: (len(ids[i]), i))
+    fitting = [i for i in chosen if i not in why]
+    source_rows = {i: int(prompts.source_row[i]) for i in fitting}
+    seeds = [answer_seed(seed, source_rows[i], temperature, sample) for i in fitting]
+    texts = answer(target, [ids[i] for i in fitting], seeds, temperature, config, drafter, bar)
     made: dict[int, TokenRow] = {}
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
-        source_rows = [int(prompts.source_row[i]) for i in batch]
-        seeds = [answer_seed(seed, row, temperature, sample) for row in source_rows]
-        rows = [ids[i] for i in batch]
-        if drafter is None:
-            said = plain(target, rows, generation, seeds=seeds)
+    for i, text in zip(fitting, texts, strict=True):
+        if text is None:
+            why[i] = overflowed(target)
         else:
-            said = speculative(target, rows, generation, seeds=seeds, drafter=drafter())
-        for i, row, prompt, text, end in zip(
-            batch, source_rows, rows, said.tokens, said.finish, strict=True
-        ):
-            if end == NOT_FINITE:
-                why[i] = _OVERFLOW.format(str(target.dtype).removeprefix("torch."))
-                continue
-            mask = (False,) * len(prompt) + (True,) * len(text)
-            made[i] = TokenRow((*prompt, *text), mask, row)
-        bar.update(len(batch))
+            made[i] = answered_row(ids[i], text, source_rows[i])
     rejected = [
         {"source_row": int(prompts.source_row[i]), "failed": False, "reason": why[i]}
         for i in chosen if i in why
     ]  # fmt: skip
-    return {i: made[i] for i in chosen if i in made}, rejected
+    return made, rejected
 
 
-def answer_seed(seed: int, source_row: int, temperature: float, sample: int) -> int:
-    """32 bits that an answer is drawn with."""
-    text = f"{seed}/{source_row}/{float(temperature)!r}/{sample}"
+def answer(
+    target: Target,
+    rows: list[list[int]],
+    seeds: list[int],
+    temperature: float,
+    config: AnswersConfig,
+    drafter: Callable[[], Drafter] | None,
+    bar: tqdm,
+) -> list[list[int] | None]:
+    """The answer to every prompt, `config.batch_size` of them at a time; moves the bar by a row
+    each. What else is in the batch changes no answer. None: it met scores that are not finite."""
+    if not rows:
+        return []
+    generation = generation_config(temperature, config.max_new_tokens)
+    if drafter is None:
+        made = refilled(
+            target, rows, generation, slots=config.batch_size, seeds=seeds,
+            ended=lambda row: bar.update(1),
+        )  # fmt: skip
+        return _finite(made)
+    texts: dict[int, list[int] | None] = {}
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))  # of similar lengths
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        made = speculative(
+            target, [rows[i] for i in batch], generation,
+            seeds=[seeds[i] for i in batch], drafter=drafter(),
+        )  # fmt: skip
+        texts.update(zip(batch, _finite(made), strict=True))
+        bar.update(len(batch))
+    return [texts[i] for i in range(len(rows))]
+
+
+def _finite(made: Generation) -> list[list[int] | None]:
+    ends = zip(made.tokens, made.finish, strict=True)
+    return [None if finish == NOT_FINITE else tokens for tokens, finish in ends]
+
+
+def overflowed(target: Target) -> str:
+    """Why an answer is left out that met scores that are not finite."""
+    return _OVERFLOW.format(str(target.dtype).removeprefix("torch."))
+
+
+def answered_row(prompt: Sequence[int], text: Sequence[int], source_row: int) -> TokenRow:
+    """A prompt and its answer, of which the answer is learned."""
+    mask = (False,) * len(prompt) + (True,) * len(text)
+    return TokenRow((*prompt, *text), mask, source_row)
+
+
+def answer_seed(
+    seed: int, source_row: int, temperature: float, sample: int, turn: int = 0
+) -> int:
+    """32 bits that an answer is drawn with. turn: 0 for the first of its source row."""
+    text = f"{seed}/{source_row}/{float(temperature)!r}/{sample}" + (f"/{turn}" if turn else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 

@@ -59,12 +59,7 @@ def build_rows(
     Raises InputError where rows that an earlier version made are not what is made today.
     """
     source = main_first(lambda: read_source(config))
-    identity = {
-        "source": source.digest,
-        "read_as": {k: v for k, v in plain_values(config).items() if k not in _FREE},
-        "text": text_identity(tokenizer),
-        "max_tokens": max_tokens,
-    }
+    identity = {**source_identity(source, tokenizer), "max_tokens": max_tokens}
     place = job_folder(folder, keep, identity, named)
     day = by_main(lambda: day_of(tokenizer, begun(place)))
     identity = dated(identity, day)
@@ -80,6 +75,15 @@ def build_rows(
     if made_before and (day is not None or not prints_date(tokenizer)):
         by_main(lambda: _check_first(store, read()))
     return need_rows(store, config.path, _LONGER if max_tokens is not None else "")
+
+
+def source_identity(source: Source, tokenizer: Any) -> dict[str, Any]:
+    """What a source's rows of tokens depend on."""
+    return {
+        "source": source.digest,
+        "read_as": {k: v for k, v in plain_values(source.config).items() if k not in _FREE},
+        "text": text_identity(tokenizer),
+    }
 
 
 def write_rows(

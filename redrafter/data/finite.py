@@ -17,8 +17,6 @@ from redrafter.contracts import InputError
 from redrafter.data.rows import row_names
 from redrafter.data.store import PER_ROW, Store
 
-#: `Generation.finish` of a row that ended before a token chosen from scores that are not finite
-NOT_FINITE = "not_finite"
 #: stands in a column of tokens for one that would have been chosen from such scores
 OVERFLOWED = -2
 _READ_ROWS = 16  # rows in memory at a time

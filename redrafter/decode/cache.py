@@ -41,7 +41,7 @@ class RowCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write (B, heads, n, d) at every row's own offset; return all keys and values so far."""
-        keys, values = self._views[layer_idx] or self._allocate(key_states, value_states, layer_idx)
+        keys, values = self._stores(key_states, value_states, layer_idx)
         for store, new in ((keys, key_states), (values, value_states)):
             if self._padding is not None:
                 new = new.masked_fill(self._padding.to(new.device)[:, None, :, None], 0)
@@ -156,6 +156,10 @@ class RowCache(Cache):
 
     def data_ptrs(self) -> list[int]:
         return [store.data_ptr() for store in self._groups]
+
+    def _stores(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """(B, heads, M, d) of the rows that the next forward works on."""
+        return self._views[layer_idx] or self._allocate(keys, values, layer_idx)
 
     def _allocate(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         def zeros(n: int, like: Tensor) -> Tensor:

@@ -56,9 +56,12 @@ def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
     base, how = start(), config.answers
     target, world = GhostTarget(config.target), world_of(wanted)
     ground = Ground("data/answers.py", target, world, wanted, base)
-    prompts = texts_of_store(Store(config.prompts, "prompts")) if config.prompts else (
-        assumed(wanted)
-    )  # fmt: skip
+    if config.prompts:
+        prompts = texts_of_store(Store(config.prompts, "prompts"))
+    elif config.source is not None:  # of conversations what their rows hold, not what is answered
+        prompts = texts_of_source(config.source, config.target, "prompts", None, wanted)
+    else:
+        prompts = assumed(wanted)
     ground.plan.head.append(f"data: {prompts.how}")
     drafter, items = None, []
     if config.head is not None:

@@ -87,7 +87,9 @@ def find_adapter(config: TargetConfig) -> Adapter | None:
     from transformers.utils import find_adapter_config_file
 
     try:
-        found = find_adapter_config_file(config.path, revision=config.revision)
+        found = None
+        if not config.path.endswith(".gguf"):
+            found = find_adapter_config_file(config.path, revision=config.revision)
     except (OSError, ValueError):  # no such repository: whoever loads a model says so
         found = None
     if found is None:
@@ -110,7 +112,7 @@ def find_adapter(config: TargetConfig) -> Adapter | None:
     remedy = f"correct base_model_name_or_path in {file}, or give target.base"
     if not base:
         raise InputError(f"target.path: {file} names no base model: {remedy}")
-    if not os.path.isdir(base) and not _HUB_ID.fullmatch(base):
+    if not os.path.exists(base) and not _HUB_ID.fullmatch(base):
         raise InputError(f"target.path: the base {base!r} named in {file} does not exist: {remedy}")
     if os.path.isfile(os.path.join(base, CONFIG)):
         raise InputError(

@@ -6,6 +6,7 @@ import os
 
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
+from redrafter.target.gguf import as_folder, find_gguf
 
 #: A checkpoint's own code is never run, and nobody is asked on a terminal whether it may.
 OWN_CODE = {"trust_remote_code": False}
@@ -13,12 +14,16 @@ _SAID_CHARS = 400  # of an error of somebody else's
 
 
 def check_path(config: TargetConfig) -> str:
-    """target.path. Raises InputError where it is plainly neither a model's folder nor a Hub id."""
+    """target.path, of a GGUF file the folder that it was unpacked to. Raises InputError where it is
+    plainly neither a model's folder nor a Hub id."""
+    file = find_gguf(config)
+    if file is not None:
+        return as_folder(file)
     path = config.path
     if os.path.isfile(path):
         raise InputError(
             f"target.path: {path!r} is {_file_kind(path)}; give the folder of a Hugging Face model "
-            "(config.json, weights, tokenizer), or a Hub id"
+            "(config.json, weights, tokenizer), a GGUF file, or a Hub id"
         )
     if os.sep in path and not os.path.isdir(path) and path.count("/") != 1:
         raise InputError(f"target.path: folder {path!r} does not exist")
@@ -29,10 +34,7 @@ def check_path(config: TargetConfig) -> str:
 
 def _file_kind(path: str) -> str:
     """What a file is that was given for a folder, by its name."""
-    kind = os.path.splitext(path)[1]
-    if kind == ".gguf":
-        return "a GGUF file, whose quantized weights are not read here"
-    if kind in (".safetensors", ".bin", ".pt", ".pth"):
+    if os.path.splitext(path)[1] in (".safetensors", ".bin", ".pt", ".pth"):
         return "a file of weights alone"
     return "a file, not a folder"
 

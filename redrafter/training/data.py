@@ -17,6 +17,7 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows, write_rows
 from redrafter.data.chat import Renderer
+from redrafter.data.conversations import build_conversations
 from redrafter.data.day import dated, day_of
 from redrafter.data.prompts import rendered, say_left_out
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
@@ -117,7 +118,7 @@ def continuation_tokens(data: DataConfig, depth: int) -> int:
 
 
 def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
-    """Answers to the source's prompts, or its texts."""
+    """Answers to the source's prompts or conversations, or its texts."""
     context, source = target.max_positions, data.source
     tokenizer = tokenizer_of(target, f"data.source {source.path}")
     if data.text == "source":
@@ -125,6 +126,8 @@ def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
             source, tokenizer, "texts", folder, max_tokens=context,
             vocab_size=target.vocab_size, named=True,
         )  # fmt: skip
+    if data.text == "conversations":
+        return build_conversations(target, source, data.answers, folder, seed=seed, named=True)
     room = None if context is None else context - data.answers.max_new_tokens
     prompts = build_rows(
         source, tokenizer, "prompts", folder, max_tokens=room,

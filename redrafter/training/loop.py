@@ -45,7 +45,7 @@ from redrafter.training.step import StepLoss, needed_teacher, total_weight
 _FREE = frozenset(
     {
         "output_dir", "resume", "tracker", "log_steps", "save_steps", "keep_checkpoints", "eval.",
-        "target.path", "target.base", "target.device", "target.revision",
+        "target.path", "target.base", "target.gguf_file", "target.device", "target.revision",
         "target.shard", "target.device_map", "target.device_bytes", "target.host_bytes",
         "target.offload_folder", "loss.chunk_rows",
         "optim.max_bad_steps",

@@ -1,0 +1,200 @@
+"""Second stage for conversations: every turn answered by the target, each next one put after the
+target's own earlier answers, as a server would have seen it.
+
+A row is a turn: the chat so far as the template renders it then, and the answer. So a template that
+rewrites the history (it drops what was thought, say) is no matter. Turns of a conversation share a
+source row and stand one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from redrafter.config import AnswersConfig, SourceConfig
+from redrafter.contracts import Drafter, InputError
+from redrafter.data.answers import (
+    answer,
+    answer_seed,
+    answered_row,
+    answers_identity,
+    groups_of,
+    overflowed,
+    passes_of,
+)
+from redrafter.data.build_rows import columns_of, need_rows, origin, source_identity
+from redrafter.data.chat import Renderer
+from redrafter.data.day import dated, day_of
+from redrafter.data.filling import Shard, fill, open_filled
+from redrafter.data.formats import Messages
+from redrafter.data.rows import TokenRow
+from redrafter.data.sources import Source, read_source
+from redrafter.data.store import Store, begun, job_folder, open_job
+from redrafter.data.vocabulary import check_ids
+from redrafter.processes import by_main, main_first
+from redrafter.target.model import Target
+from redrafter.target.text import tokenizer_of
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """turns: what is said before each answer; row: 0-based, in the source; where: `file:line`, for
+    messages; first: number of its first turn among those of all conversations."""
+
+    turns: list[Messages]
+    row: int
+    where: str
+    first: int
+
+
+def build_conversations(
+    target: Target,
+    source_config: SourceConfig,
+    config: AnswersConfig,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    drafter: Callable[[], Drafter] | None = None,
+    named: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Let the target answer every turn of a source's conversations, or open what it said before.
+
+    seed, drafter, named: as for `build_answers`. One shard is `config.shard_prompts` conversations
+    at one temperature.
+    A conversation ends early where its next prompt fills the target's context; the turns left are
+    counted as skipped. An answer that `config.max_new_tokens` cut short is part of the history as
+    it is (`cut_turns` counts them). Rows that cannot be read are failed ones, and repeated
+    conversations are skipped. Raises InputError before any work where more than
+    `source_config.max_failed_rows` fail.
+    """
+    source = main_first(lambda: read_source(source_config))
+    tokenizer = tokenizer_of(target, source_config.path)
+    identity = {
+        **source_identity(source, tokenizer), "turns": "all",
+        **answers_identity(target, config, seed),
+    }  # fmt: skip
+    place = job_folder(folder, "answers", identity, named)
+    day = by_main(lambda: day_of(tokenizer, begun(place)))
+    identity, renderer = dated(identity, day), Renderer(tokenizer, source_config, day)
+    job = open_job(folder, "answers", identity, named)
+    if job.complete:
+        return need_rows(open_filled(job), source_config.path)
+    found, left_out = _conversations(source, renderer, target.vocab_size)
+    passes, groups = passes_of(config), groups_of(len(found), config.shard_prompts)
+    turns = sum(len(chat.turns) for chat in found)
+
+    def make(index: int, bar: tqdm) -> Shard:
+        number, group = divmod(index, len(groups))
+        chats = [found[i] for i in groups[group]]
+        rows, rejected = _converse(
+            target, renderer, chats, *passes[number], config, seed, drafter, bar
+        )
+        numbers = [number * turns + place for place in rows]
+        return columns_of(rows.values(), numbers), [*rejected, *(left_out if index == 0 else ())]
+
+    sizes = [sum(len(found[i].turns) for i in group) for _ in passes for group in groups]
+    store = fill(
+        job, sizes, make, what="answers", unit="turn", progress=progress, together=target.together,
+        input=sum(sizes) + len(left_out), made_from=[origin(source)],
+        conversations=len(found), turns=turns,
+    )  # fmt: skip
+    return need_rows(store, source_config.path)
+
+
+def cut_turns(store: Store, target: Target) -> int:
+    """Answers that do not end with an EOS: the limit or the context ended them."""
+    last = store.rows().tokens[store.lengths.cumsum(0) - 1].tolist()
+    return sum(token not in target.eos_token_ids for token in last)
+
+
+def _conversations(
+    source: Source, renderer: Renderer, vocab_size: int
+) -> tuple[list[Conversation], list[dict]]:
+    """What can be asked, in order; and what is left out, as a shard's receipt lists it.
+
+    Rendered once with a made-up answer, so that what the template refuses is known beforehand.
+    """
+    found: list[Conversation] = []
+    left_out, seen, failed, first = [], set(), 0, 0
+    for row, content in source:
+        where, reason = source.where(row), "duplicate"
+        try:
+            turns = renderer.turns(content, where)
+            made_up = {"role": "assistant", "content": "."}
+            chat = [m for turn in turns for m in (*turn, made_up)][:-1]
+            ids = renderer.conversation(chat, where)
+            check_ids(ids, vocab_size, renderer.tokenizer, where)
+        except InputError as error:
+            failed, allowed = failed + 1, source.config.max_failed_rows
+            if failed > allowed:
+                raise InputError(
+                    f"{error}\n(max_failed_rows {allowed}: mend the row, or raise it to go on)"
+                ) from error
+            turns, reason = [], str(error)
+        said = json.dumps(turns)
+        if not turns or said in seen:
+            left_out.append({"source_row": row, "failed": not turns, "reason": reason})
+            continue
+        seen.add(said)
+        found.append(Conversation(turns, row, where, first))
+        first += len(turns)
+    if not found:
+        raise InputError(f"{source.config.path}: none of its rows asks anything; give another")
+    return found, left_out
+
+
+def _converse(
+    target: Target,
+    renderer: Renderer,
+    chats: list[Conversation],
+    temperature: float,
+    sample: int,
+    config: AnswersConfig,
+    seed: int,
+    drafter: Callable[[], Drafter] | None,
+    bar: tqdm,
+) -> tuple[dict[int, TokenRow], list[dict[str, Any]]]:
+    """Number of a turn -> what was asked and said; and the turns that leave no room for an answer.
+
+    The first turns of all are answered together, then the second ones, and so on.
+    """
+    room = target.max_positions
+    rows: dict[int, TokenRow] = {}
+    rejected: list[dict[str, Any]] = []
+    history: dict[int, Messages] = {place: [] for place in range(len(chats))}
+
+    def end(place: int, turn: int, why: str) -> None:
+        """Of a conversation: this turn and those behind it are left out."""
+        del history[place]
+        entry = {"source_row": chats[place].row, "failed": False}
+        left = len(chats[place].turns) - turn
+        rejected.extend([{**entry, "reason": f"turn {turn + 1}, {why}"}] * left)
+
+    for turn in range(max(len(chat.turns) for chat in chats)):
+        prompts: dict[int, list[int]] = {}
+        for place in [p for p in history if turn < len(chats[p].turns)]:
+            chat = chats[place]
+            history[place] += chat.turns[turn]
+            ids = list(renderer.conversation(history[place], f"{chat.where}, turn {turn + 1}"))
+            if room is None or len(ids) < room:
+                prompts[place] = ids
+                continue
+            end(place, turn, f"a prompt of {len(ids)} tokens, fills the context of {room}")
+            bar.update(len(chat.turns) - turn)
+        seeds = [answer_seed(seed, chats[p].row, temperature, sample, turn) for p in prompts]
+        made = answer(target, list(prompts.values()), seeds, temperature, config, drafter, bar)
+        for (place, ids), text in zip(prompts.items(), made, strict=True):
+            if text is None:
+                end(place, turn, overflowed(target))
+                bar.update(len(chats[place].turns) - turn - 1)
+                continue
+            rows[chats[place].first + turn] = answered_row(ids, text, chats[place].row)
+            said = renderer.tokenizer.decode(text, skip_special_tokens=True)
+            history[place].append({"role": "assistant", "content": said})
+    return dict(sorted(rows.items())), rejected

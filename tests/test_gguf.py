@@ -1,0 +1,205 @@
+"""A GGUF file is a target: the weights that were put into it come out of it, once, and a bad one
+is one clear error that leaves nothing behind."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from redrafter.config import TargetConfig
+from redrafter.contracts import InputError
+from redrafter.target import gguf as ours
+from redrafter.target.model import load_target, load_tokenizer
+
+NEEDS = "needs the package gguf (redrafter[gguf]), which writes the files that are read here"
+TOKENS = [[0, 5, 9, 300, 41, 17, 2, 250]]
+
+
+def write_gguf(folder: Path, file: Path, architecture: str = "llama", leave_out: str = "") -> Path:
+    """A llama of `folder` as llama.cpp keeps it, in float32: names and order are its own."""
+    gguf = pytest.importorskip("gguf", reason=NEEDS)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), model.config
+    writer = gguf.GGUFWriter(str(file), architecture)
+    writer.add_name("tiny")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = set(tokenizer.all_special_ids)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if i in special else 1 for _, i in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
+    writer.add_add_bos_token(True)
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        if leave_out and leave_out in name:
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, n in heads.items():
+            if part in name:  # llama.cpp rotates neighbours, transformers halves
+                half = value.view(n, 2, value.shape[0] // n // 2, value.shape[1])
+                value = half.swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="module")
+def written(tiny_target, tmp_path_factory) -> Path:
+    return write_gguf(tiny_target, tmp_path_factory.mktemp("gguf") / "tiny-F32.gguf")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(ours.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(cache: Path) -> list[str]:
+    """What lies in the cache, but for locks."""
+    return [p.name for p in cache.iterdir() if p.suffix != ".lock"] if cache.exists() else []
+
+
+def refusal(config: TargetConfig) -> str:
+    with pytest.raises(InputError) as error:
+        load_target(config)
+    return str(error.value)
+
+
+def test_it_is_the_model_that_was_put_in(tiny_target, written, cache, capsys, monkeypatch):
+    want = load_target(TargetConfig(str(tiny_target), device="cpu"))
+    made = load_target(TargetConfig(str(written), device="cpu"))
+    said = capsys.readouterr().err
+    assert "tiny-F32.gguf: unpacking" in said and str(cache) in said
+    ids = torch.tensor(TOKENS)
+    assert torch.equal(made.states(ids), want.states(ids))
+    assert made.name == str(written) and made.dtype == torch.float32
+    assert made.eos_token_ids == want.eos_token_ids and made.max_positions == want.max_positions
+    text = "import os"  # runs of blanks are split as transformers thinks best
+    assert made.tokenizer(text).input_ids == want.tokenizer(text).input_ids
+    assert made.tokenizer.get_vocab() == want.tokenizer.get_vocab()
+    assert made.tokenizer.chat_template == want.tokenizer.chat_template
+    (folder,) = kept(cache)
+    saved = AutoModelForCausalLM.from_pretrained(cache / folder, dtype="auto")
+    assert saved.dtype == torch.float32 and saved.config.model_type == "llama"
+    # From now on nothing is unpacked, and what wrote the file is not needed
+    monkeypatch.setattr(ours, "_make", lambda *a: pytest.fail("unpacked twice"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    again = load_target(TargetConfig(str(written.parent), device="cpu"))
+    assert torch.equal(again.states(ids), want.states(ids))
+    named = TargetConfig(str(written.parent), gguf_file=written.name, device="cpu")
+    assert load_tokenizer(named).get_vocab() == want.tokenizer.get_vocab()
+
+
+def test_an_accelerator_computes_in_the_files_precision(written, cache, monkeypatch):
+    """`auto` there takes what config.json says; the weights stay exact."""
+    monkeypatch.setattr(ours, "_FILE_TYPES", {})
+    folder = Path(ours.as_folder(written))
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_which_file_is_meant(tmp_path, cache):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("b.gguf", "a.gguf"):
+        (folder / name).touch()
+    assert "several GGUF files" in (said := refusal(TargetConfig(str(folder))))
+    assert said.endswith("target.gguf_file: a.gguf, b.gguf")
+    said = refusal(TargetConfig(str(folder), gguf_file="c.gguf"))
+    assert "has no 'c.gguf'; it has a.gguf, b.gguf" in said
+    said = refusal(TargetConfig(str(folder / "c.gguf")))
+    assert "c.gguf' does not exist" in said
+    (folder / "a-00001-of-00002.gguf").touch()
+    said = refusal(TargetConfig(str(folder / "a-00001-of-00002.gguf")))
+    assert "llama-gguf-split --merge" in said
+    (folder / "config.json").write_text("{}")  # an ordinary model, whatever lies beside it
+    assert ours.find_gguf(TargetConfig(str(folder))) is None
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_truncated_file(written, tmp_path, cache, share):
+    whole = written.read_bytes()
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(whole[: int(len(whole) * share)])
+    said = refusal(TargetConfig(str(file)))
+    assert said.startswith(f"target.path: {file} is no whole GGUF file") and "get it anew" in said
+    assert kept(cache) == []
+
+
+def test_an_unknown_architecture_and_missing_weights(tiny_target, tmp_path, cache):
+    file = write_gguf(tiny_target, tmp_path / "new.gguf", architecture="quux")
+    said = refusal(TargetConfig(str(file)))
+    assert str(file) in said and "quux" in said and "the model that it was made from" in said
+    file = write_gguf(tiny_target, tmp_path / "less.gguf", leave_out="layers.1.mlp.up_proj")
+    said = refusal(TargetConfig(str(file)))
+    assert "lacks 1 of the model's weights, model.layers.1.mlp.up_proj.weight" in said
+    assert kept(cache) == []
+
+
+def test_a_full_disk(written, cache, monkeypatch):
+    """Known beforehand, or found out while writing: nothing half-written is left."""
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.shutil, "disk_usage", lambda folder: usage)
+        said = refusal(TargetConfig(str(written)))
+    assert "1,000 are free" in said and ours.CACHE in said and str(cache) in said
+
+    def full(self, folder, **more):
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    from transformers import PreTrainedModel
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        said = refusal(TargetConfig(str(written)))
+    assert "No space left on device" in said and ours.CACHE in said
+    assert kept(cache) == []
+    load_target(TargetConfig(str(written)))
+
+
+def test_without_the_package_the_remedy_is_named(tmp_path, cache, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install 'redrafter[gguf]'" in refusal(TargetConfig(str(tmp_path / "x.gguf")))
+
+
+def test_a_command_takes_it(written, tmp_path):
+    source = tmp_path / "q.jsonl"
+    source.write_text('{"question": "What is x?"}\n')
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "data/prepare.py", "--target.path", str(written.parent),
+         "--target.gguf_file", written.name, "--source.path", str(source), "--show", "1"],
+        cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"What is x\?", done.stdout)
