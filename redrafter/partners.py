@@ -17,7 +17,7 @@ from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.build import Partners
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.evaluation.costs import price
-from redrafter.heads.recurrent import load_head
+from redrafter.heads.load import load_head
 from redrafter.hub.fetch import fetch
 from redrafter.target.model import Target, load_target
 

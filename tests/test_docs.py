@@ -8,7 +8,8 @@ import pytest
 
 from redrafter.config import TreeConfig
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.recurrent import RecurrentHead, load_head
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
 from redrafter.target.model import load_target
 
