@@ -10,7 +10,7 @@ Letters used for shapes, everywhere:
 A tree's *root* (node 0) is the last emitted token, not yet in the target's cache. A node at
 depth d is a guess for the token at absolute position L - 1 + d of its row.
 
-The main path: `redrafter.target` (the frozen model) -> `redrafter.decode.speculative` (the loop)
+The main path: `redrafter.targets` (the frozen model) -> `redrafter.decode.speculative` (the loop)
 -> `redrafter.drafters` (who proposes) -> `redrafter.heads` (what is trained).
 """
 
@@ -20,8 +20,8 @@ __version__ = "0.1.0.dev0"
 
 # Public names are imported on first use, so that `import redrafter` stays instant.
 _PUBLIC = {
-    "Target": "redrafter.target.model",
-    "load_target": "redrafter.target.model",
+    "Target": "redrafter.targets.model",
+    "load_target": "redrafter.targets.model",
     "RecurrentHead": "redrafter.heads.recurrent",
     "RecurrentHeadConfig": "redrafter.heads.recurrent",
     "RecurrentDrafter": "redrafter.drafters.recurrent",
@@ -30,7 +30,7 @@ _PUBLIC = {
     "generate": "redrafter.generation",
     "load_plan": "redrafter.generation",
     "Partners": "redrafter.drafters.build",
-    "TextStream": "redrafter.target.text",
+    "TextStream": "redrafter.targets.text",
     "load_head": "redrafter.heads.load",
 }
 

@@ -15,7 +15,7 @@ from redrafter.decode.ratio import Rule
 from redrafter.drafters import build
 from redrafter.drafters.build import Partners
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
-from redrafter.hub.fetch import fetch
+from redrafter.fetch import fetch
 from redrafter.lookahead.confidence import ConfidenceLookahead
 from redrafter.lookahead.disco import DiscoLookahead, check_target, load_disco
 from redrafter.lookahead.draft_exit import DraftExit
@@ -23,7 +23,7 @@ from redrafter.lookahead.heuristic import HeuristicLookahead
 from redrafter.lookahead.oracle import FullDepth, OracleLookahead
 from redrafter.lookahead.roc import RocLookahead
 from redrafter.lookahead.static import StaticLookahead
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 RULES = get_args(Rule)
 

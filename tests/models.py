@@ -16,7 +16,7 @@ from redrafter.contracts import Drafter, Lookahead, TokenTree, Truth
 from redrafter.decode.plain import plain
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.replay import ReplayDrafter
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 VOCAB = 48
 CONTEXT = 64

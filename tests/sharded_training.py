@@ -8,7 +8,7 @@ from pathlib import Path
 
 from redrafter.cli.args import parse
 from redrafter.config import TrainConfig
-from redrafter.target.sharding import ShardedBackbone
+from redrafter.targets.sharding import ShardedBackbone
 from redrafter.training.loop import Run
 
 made = {True: 0, False: 0}  # forwards of its own; to keep step with others

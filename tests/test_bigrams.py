@@ -11,12 +11,11 @@ import torch
 from models import VOCAB, tiny
 from safetensors.torch import load_file, save_file
 
-import redrafter.data.bigrams as data_bigrams
 import redrafter.drafters.bigram as bigram
+import redrafter.tables.bigrams as data_bigrams
 from redrafter.cli import count_bigrams as command
 from redrafter.cli import speed as speed_cli
 from redrafter.contracts import InputError
-from redrafter.data.bigrams import bigrams_of_store, open_bigrams, table_identity
 from redrafter.data.build_rows import write_rows
 from redrafter.data.rows import TokenRow
 from redrafter.drafters.bigram import (
@@ -28,8 +27,9 @@ from redrafter.drafters.bigram import (
     save_bigrams,
 )
 from redrafter.files import write_tensors
-from redrafter.target.identity import text_identity
-from redrafter.target.model import load_target
+from redrafter.tables.bigrams import bigrams_of_store, open_bigrams, table_identity
+from redrafter.targets.identity import text_identity
+from redrafter.targets.model import load_target
 
 # (ids, first supervised position) of a store's rows; pairs that count stand behind.
 ROWS = [

@@ -17,10 +17,10 @@ from models import (
 from transformers import DynamicCache
 
 from redrafter.decode import request as request_module
-from redrafter.decode.cache import RowCache
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.targets.cache import RowCache
 
 # Largest measured: 2e-14. RMS norms round to float32 inside a float64 model, which swallows the
 # difference of two shapes unless it straddles two float32 (odds about 1e-9 per value).

@@ -36,7 +36,7 @@ from redrafter.data.day import dated
 from redrafter.data.sources import read_source
 from redrafter.data.store import Store
 from redrafter.evaluation.journal import Journal
-from redrafter.evaluation.questions import open_questions
+from redrafter.evaluation.spec_bench.questions import open_questions
 from redrafter.planning.texts import texts_of_source
 from redrafter.training.data import held_out_prompts
 

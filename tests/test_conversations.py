@@ -14,7 +14,7 @@ from redrafter.data.build_rows import report
 from redrafter.data.conversations import build_conversations, cut_turns
 from redrafter.decode.plain import plain
 from redrafter.drafters.lookup import PromptLookup
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 
 NEW = 24
 HOW = AnswersConfig(temperatures=(0.0, 1.0), max_new_tokens=NEW, batch_size=5)

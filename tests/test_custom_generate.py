@@ -27,11 +27,11 @@ from redrafter.contracts import InputError
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.export.complete import complete
+from redrafter.export.custom_generate import vendored_files, write_custom_generate
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.hub.export import complete
-from redrafter.hub.vendored import vendored_files, write_custom_generate
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 LIBRARY = Path(redrafter.__file__).parent
 FILES = vendored_files()

@@ -15,8 +15,6 @@ from test_recurrent_drafter import make_head
 
 from redrafter.config import DiscoTrainConfig, TreeConfig
 from redrafter.contracts import InputError, Truth
-from redrafter.data.lookahead import walk_texts
-from redrafter.data.replay import Prices, Records, oracle, replay, static
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.features import SURE
@@ -39,7 +37,8 @@ from redrafter.lookahead.disco import (
     load_disco,
     save_disco,
 )
-from redrafter.training.disco import (
+from redrafter.records.choose import added_s, choose, inputs_of, policy_of
+from redrafter.records.fit import (
     Examples,
     examples,
     fit,
@@ -48,7 +47,8 @@ from redrafter.training.disco import (
     roc_auc,
     survival_loss,
 )
-from redrafter.training.stopping import added_s, choose, inputs_of, policy_of
+from redrafter.records.make import walk_texts
+from redrafter.records.policies import Prices, Records, oracle, replay, static
 
 K = 4
 MODES = {"greedy": {}, "sampled": dict(do_sample=True, temperature=0.8, top_k=0)}
@@ -425,7 +425,7 @@ def test_damaged_files_are_refused(damage, tmp_path):
 
 
 def test_inputs_are_in_the_order_of_their_names():
-    from redrafter.data.replay import Moment
+    from redrafter.records.policies import Moment
 
     moment = Moment(torch.arange(10.0).view(1, 5, 2), torch.tensor([[0.6]]),
                     torch.tensor([[4.0, 2.0]]), torch.tensor([0]))  # fmt: skip

@@ -13,10 +13,10 @@ from redrafter.cli import lookahead_records as records_cli
 from redrafter.cli import speed as speed_cli
 from redrafter.cli import train_disco as disco_cli
 from redrafter.data import lookahead_store
-from redrafter.data.lookahead_store import read_records
 from redrafter.data.store import Store
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import load_target
+from redrafter.records.store import read_records
+from redrafter.targets.model import load_target
 
 DRAFTER = "head:2x3"
 

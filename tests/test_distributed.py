@@ -26,7 +26,7 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.processes import join
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 from redrafter.training.engine import check_engine
 from redrafter.training.feed import Batch, Feed, owners
 from redrafter.training.loop import Run, make_optimizer

@@ -24,7 +24,7 @@ from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.replay import ReplayDrafter
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 DEPTH = 4
 SMALL = dict(num_hidden_layers=1, hidden_size=16, num_attention_heads=2)

@@ -16,8 +16,6 @@ from redrafter.cli import lookahead as cli
 from redrafter.cli.args import parse
 from redrafter.config import LookaheadEvalConfig, TargetConfig
 from redrafter.contracts import InputError, Lookahead
-from redrafter.data.lookahead import walk_texts
-from redrafter.data.replay import Records, oracle, static
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
 from redrafter.drafters.model import DraftModel
@@ -25,15 +23,23 @@ from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import Plan
-from redrafter.evaluation.lookahead_report import overview, says_best
-from redrafter.evaluation.lookaheads import Measured, reliability, summary
+from redrafter.evaluation.lookaheads.report import overview, says_best
+from redrafter.evaluation.lookaheads.steps import (
+    Step,
+    count_steps,
+    judge,
+    plain_steps,
+    replayed_steps,
+)
+from redrafter.evaluation.lookaheads.summary import Measured, reliability, summary
 from redrafter.evaluation.methods import check_partners
 from redrafter.evaluation.runs import Batch, Run
-from redrafter.evaluation.steps import Step, count_steps, judge, plain_steps, replayed_steps
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
 from redrafter.lookahead.oracle import OracleLookahead
 from redrafter.lookahead.static import StaticLookahead
-from redrafter.target.model import load_target
+from redrafter.records.make import walk_texts
+from redrafter.records.policies import Records, oracle, static
+from redrafter.targets.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -49,7 +49,7 @@ from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, nu
 from redrafter.evaluation.speed import Summary, noise_warning, run_interleaved
 from redrafter.files import write_config
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 
 # ---------------------------------------------------------------- figures
 

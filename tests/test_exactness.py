@@ -24,7 +24,7 @@ from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.dummy import DummyDrafter
 from redrafter.drafters.replay import ReplayDrafter
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 # RMS norms round to float32 inside a float64 model, which swallows the difference of two shapes
 # unless it straddles two float32 (odds about 1e-9 per value).

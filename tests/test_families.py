@@ -7,7 +7,7 @@ that a newer transformers brings: run its test, see what comes out, give it its 
 import pytest
 from families import FAMILIES, TABLE, build, check_texts, outcome
 
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 SINGLE = [family for family in FAMILIES if not TABLE.get(family, "").startswith("not built")]
 

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 
 from redrafter.contracts import InputError
-from redrafter.hub.fetch import fetch
+from redrafter.fetch import fetch
 
 
 def test_a_local_path_is_left_alone(tmp_path):

@@ -19,8 +19,6 @@ from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import columns_of, report
 from redrafter.data.finite import OVERFLOWED, choice, finite_rows
 from redrafter.data.local import continue_greedily
-from redrafter.data.lookahead_store import build_records
-from redrafter.data.probed import probe_bigrams
 from redrafter.data.prompts import Prompt
 from redrafter.data.reading import Fresh, Hybrid, Stored
 from redrafter.data.rows import TokenRow
@@ -28,7 +26,9 @@ from redrafter.data.states import StateMaker, build_states
 from redrafter.data.store import Job, Store
 from redrafter.decode.plain import plain
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.target.model import Target
+from redrafter.records.store import build_records
+from redrafter.tables.probed import probe_bigrams
+from redrafter.targets.model import Target
 from redrafter.training.feed import Feed
 
 LOUD = 7  # the token whose embedding float16 cannot hold

@@ -28,7 +28,7 @@ from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import LOOKAHEADS, Plan
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.lookahead.static import StaticLookahead
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOKS = {

@@ -13,7 +13,7 @@ from redrafter.contracts import InputError
 from redrafter.heads.apple import load_apple, save_apple
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
-from redrafter.target.adapters import Parts
+from redrafter.targets.adapters import Parts
 
 
 class FakeTarget:

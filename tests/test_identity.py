@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from redrafter.target.identity import target_identity, text_identity
+from redrafter.targets.identity import target_identity, text_identity
 
 
 def tokenizer(words=("a", "b"), **asked):

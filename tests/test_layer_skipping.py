@@ -9,12 +9,12 @@ from models import NEW, Recorder, alone, prompts, settings, tiny
 from transformers import DynamicCache
 
 from redrafter.contracts import InputError
-from redrafter.decode.cache import RowCache
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import NO_DRAFT, LayerSkipping
 from redrafter.evaluation.costs import CostMeter
 from redrafter.lookahead.draft_exit import DraftExit
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 DEPTH = 4
 MODES = {"greedy": {}, "t0.7": dict(do_sample=True, temperature=0.7)}

@@ -15,11 +15,11 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.export.layouts import convert
 from redrafter.heads.load import load_head
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.hub.layouts import convert
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 
 # ------------------------------------------------------- Apple's drafter, from its description
 

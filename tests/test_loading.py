@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
-from redrafter.target.model import Target, load_target
+from redrafter.targets.model import Target, load_target
 
 # ---------------------------------------------------------------- checkpoints with gaps
 

@@ -7,8 +7,6 @@ from models import prompts, settings, tiny
 from test_disco import DRAFTERS, MODES, K, counted, replayed, walked
 
 from redrafter.contracts import InputError, Lookahead
-from redrafter.data.lookahead import acceptance_chance, walk_texts
-from redrafter.data.replay import Records, oracle, static
 from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import LayerSkipping
@@ -16,6 +14,8 @@ from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.lookahead.context import context_features
 from redrafter.lookahead.oracle import FullDepth, OracleLookahead
 from redrafter.lookahead.static import StaticLookahead
+from redrafter.records.make import acceptance_chance, walk_texts
+from redrafter.records.policies import Records, oracle, static
 
 # ------------------------------------------------------------------------------------- records
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from redrafter import losses
-from redrafter.losses import chunked, mixed
+from redrafter.training import losses
+from redrafter.training.losses import chunked, mixed
 
 P, Q = [0.5, 0.3, 0.2, 0.0], [0.1, 0.6, 0.1, 0.2]
 LOGITS_Q = (torch.tensor(Q, dtype=torch.float64).log() + 3.0)[None]  # unnormalised on purpose

@@ -9,7 +9,7 @@ from models import EOS, alone, prompts, settings, tiny
 import redrafter.evaluation.lossless as lossless
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafting import Plan
-from redrafter.target.model import Target, TargetOutput
+from redrafter.targets.model import Target, TargetOutput
 
 
 class Planted:

@@ -16,7 +16,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
 from redrafter.drafters.multi import HOW, MultiCandidate, n_nodes
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 CHILDREN = (3, 2, 2)
 FREE = dict(eos_token_id=-1)

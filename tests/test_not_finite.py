@@ -21,7 +21,7 @@ from redrafter.decode.tree import ancestors
 from redrafter.decode.verify import verify
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.drafters.replay import ReplayDrafter
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 MODES = {"greedy": {}, "t1": dict(do_sample=True, temperature=1.0, top_k=20, top_p=0.95)}
 SEEDS = [3, 4, 5, 6]

@@ -29,13 +29,13 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads import lora
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
-from redrafter.losses import chunked, cross_entropy
-from redrafter.target.identity import target_identity
-from redrafter.target.model import Target, load_model_config, load_target
-from redrafter.target.skipping import AttentionSkipping
+from redrafter.targets.identity import target_identity
+from redrafter.targets.model import Target, load_model_config, load_target
+from redrafter.targets.skipping import AttentionSkipping
 from redrafter.training import checkpoint
 from redrafter.training.engine import Engine
 from redrafter.training.loop import Run
+from redrafter.training.losses import chunked, cross_entropy
 
 
 def read(path, base=None, dtype="float64"):

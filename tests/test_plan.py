@@ -45,8 +45,8 @@ from redrafter.planning.speed import bound
 from redrafter.planning.tracing import traced
 from redrafter.planning.training_job import plan_training
 from redrafter.planning.world import World, shares, world_of
-from redrafter.target.model import load_target
-from redrafter.target.text import load_tokenizer
+from redrafter.targets.model import load_target
+from redrafter.targets.text import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / "configs/plan"
@@ -450,12 +450,12 @@ def test_bytes_per_drafted_token(both):
 
 @pytest.mark.slow
 def test_a_whole_training_takes_what_was_planned(tmp_path):
-    """The committed figures of scripts/measure_plan.py are of more jobs."""
+    """The committed figures of scripts/dev/measure_plan.py are of more jobs."""
     if sys.platform != "linux":
         pytest.skip("the largest resident set is the Linux kernel's")
     out = tmp_path / "plan.json"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/measure_plan.py"), "--cases=wide-train",
+        [sys.executable, str(ROOT / "scripts/dev/measure_plan.py"), "--cases=wide-train",
          f"--out={out}"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True,

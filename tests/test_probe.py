@@ -8,18 +8,18 @@ import torch
 from models import FAMILIES, VOCAB, tiny
 from safetensors.torch import load_file
 
-import redrafter.data.probed as probed
+import redrafter.tables.probed as probed
 from redrafter.cli import probe_bigrams as command
 from redrafter.cli import speed as speed_cli
 from redrafter.contracts import InputError
-from redrafter.data.bigrams import open_bigrams, open_probed
-from redrafter.data.probed import (
+from redrafter.drafters.bigram import BigramTable, count_bigrams, load_bigrams, save_bigrams
+from redrafter.tables.bigrams import open_bigrams, open_probed
+from redrafter.tables.probed import (
     probe_bigrams,
     unembedding_distance,
     unigram_of_weights,
 )
-from redrafter.drafters.bigram import BigramTable, count_bigrams, load_bigrams, save_bigrams
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 
 BOS = 1  # of every tiny target's configuration
 

@@ -26,8 +26,6 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
 from redrafter.data.filling import fill, open_filled
-from redrafter.data.lookahead_store import build_records
-from redrafter.data.probed import probe_bigrams
 from redrafter.data.prompts import load_prompts
 from redrafter.data.reading import Hybrid
 from redrafter.data.states import StateMaker, build_states
@@ -36,8 +34,10 @@ from redrafter.drafters.bigram import CountedBigrams
 from redrafter.drafters.bigram import count_bigrams as count
 from redrafter.files import _MACHINE, digest_file, remove_leftovers
 from redrafter.processes import by_main, everyone, join, launched, main_first, mine
-from redrafter.target.devices import pick_device
-from redrafter.target.model import load_target
+from redrafter.records.store import build_records
+from redrafter.tables.probed import probe_bigrams
+from redrafter.targets.devices import pick_device
+from redrafter.targets.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "kill_processes.py"

@@ -19,7 +19,7 @@ from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.report import write_result
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 
 
 def test_seconds_of_a_step():

@@ -9,7 +9,7 @@ from models import prompts, settings, tiny
 from redrafter.contracts import InputError
 from redrafter.evaluation.methods import Batch, Loop, Partners, build_method, plain_answers
 from redrafter.evaluation.references import ForwardCounter
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 NAMES = ("hf-lookup", "hf-lookup:3", "hf-assistant", "hf-exit:1")
 

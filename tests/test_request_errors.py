@@ -11,7 +11,7 @@ from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.dummy import DummyDrafter
-from redrafter.target.model import Target, load_target
+from redrafter.targets.model import Target, load_target
 
 LOOPS = pytest.mark.parametrize("decode", [plain, speculative])
 

@@ -13,7 +13,7 @@ from redrafter.heads.load import load_head
 from redrafter.planning.ghosts import GhostTarget
 from redrafter.planning.parts import Ground
 from redrafter.planning.world import World
-from redrafter.target.model import load_target
+from redrafter.targets.model import load_target
 from redrafter.training.data import check_settings
 from redrafter.training.loop import Run
 
@@ -142,6 +142,6 @@ def test_where_layers_cannot_lie_outside(tiny_target, monkeypatch):
         load_target(TargetConfig(path, device="cpu", device_map="auto", host_bytes=1000))
     with pytest.raises(ValueError, match="give one of them"):
         TargetConfig(path, device_map="auto", shard="zero3")
-    monkeypatch.setattr("redrafter.target.offload.launched", lambda: 2)
+    monkeypatch.setattr("redrafter.targets.offload.launched", lambda: 2)
     with pytest.raises(InputError, match=r"take target\.shard zero3"):
         load_target(TargetConfig(path, device="cpu", device_map="auto"))

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import LayerSkipping
-from redrafter.target.model import Target
-from redrafter.target.skipping import AttentionSkipping
+from redrafter.targets.model import Target
+from redrafter.targets.skipping import AttentionSkipping
 
 DEPTH = 4
 DEEP = dict(num_hidden_layers=4)

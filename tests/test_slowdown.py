@@ -9,7 +9,6 @@ from models import VOCAB, alone, prompts, settings, tiny
 
 from redrafter.cli import costs as costs_cli
 from redrafter.contracts import InputError
-from redrafter.data.probed import probe_bigrams
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.ngrammys import NGrammys
 from redrafter.evaluation.costs import Cost, CostTable, TargetCost
@@ -23,6 +22,7 @@ from redrafter.evaluation.slowdown import (
     show_slowdown,
 )
 from redrafter.evaluation.walk import walk
+from redrafter.tables.probed import probe_bigrams
 
 
 def test_rows_and_lengths_are_read():
@@ -137,7 +137,7 @@ def test_options_that_do_not_go_together(args, said, capsys):
 
 
 def test_command(tiny_target, tmp_path, capsys):
-    from redrafter.target.model import load_target
+    from redrafter.targets.model import load_target
 
     pytest.importorskip("matplotlib")
     table, out = tmp_path / "t.safetensors", tmp_path / "costs.json"

@@ -12,19 +12,19 @@ from transformers import AutoTokenizer
 from redrafter.cli import spec_bench as cli
 from redrafter.config import SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
-from redrafter.evaluation import spec_bench
-from redrafter.evaluation.answer_files import (
+from redrafter.evaluation.journal import Journal
+from redrafter.evaluation.runs import Batch, Method, Run
+from redrafter.evaluation.spec_bench import run as spec_bench
+from redrafter.evaluation.spec_bench.answer_files import (
     compare,
     compare_files,
     compat_figures,
     file_names,
     tasks_of,
 )
-from redrafter.evaluation.journal import Journal
-from redrafter.evaluation.questions import open_questions
-from redrafter.evaluation.runs import Batch, Method, Run
-from redrafter.evaluation.spec_bench import Asker
-from redrafter.target.model import load_target
+from redrafter.evaluation.spec_bench.questions import open_questions
+from redrafter.evaluation.spec_bench.run import Asker
+from redrafter.targets.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 MT_BENCH = {

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 FREE = settings(eos_token_id=-1)
 

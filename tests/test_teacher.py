@@ -7,9 +7,9 @@ import torch
 from redrafter.cli.args import parse
 from redrafter.config import TargetConfig, TrainConfig
 from redrafter.contracts import InputError
-from redrafter.losses import top_k_log_p
-from redrafter.target.model import load_model_config
+from redrafter.targets.model import load_model_config
 from redrafter.training.loop import train
+from redrafter.training.losses import top_k_log_p
 
 
 def test_the_rest_is_spread_evenly():

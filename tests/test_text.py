@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
-from redrafter.target import text as texts
-from redrafter.target.model import load_model_config, load_target
-from redrafter.target.text import TextStream, continuation, encode, load_tokenizer, tokenizer_of
+from redrafter.targets import text as texts
+from redrafter.targets.model import load_model_config, load_target
+from redrafter.targets.text import TextStream, continuation, encode, load_tokenizer, tokenizer_of
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

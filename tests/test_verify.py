@@ -14,14 +14,14 @@ from redrafter.cli.args import parse
 from redrafter.cli.verify import main, with_head
 from redrafter.config import TrainConfig
 from redrafter.contracts import InputError
+from redrafter.export.complete import complete
+from redrafter.export.golden import FACTS, NUMBERS, read_facts, read_golden, write_golden
+from redrafter.export.rounding import rounding
+from redrafter.export.texts import template_fault, tokenizer_fault
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub import replay_decode
-from redrafter.hub.export import complete
-from redrafter.hub.golden import FACTS, NUMBERS, read_facts, read_golden, write_golden
-from redrafter.hub.rounding import rounding
-from redrafter.hub.texts import template_fault, tokenizer_fault
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 from redrafter.training.loop import Run
 
 SETTINGS = {

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(
         ChatConfig, argv, "redrafter chat", _DESCRIPTION, describe_drafting(), alone=True
     )
-    from redrafter.target.text import tokenizer_of
+    from redrafter.targets.text import tokenizer_of
 
     wanted = check_drafter(config)
     target, head = load_both(config)
@@ -75,7 +75,7 @@ def converse(
 ) -> None:
     """Answer every line; what cannot be answered is said, and forgotten."""
     from redrafter.generation import generate
-    from redrafter.target.text import TextStream
+    from redrafter.targets.text import TextStream
 
     first = [] if config.system is None else [{"role": "system", "content": config.system}]
     history, seed = list(first), config.seed

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.rows import TokenRow
     from redrafter.data.show import show_rows
     from redrafter.data.store import Store
-    from redrafter.target.text import load_tokenizer
+    from redrafter.targets.text import load_tokenizer
 
     store = Store(config.store)
     if config.show:

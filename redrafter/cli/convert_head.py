@@ -25,9 +25,9 @@ Arctic's mlp_speculator heads.
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ConvertConfig, argv, "scripts/convert_head.py", _DESCRIPTION, alone=True)
-    from redrafter.hub.fetch import fetch
-    from redrafter.hub.layouts import convert
-    from redrafter.target.model import load_target
+    from redrafter.export.layouts import convert
+    from redrafter.fetch import fetch
+    from redrafter.targets.model import load_target
 
     target = None if config.target is None else load_target(config.target)
     head = convert(fetch(config.head, "head"), config.to, config.out, target)

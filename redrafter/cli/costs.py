@@ -164,7 +164,7 @@ def measure_slowdown(
 
 def open_table(config: CostsConfig, target: Any, width: int) -> Any:
     """The table of config.ngrammys, at least as wide as it goes."""
-    from redrafter.data.bigrams import open_bigrams
+    from redrafter.tables.bigrams import open_bigrams
 
     table, shown = open_bigrams(config.ngrammys, target, 2 * width)
     print(f"bigrams of {shown}")

@@ -20,10 +20,10 @@ training, and a baseline that a head has to beat.
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(BigramsConfig, argv, "data/bigrams.py", _DESCRIPTION)
-    from redrafter.data.bigrams import bigrams_of_store, table_identity
     from redrafter.data.store import Store
     from redrafter.drafters.bigram import save_bigrams
-    from redrafter.target.model import load_model_config
+    from redrafter.tables.bigrams import bigrams_of_store, table_identity
+    from redrafter.targets.model import load_model_config
 
     def count() -> None:
         store = Store(config.store)

@@ -97,10 +97,10 @@ def measure(
     """
     from redrafter.drafters.profile import step_costs
     from redrafter.drafting import planner
-    from redrafter.evaluation.lookaheads import Measured, reliability, shown, summary
+    from redrafter.evaluation.lookaheads.steps import judge
+    from redrafter.evaluation.lookaheads.summary import Measured, reliability, shown, summary
     from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
     from redrafter.evaluation.speed import decoding, make_batches, middle_context, noise_warning
-    from redrafter.evaluation.steps import judge
 
     speed, wanted = part.speed, decoding(part.speed)
     key = (speed.prompts, speed.temperature)
@@ -184,13 +184,13 @@ def counted(
 ) -> dict[str, Any]:
     """The steps of every name. Static lengths, classifiers and the oracle are replayed on one walk
     over the texts where the drafter can be walked; others are decoded with."""
-    from redrafter.data.lookahead import walk_texts
-    from redrafter.data.replay import Records, oracle, static
     from redrafter.drafting import planner
+    from redrafter.evaluation.lookaheads.steps import count_steps, plain_steps, replayed_steps
     from redrafter.evaluation.speed import decoding
-    from redrafter.evaluation.steps import count_steps, plain_steps, replayed_steps
     from redrafter.lookahead.disco import DiscoLookahead
-    from redrafter.training.stopping import policy_of
+    from redrafter.records.choose import policy_of
+    from redrafter.records.make import walk_texts
+    from redrafter.records.policies import Records, oracle, static
 
     wanted, records = decoding(part.speed), None
     try:
@@ -279,7 +279,7 @@ def _is_oracle(name: str) -> bool:
 
 def write_report(out: Path, parts: Sequence[Part], bodies: dict[str, Any]) -> None:
     """table.md and the pictures of all parts; prints the table."""
-    from redrafter.evaluation import lookahead_report as report
+    from redrafter.evaluation.lookaheads import report
     from redrafter.evaluation.pictures import save_figure
     from redrafter.files import write_text
 

@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     from redrafter.data.answers import generation_config
     from redrafter.data.day import day_of
-    from redrafter.data.lookahead_store import build_records
     from redrafter.data.store import begun
     from redrafter.drafters.options import parse_name
     from redrafter.drafting import build_plan, parse_plan
     from redrafter.evaluation import methods as known
+    from redrafter.records.store import build_records
 
     names = known.parse_methods(config.drafter)
     if len(names) != 1 or parse_name(names[0]).kind not in known.DRAFTERS:

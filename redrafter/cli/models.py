@@ -17,9 +17,9 @@ def load_both(config: Any, measured: bool = False) -> tuple[Any, Any]:
     measured: where their number is not given, by what one forward of the target takes here. Not
         for what is gone on with after an interruption, which must compute as it began
     """
+    from redrafter.fetch import fetch
     from redrafter.heads.load import load_head
-    from redrafter.hub.fetch import fetch
-    from redrafter.target.model import load_target
+    from redrafter.targets.model import load_target
 
     threads.settle(config.threads)
     target = load_target(config.target)
@@ -43,8 +43,8 @@ def _one_step(target: Any, rows: int) -> None:
 
 def load_draft(config: Any) -> Any:
     """The draft model as a Target, None where none is given; it computes as the target does."""
-    from redrafter.hub.fetch import fetch
-    from redrafter.target.model import load_target
+    from redrafter.fetch import fetch
+    from redrafter.targets.model import load_target
 
     if config.draft is None:
         return None
@@ -93,10 +93,10 @@ def _bigrams(
     config: Any, target: Any, width: int, others: Sequence[Any], generation_config: Any
 ) -> Any:
     """(BigramTable, what it was counted on)."""
-    from redrafter.data.bigrams import open_bigrams
     from redrafter.drafters.bigram import count_bigrams
     from redrafter.evaluation.methods import plain_answers
-    from redrafter.hub.fetch import fetch
+    from redrafter.fetch import fetch
+    from redrafter.tables.bigrams import open_bigrams
 
     if config.bigrams is not None:
         path = config.bigrams if "://" in config.bigrams else fetch(config.bigrams, "bigrams")

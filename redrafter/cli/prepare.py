@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.show import show_rows
     from redrafter.data.sources import read_source
     from redrafter.data.store import begun
-    from redrafter.target.model import context_of, load_model_config
-    from redrafter.target.text import load_tokenizer
+    from redrafter.targets.model import context_of, load_model_config
+    from redrafter.targets.text import load_tokenizer
 
     if config.output_dir is None and not config.show:
         raise InputError("give --output_dir to write rows, --show 5 to look at some, or both")

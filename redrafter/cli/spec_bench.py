@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         names="describe_methods",
         alone=True,
     )
-    from redrafter.evaluation.answer_files import file_names
     from redrafter.evaluation.journal import Journal
     from redrafter.evaluation.prompts import holdout_warning
-    from redrafter.evaluation.questions import open_questions
     from redrafter.evaluation.report import write_result
-    from redrafter.evaluation.spec_bench import run_questions
-    from redrafter.evaluation.spec_table import markdown
+    from redrafter.evaluation.spec_bench.answer_files import file_names
+    from redrafter.evaluation.spec_bench.questions import open_questions
+    from redrafter.evaluation.spec_bench.run import run_questions
+    from redrafter.evaluation.spec_bench.table import markdown
     from redrafter.files import write_config, write_text
 
     names = _methods(config)
@@ -94,8 +94,8 @@ def _identity(
 
     from redrafter.data.day import dated
     from redrafter.files import plain_values
-    from redrafter.target.devices import device_name
-    from redrafter.target.identity import text_identity
+    from redrafter.targets.devices import device_name
+    from redrafter.targets.identity import text_identity
 
     given = {k: v for k, v in plain_values(config).items() if k not in (*_FREE, "threads")}
     return {
@@ -119,8 +119,8 @@ def _report(
     chat: Any,
 ) -> dict[str, Any]:
     """All figures; writes the answer files."""
-    from redrafter.evaluation.answer_files import answer_of, write_answers
-    from redrafter.evaluation.spec_figures import DEFINITIONS, Report
+    from redrafter.evaluation.spec_bench.answer_files import answer_of, write_answers
+    from redrafter.evaluation.spec_bench.figures import DEFINITIONS, Report
 
     report = Report(
         questions, journal.entries, names, config.baseline, config.repeats, law_only

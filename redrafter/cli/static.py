@@ -87,7 +87,7 @@ def load(config: StaticConfig) -> tuple[Any, Any]:
 def find_costs(config: StaticConfig, target: Any) -> Any:
     """The file of `config.costs`, None where costs are to be measured."""
     from redrafter.drafters.profile import profile_of, read_costs
-    from redrafter.hub.fetch import fetch
+    from redrafter.fetch import fetch
 
     if config.costs is None:
         return None

@@ -43,10 +43,10 @@ def _train(config: DiscoTrainConfig) -> None:
     from accelerate import Accelerator
 
     from redrafter.data.store import Store
-    from redrafter.evaluation.lookaheads import reliability
+    from redrafter.evaluation.lookaheads.summary import reliability
     from redrafter.files import plain_values, provenance, write_json
     from redrafter.lookahead.disco import save_disco
-    from redrafter.training.disco import train_disco
+    from redrafter.records.fit import train_disco
 
     store = Store(config.records)
     network, report, predicted = train_disco(store, config, Accelerator())
@@ -82,7 +82,7 @@ def show(report: dict[str, Any]) -> str:
 
 def _draw(folder: str, report: dict[str, Any]) -> None:
     """The calibration curve, where matplotlib is installed."""
-    from redrafter.evaluation.lookahead_report import reliability_chart
+    from redrafter.evaluation.lookaheads.report import reliability_chart
     from redrafter.evaluation.pictures import save_figure
 
     try:

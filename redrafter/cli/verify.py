@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replays, prints, writes JSON. Returns 1 if something differs."""
     words = with_head(sys.argv[1:] if argv is None else list(argv))
     config = parse(VerifyConfig, words, "eval/verify.py", _DESCRIPTION, alone=True)
-    from redrafter.hub.fetch import fetch
+    from redrafter.fetch import fetch
 
     threads.settle(config.threads)
     folder = Path(fetch(config.head, "head"))
@@ -47,9 +47,9 @@ def with_head(words: Sequence[str]) -> list[str]:
 def verify(config: VerifyConfig, folder: Path) -> int:
     """Compare with the golden batch in the folder. Returns the exit status."""
     from redrafter.evaluation.report import write_result
-    from redrafter.hub.golden import file_faults, read_facts
-    from redrafter.hub.replay import NAMES, files_check, first_difference, replay, skipped
-    from redrafter.target.model import load_target
+    from redrafter.export.golden import file_faults, read_facts
+    from redrafter.export.verify import NAMES, files_check, first_difference, replay, skipped
+    from redrafter.targets.model import load_target
 
     facts, target = read_facts(folder), None
     faults = file_faults(folder, facts)
@@ -79,10 +79,10 @@ def verify(config: VerifyConfig, folder: Path) -> int:
 def write(config: VerifyConfig, folder: Path) -> int:
     """Complete an export that has no golden batch."""
     from redrafter.data.prompts import load_prompts
-    from redrafter.hub.export import complete
-    from redrafter.hub.golden import FACTS, FOLDER
-    from redrafter.target.model import load_target
-    from redrafter.target.text import tokenizer_of
+    from redrafter.export.complete import complete
+    from redrafter.export.golden import FACTS, FOLDER
+    from redrafter.targets.model import load_target
+    from redrafter.targets.text import tokenizer_of
 
     if folder != Path(config.head):
         raise InputError(f"write: {config.head} lies on the Hub; download it to a folder first")

@@ -72,7 +72,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses; see `redrafter/losses.py` for what each one serves."""
+    """Weights of the losses; see `redrafter/training/losses.py` for what each one serves."""
 
     cross_entropy: float = 1.0
     """Weight of -log q(label)."""

@@ -20,8 +20,8 @@ from redrafter.data.vocabulary import check_store_ids
 from redrafter.decode.refill import refilled
 from redrafter.decode.request import NOT_FINITE
 from redrafter.decode.speculative import speculative
-from redrafter.target.identity import target_identity, text_identity
-from redrafter.target.model import Target
+from redrafter.targets.identity import target_identity, text_identity
+from redrafter.targets.model import Target
 
 _OVERFLOW = "scores of the target in {} that are not finite: a wider target.dtype may hold them"
 

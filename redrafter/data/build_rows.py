@@ -25,7 +25,7 @@ from redrafter.data.sources import Source, read_source
 from redrafter.data.store import Job, Store, begun, job_folder, open_job, shard_name
 from redrafter.files import plain_values
 from redrafter.processes import by_main, main_first
-from redrafter.target.identity import text_identity
+from redrafter.targets.identity import text_identity
 
 _SHARD_ROWS = 4096
 _COMPARED = 64  # rows of an earlier store that are made again, to compare them

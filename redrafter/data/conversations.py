@@ -37,8 +37,8 @@ from redrafter.data.sources import Source, read_source
 from redrafter.data.store import Store, begun, job_folder, open_job
 from redrafter.data.vocabulary import check_ids
 from redrafter.processes import by_main, main_first
-from redrafter.target.model import Target
-from redrafter.target.text import tokenizer_of
+from redrafter.targets.model import Target
+from redrafter.targets.text import tokenizer_of
 
 
 @dataclass(frozen=True)

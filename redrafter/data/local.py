@@ -24,8 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from redrafter.contracts import InputError
 from redrafter.data.finite import choice
-from redrafter.decode.cache import RowCache
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 
 @torch.inference_mode()

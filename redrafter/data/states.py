@@ -37,8 +37,8 @@ from redrafter.data.rows import Rows, batches_by_length, right_padded, row_diges
 from redrafter.data.store import Job, Store, open_job
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.processes import by_main, launched
-from redrafter.target.identity import target_identity
-from redrafter.target.model import Target
+from redrafter.targets.identity import target_identity
+from redrafter.targets.model import Target
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,

@@ -8,7 +8,7 @@ from typing import Any
 
 from redrafter.contracts import InputError
 from redrafter.data.store import Store
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 _CHUNK_ROWS = 4096
 

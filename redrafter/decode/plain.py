@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from redrafter.contracts import Drafter, Generation, Lookahead, StepStats
-from redrafter.decode.cache import RowCache
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.verify import choose_scored, to_host
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 
 @torch.inference_mode()

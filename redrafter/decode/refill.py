@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from redrafter.contracts import Generation, Sequences, StepStats
-from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.verify import choose_scored, to_host
 from redrafter.decode.warp import MinNewTokens, Warp, score_dtype
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 #: Prompts enter once this part of the places is free: one forward then reads several of them.
 _FREE = 1 / 8

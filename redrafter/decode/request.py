@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from redrafter.contracts import Generation, InputError, Sequences, StepStats
-from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import NoiseAhead
 from redrafter.decode.warp import Warp, build_processors, score_dtype
-from redrafter.target.model import Target
-from redrafter.target.text import tokenizer_of
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
+from redrafter.targets.text import tokenizer_of
 
 # Fields of a GenerationConfig that this decoder would otherwise silently ignore, with the values
 # that mean "off".

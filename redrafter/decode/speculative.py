@@ -28,7 +28,7 @@ from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
 from redrafter.decode.tree import ancestors
 from redrafter.decode.verify import Verdict, choose_scored, to_host, verify
-from redrafter.target.model import Target, TargetOutput
+from redrafter.targets.model import Target, TargetOutput
 
 
 @torch.inference_mode()

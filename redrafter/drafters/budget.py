@@ -34,7 +34,7 @@ from torch import Tensor
 from redrafter.contracts import InputError, TokenTree, Truth
 from redrafter.decode.tree import BUCKETS, best_nodes
 from redrafter.drafters.profile import find_drafter, forward_seconds, read_costs
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 _PRIOR_STEPS = 16  # steps of plain decoding, and of perfect calibration, that are counted first
 

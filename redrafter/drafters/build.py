@@ -32,7 +32,7 @@ from redrafter.drafters.selector import Selector
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import ReferenceTexts, SuffixDrafter
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)

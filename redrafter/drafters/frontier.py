@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError, Sequences, Truth
-from redrafter.decode.cache import RowCache
 from redrafter.decode.warp import score_dtype
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 _SHOWN = 5  # tokens that an error message names
 

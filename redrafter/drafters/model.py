@@ -26,7 +26,7 @@ from redrafter.decode.warp import score_dtype
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import ModelFrontier
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 class DraftModel(Drafter):

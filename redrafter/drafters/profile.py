@@ -16,8 +16,8 @@ import torch
 
 from redrafter.contracts import InputError
 from redrafter.files import digest_file, digest_json
-from redrafter.target.devices import device_name
-from redrafter.target.model import Target
+from redrafter.targets.devices import device_name
+from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)

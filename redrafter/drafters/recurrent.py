@@ -23,7 +23,7 @@ from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_s
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 class RecurrentDrafter(Drafter):

@@ -27,8 +27,8 @@ from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
 from redrafter.decode.warp import score_dtype
 from redrafter.drafters.features import MODEL_FEATURES, columns, model_features
 from redrafter.drafters.lookup import chain_tree
-from redrafter.target.model import Target
-from redrafter.target.skipping import AttentionSkipping, Cosines
+from redrafter.targets.model import Target
+from redrafter.targets.skipping import AttentionSkipping, Cosines
 
 Refresh = Literal["prompt", "step"]
 NO_DRAFT = "no draft: no attention was found that may be skipped"
@@ -62,7 +62,7 @@ class LayerSkipping(Drafter):
     one x86-64 core). Bounds on the speed with the exit: {5} 0.78, {4, 5} 0.78, {1, 4, 5} 0.76; at
     T = 1, {5} 0.69. The order of the cosines is that of a greedy search for agreement. Nothing
     pays there: a draft costs 0.8 to 0.95 of a forward. What a target of yours gains is told by
-    `scripts/measure_skipping.py`.
+    `scripts/dev/measure_skipping.py`.
     Raises InputError for a target whose attentions cannot be skipped, and for impossible options.
     """
 

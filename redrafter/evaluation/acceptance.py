@@ -24,7 +24,7 @@ from redrafter.drafting import Plan
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
 from redrafter.evaluation.optimum import best_acceptance
 from redrafter.lookahead.wrapped import WrappedLookahead
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)

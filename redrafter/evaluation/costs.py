@@ -17,13 +17,13 @@ import torch
 from redrafter.contracts import Drafter, Generation, InputError, TokenTree, Truth
 from redrafter.contracts import Sequences as Rows
 from redrafter.data.answers import generation_config
-from redrafter.decode.cache import RowCache
 from redrafter.decode.noise import gumbel
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import BUCKETS
 from redrafter.drafters.budget import NodeBudget
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 NEW_TOKENS = (1, 2, 3, 5, 9, 17, 25, 33, 41)
 # Where a drafter is priced: tokens in the cache, and how often.

@@ -35,7 +35,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.decode.verify import choose
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafting import Plan, foreseen
-from redrafter.target.model import Target, TargetOutput
+from redrafter.targets.model import Target, TargetOutput
 
 # A tree's forward has other shapes than the parallel pass: its rounding may be larger by luck, but
 # not by much once the largest of many positions is taken.

@@ -23,7 +23,7 @@ from redrafter.drafting import (
 )
 from redrafter.evaluation.references import ONE_ROW, REFERENCES, Assisted, Stock
 from redrafter.evaluation.runs import Batch, Method, Run, TimedTarget
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 __all__ = [
     "DRAFTERS", "Assisted", "Batch", "Loop", "Method", "Partners", "Run", "Stock", "TimedTarget",

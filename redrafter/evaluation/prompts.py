@@ -12,8 +12,8 @@ import yaml
 from redrafter.contracts import InputError
 from redrafter.data.prompts import Prompt, load_prompts, read_rows, say_left_out
 from redrafter.data.rows import RejectedRow
-from redrafter.target.model import Target
-from redrafter.target.text import tokenizer_of
+from redrafter.targets.model import Target
+from redrafter.targets.text import tokenizer_of
 
 # No configuration is larger; other files beside a head (a tokenizer) are.
 _MAX_RECORD_BYTES = 200_000

@@ -14,7 +14,7 @@ from redrafter.decode.request import Request
 from redrafter.drafters.build import Kind, Partners
 from redrafter.drafters.frontier import check_vocabulary
 from redrafter.evaluation.runs import Batch, Method, Run
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 class Stock(Method):

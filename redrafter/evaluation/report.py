@@ -10,8 +10,8 @@ from typing import Any
 
 from redrafter.contracts import InputError
 from redrafter.files import plain_values, provenance, write_json
-from redrafter.target.devices import device_name
-from redrafter.target.model import Target
+from redrafter.targets.devices import device_name
+from redrafter.targets.model import Target
 
 _DEPTHS = 4  # of acceptance in a table
 

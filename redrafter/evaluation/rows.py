@@ -17,7 +17,7 @@ from redrafter.contracts import Generation, Truth
 from redrafter.decode.request import Emitter, Request
 from redrafter.decode.stats import StepTimer, count_step
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter, StepStats
 from redrafter.evaluation.costs import synchronize
-from redrafter.target.model import Target, TargetOutput
+from redrafter.targets.model import Target, TargetOutput
 
 
 @dataclass(frozen=True)

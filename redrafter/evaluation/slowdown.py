@@ -18,7 +18,7 @@ from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.prompts import number_list
 from redrafter.evaluation.report import table
 from redrafter.evaluation.walk import walk
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)

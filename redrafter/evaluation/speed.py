@@ -33,7 +33,7 @@ from redrafter.evaluation.figures import (
     speed_bound,
 )
 from redrafter.evaluation.methods import Batch, Method, Run, plain_answers
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 # Quartile ratio of one forward's times from which a machine counts as busy.
 _NOISY = 1.25

@@ -16,12 +16,12 @@ import numpy as np
 from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter
-from redrafter.data.lookahead import walk_texts
 from redrafter.drafters.profile import StepCosts
 from redrafter.evaluation.figures import bootstrap
 from redrafter.evaluation.pictures import new_figure
 from redrafter.evaluation.report import table, with_interval
-from redrafter.target.model import Target
+from redrafter.records.make import walk_texts
+from redrafter.targets.model import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

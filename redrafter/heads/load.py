@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.contracts import InputError
+from redrafter.fetch import fetch
 from redrafter.heads.apple import load_apple
 from redrafter.heads.mlp_speculator import load_mlp_speculator
 from redrafter.heads.owner import AllowOther, check_target
 from redrafter.heads.reading import read_config, with_weights
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, check_config
-from redrafter.hub.fetch import fetch
 
 
 def load_head(

@@ -15,7 +15,6 @@ from redrafter.config import (
     SourceConfig,
     TargetConfig,
 )
-from redrafter.data.probed import top_successors
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.drafters.options import parse_name
@@ -37,7 +36,8 @@ from redrafter.planning.probe import decode_seconds, repeated, states_seconds, w
 from redrafter.planning.speed import bound
 from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_store
 from redrafter.planning.world import world_of
-from redrafter.target.model import load_target
+from redrafter.tables.probed import top_successors
+from redrafter.targets.model import load_target
 
 _ROW_BYTES = 5  # per token of a row: id and mask
 

@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from redrafter.config import HeadConfig, TargetConfig
 from redrafter.contracts import InputError
+from redrafter.fetch import fetch
 from redrafter.heads import lora
 from redrafter.heads.load import load_recurrent
 from redrafter.heads.reading import read_config
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
-from redrafter.hub.fetch import fetch
 from redrafter.planning.tracing import storage_bytes
-from redrafter.target.devices import pick_device
-from redrafter.target.model import Target, check_path, load_model_config
-from redrafter.target.offload import bytes_by_place, layers_to_places, place_of
-from redrafter.target.sharding import AHEAD_ELEMENTS
+from redrafter.targets.devices import pick_device
+from redrafter.targets.model import Target, check_path, load_model_config
+from redrafter.targets.offload import bytes_by_place, layers_to_places, place_of
+from redrafter.targets.sharding import AHEAD_ELEMENTS
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -74,7 +74,7 @@ class GhostTarget(Target):
         return found[main], 0 if main == "cpu" else found.get("cpu", 0), brought
 
     def split_bytes(self, processes: int) -> tuple[int, int]:
-        """Of weights that n processes share (`redrafter.target.sharding`), in each of them:
+        """Of weights that n processes share (`redrafter.targets.sharding`), in each of them:
         (always, and gathered in a forward: a module's, and what DeepSpeed fetches ahead)"""
         embedding = self.model.get_input_embeddings()
         vocabulary = storage_bytes(list({*self.lm_head.parameters(), *embedding.parameters()}))

@@ -12,7 +12,7 @@ import torch
 from redrafter.config import PlanConfig
 from redrafter.planning.plan import Memory
 from redrafter.planning.world import World
-from redrafter.target.devices import device_name
+from redrafter.targets.devices import device_name
 
 _CGROUP = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

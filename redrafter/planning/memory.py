@@ -18,7 +18,7 @@ from redrafter.decode.tree import ancestors
 from redrafter.decode.verify import choose, verify
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning.tracing import Piece, Trace, storage_bytes, traced
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.loop import make_optimizer
 from redrafter.training.step import batch_loss, needed_teacher, total_weight

@@ -21,7 +21,7 @@ from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning.ghosts import has_weights
 from redrafter.planning.memory import ghost_batch
 from redrafter.planning.plan import Plan
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 from redrafter.training.loop import make_optimizer
 from redrafter.training.step import batch_loss, total_weight
 

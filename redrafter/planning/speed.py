@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from redrafter.decode.cache import RowCache
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning.tracing import traced
-from redrafter.target.model import Target
+from redrafter.targets.cache import RowCache
+from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from redrafter.data.prepare import prepared
 from redrafter.data.rows import TokenRow
 from redrafter.data.sources import read_source
 from redrafter.data.store import Store
-from redrafter.target.text import load_tokenizer
+from redrafter.targets.text import load_tokenizer
 
 _LOOKED_AT = 512  # rows of a source that are tokenized
 

@@ -37,7 +37,7 @@ from redrafter.planning.probe import (
 from redrafter.planning.speed import bound
 from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_store
 from redrafter.planning.world import Shares, shares, world_of
-from redrafter.target.model import Target, load_target
+from redrafter.targets.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
 
 # Bytes per token of a buffer beside its columns: where the row ends, and a start, int64 each.

@@ -28,9 +28,9 @@ from redrafter.data.store import Store, begun, job_folder
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.files import digest_json
 from redrafter.processes import by_main, say
-from redrafter.target.identity import target_identity
-from redrafter.target.model import Target
-from redrafter.target.text import tokenizer_of
+from redrafter.targets.identity import target_identity
+from redrafter.targets.model import Target
+from redrafter.targets.text import tokenizer_of
 from redrafter.training.step import needed_teacher
 
 _ANY_DAY = "2000-01-01"

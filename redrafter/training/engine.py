@@ -22,7 +22,7 @@ from redrafter.contracts import InputError
 from redrafter.heads.lora import is_adapted
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.processes import asked_for, join
-from redrafter.target.devices import pick_device
+from redrafter.targets.devices import pick_device
 from redrafter.training.feed import Batch
 from redrafter.training.sharded import FullySharded, Parts, Whole, Zero
 from redrafter.training.step import StepLoss

@@ -28,7 +28,7 @@ from torch import Tensor
 from redrafter.contracts import InputError
 from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order, generator
 from redrafter.data.states import decoded
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 Labels = Literal["tokens", "greedy", "local"]
 Teacher = Literal["states", "top_k"]

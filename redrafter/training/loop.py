@@ -14,6 +14,7 @@ from redrafter.bars import Bar
 from redrafter.config import HeadConfig, OptimConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.reading import Part
+from redrafter.export.complete import complete
 from redrafter.files import (
     plain_values,
     provenance,
@@ -25,8 +26,7 @@ from redrafter.heads import lora
 from redrafter.heads.load import load_recurrent
 from redrafter.heads.owner import belong_to
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.hub.export import complete
-from redrafter.target.model import Target, load_target
+from redrafter.targets.model import Target, load_target
 from redrafter.training import checkpoint
 from redrafter.training.data import (
     check_settings,

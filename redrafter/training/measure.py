@@ -17,7 +17,7 @@ from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 from redrafter.training.feed import Batch, Feed
 from redrafter.training.step import depth_accuracy
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from redrafter.config import LossConfig
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.losses import SOFT, chunked, mixed, top_k_log_p
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 from redrafter.training.feed import Batch, Teacher
+from redrafter.training.losses import SOFT, chunked, mixed, top_k_log_p
 
 
 def loss_weights(config: LossConfig) -> dict[str, float]:

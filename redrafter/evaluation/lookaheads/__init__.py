@@ -1,0 +1,1 @@
+"""What lookaheads are worth beside static lengths."""

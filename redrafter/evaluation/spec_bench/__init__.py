@@ -1,0 +1,1 @@
+"""Spec-Bench's protocol: questions, answer files, figures by task."""

@@ -1,0 +1,53 @@
+"""Recurrent heads from one layout to another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from redrafter.contracts import InputError
+from redrafter.export.complete import complete
+from redrafter.files import new_folder, provenance, write_json
+from redrafter.heads.apple import save_apple
+from redrafter.heads.load import load_recurrent
+from redrafter.heads.owner import belong_to
+from redrafter.heads.recurrent import RecurrentHead
+
+
+def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> RecurrentHead:
+    """Write the head of a folder in the layout `to` ("apple" or "redrafter") as the folder `out`.
+
+    target: the one it was trained for; "redrafter" records it, so that another one is refused
+        later, and adds what every export carries
+    Returns the head. Raises InputError, before anything is written, where the head does not fit the
+    target, the layout cannot express it, or `out` holds something.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
+    read = load_recurrent(head, target)
+    if to == "apple" and read.draws_on_target and target is None:
+        raise InputError(
+            f"{head}: this head draws on the target's lm_head, and Apple's layout has it in the "
+            "head: give --target.path"
+        )
+    with new_folder(out) as part:
+        if to == "apple":
+            save_apple(read, part)
+        else:
+            if target is not None:
+                belong_to(read, target)
+            read.save_pretrained(part)
+        write_json(part / "provenance.json", provenance(layout=to, converted_from=_origin(head)))
+        if to == "redrafter" and target is not None:
+            for told in complete(part, target):
+                print(told, flush=True)
+    return read
+
+
+def _origin(folder: str | Path) -> dict[str, Any]:
+    """What the head was made from, so that an evaluation still knows the rows it was trained on."""
+    file = Path(folder) / "provenance.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return {"head": Path(folder).resolve().name, "provenance": known}

@@ -1,0 +1,1 @@
+"""Tables that drafters read: counted and probed bigrams, reference texts."""

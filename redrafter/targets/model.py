@@ -1,0 +1,367 @@
+"""The frozen language model: the only way to its forward pass, its embedding and its lm_head."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from redrafter.config import TargetConfig
+from redrafter.contracts import InputError
+from redrafter.files import digest_json, digest_weights
+from redrafter.targets.adapters import (
+    CONFIG,
+    Adapter,
+    Parts,
+    apply_adapter,
+    find_adapter,
+    parts_of,
+    plain_model,
+    probe_tokens,
+)
+from redrafter.targets.devices import pick_device
+from redrafter.targets.loading import choose_experts, load_complete
+from redrafter.targets.masks import additive_masks, for_rows
+from redrafter.targets.offload import check_alone, load_in_places, reader
+from redrafter.targets.paths import OWN_CODE, check_path, said
+from redrafter.targets.probe import check_target
+from redrafter.targets.sharding import ShardedBackbone, check_launch, load_split
+from redrafter.targets.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+# Distances or windows that these compute from where a key lies in the cache (ALiBi, GPT-Neo's
+# local attention, Doge's pruning), or a state that is no list of keys: masks cannot correct it.
+_UNFIT = ("bloom", "mpt", "gpt_neo", "doge", "mamba", "mamba2", "rwkv")
+
+
+@dataclass
+class TargetOutput:
+    """logits: (B, N, V) raw; hidden: (B, N, H), the tensor that feeds lm_head."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Target:
+    """A Hugging Face causal language model, frozen, in evaluation mode.
+
+    Tree verification needs attention whose keys can be masked one by one: models with recurrent
+    or linear-attention layers, or with ALiBi, are refused when loaded.
+
+    model: a transformers model, or a PeftModel, whose adapter is then kept as it is
+    parts: what it was made from, where an adapter has been merged (`load_target` does that)
+    backbone: of a model that several processes hold in parts (see `redrafter.targets.sharding`)
+    tokenizer_error: why there is no tokenizer, for whoever needs text (`redrafter.targets.text`)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+        parts: Parts | None = None,
+        backbone: ShardedBackbone | None = None,
+        tokenizer_error: InputError | None = None,
+    ):
+        model = plain_model(model)
+        self.model = model.eval().requires_grad_(False)
+        self._parts = parts
+        self._adapted = parts is not None or bool(getattr(model, "peft_config", None))
+        self.tokenizer, self.tokenizer_error = tokenizer, tokenizer_error
+        self.config = model.config.get_text_config()
+        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.sharded = backbone is not None
+        self.backbone = model.base_model if backbone is None else backbone
+        self.lm_head = model.get_output_embeddings()
+        if self.lm_head is None:
+            raise InputError(f"{self.name}: {type(model).__name__} has no lm_head; not a causal LM")
+        if hasattr(self.lm_head, "base_layer"):
+            raise InputError(
+                f"{self.name}: its adapter changes the lm_head, which only a merged model shows as "
+                "one matrix: call merge_and_unload() first, or save the adapter and load its folder"
+            )
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        unknown = kinds - {"full_attention", "sliding_attention"}
+        alibi = getattr(self.config, "alibi", False)  # Falcon's first ones
+        if unknown or alibi or self.config.model_type in _UNFIT:
+            why = ", ".join(sorted(unknown)) or "ALiBi, windows of its own, or recurrence"
+            raise InputError(
+                f"{self.name}: model_type {self.config.model_type!r} has layers whose keys cannot "
+                f"be masked one by one ({why}); "
+                "a token tree cannot be verified on it"
+            )
+        attention = getattr(self.config, "_attn_implementation", None)
+        if attention not in (None, "sdpa", "eager"):  # flash kernels take no mask of single keys
+            raise InputError(
+                f"{self.name}: attn_implementation {attention!r} cannot verify a token tree; load "
+                "the model with attn_implementation='sdpa' (or 'eager')"
+            )
+        self.windows = self._windows(kinds)
+        #: whether a query may look at every key before it, however far
+        self.sees_all = list(self.windows.values()) == [None]
+        self.device = self.lm_head.weight.device
+        self.dtype = self.lm_head.weight.dtype
+        self.vocab_size = self.lm_head.weight.shape[0]
+        self.hidden_size = self.lm_head.weight.shape[1]
+        self.n_layers = self.config.num_hidden_layers
+        self.max_positions = context_of(self.config)
+        cohere = getattr(self.config, "logit_scale", None) or 1.0
+        granite = getattr(self.config, "logits_scaling", None) or 1.0
+        self._logit_scale = cohere / granite
+        self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
+        choose_experts(model, self.dtype)
+        self._no_mask = torch.empty(1, 1, 1, 0)
+        self._check()
+
+    def _windows(self, kinds: set[str]) -> dict[str, int | None]:
+        """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
+        window = getattr(self.config, "sliding_window", None)
+        if not kinds:
+            return {"full_attention": None} if window is None else {"sliding_attention": window}
+        return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
+
+    def _check(self) -> None:
+        """Raises InputError where its logits, computed as decoding does, are not the model's."""
+        check_target(self)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Processes that share the target's weights all enter this where each of them makes as many
+        forwards as it needs; nothing in the body may wait for another process."""
+        return self.backbone.together() if self.sharded else nullcontext()
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, H), frozen."""
+        return self.lm_head.weight
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        eos = eos if eos is not None else self.config.eos_token_id
+        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(...) int64 -> (..., H), as the first layer sees it.
+
+        Gemma's scale is inside transformers' embedding module; Granite's is not.
+        """
+        e = self.model.get_input_embeddings()(tokens)
+        scale = getattr(self.config, "embedding_multiplier", 1.0)
+        return e if scale == 1.0 else e * scale
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap."""
+        logits = self.lm_head(hidden)
+        # Skipped where neutral: a pass over (N, V) costs as much as a small matrix product.
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        cap = self._logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: Tensor | dict[str, Tensor],
+        cache: Cache,
+        keep: Tensor | None = None,
+    ) -> TargetOutput:
+        """One forward of the target over new tokens; their keys and values enter the cache.
+
+        tokens, positions: (B, N) int64; masks: from `masks()`.
+        keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
+              prefill does not project every position; None wants all.
+        """
+        hidden = self.backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=for_rows(masks, len(tokens)),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        if keep is not None:
+            hidden = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
+        return TargetOutput(self.project(hidden), hidden)
+
+    def masks(
+        self, allowed: Tensor, query_position: Tensor, key_position: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """Additive attention masks, one per window type where the model mixes them.
+
+        allowed: (B, N, S) bool; query_position: (B, N); key_position: (B, S)
+        """
+        masks = additive_masks(allowed, query_position, key_position, self.windows, self.dtype)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def no_mask(self, width: int) -> Tensor:
+        """(1, 1, 1, width): every query sees every key, which needs `sees_all`. Made once."""
+        if self._no_mask.shape[-1] < width:
+            shape = (1, 1, 1, 2 * width)
+            self._no_mask = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self._no_mask[..., :width]
+
+    @torch.inference_mode()
+    def states(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Teacher-forced hidden states (the tensor that feeds lm_head).
+
+        tokens: (B, T) int64, right-padded. Causal attention never looks right, so the padding
+        cannot reach a real position, and `lengths` is not needed. Returns (B, T, H); the states
+        at the padding mean nothing.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.backbone(
+            input_ids=tokens, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def fingerprint(self) -> str:
+        """sha256 over shapes, a sample of every weight (in bfloat16, so that the same checkpoint
+        loaded in float32 agrees) and the tokenizer's vocabulary. 16 hex digits. With an adapter:
+        over base, adapter and vocabulary, see `redrafter.targets.adapters`."""
+        if not hasattr(self, "_fingerprint"):
+            texts = []
+            if self.tokenizer is not None:
+                texts = [json.dumps(sorted(self.tokenizer.get_vocab().items()))]
+            if self._adapted:
+                parts = self.parts()
+                self._fingerprint = digest_json([parts.base, parts.adapter, *texts])[:16]
+            else:
+                self._fingerprint = self._digest(*texts)
+        return self._fingerprint
+
+    def parts(self) -> Parts:
+        """Digests of the base's weights and of the adapter, if there is one."""
+        if self._parts is None:
+            self._parts = parts_of(self.model) if self._adapted else Parts(self._digest())
+        return self._parts
+
+    def _digest(self, *texts: str) -> str:
+        whole = nullcontext
+        if self.sharded:
+            whole = self.backbone.whole
+        elif hasattr(self.model, "hf_device_map"):
+            whole = reader(self.model)
+        return digest_weights(self.model.named_parameters(), *texts, whole=whole)
+
+    @torch.inference_mode()
+    def probe(self) -> dict[str, list[float]]:
+        """A few numbers that tell whether two models compute the same: of the last 4 of 16 fixed
+        tokens, 8 values of the hidden state and 8 logits, less their mean. Source: ours."""
+        n = min(16, self.max_positions or 16)
+        ids = probe_tokens(self.vocab_size, n).to(self.device)
+        hidden = self.states(ids)[0, -4:]
+        logits = self.project(hidden)
+        logits = logits[:, :: max(1, self.vocab_size // 8)][:, :8]
+        some = {
+            "hidden": hidden[:, :: max(1, self.hidden_size // 8)][:, :8],
+            "logits": logits - logits.mean(-1, keepdim=True),
+        }
+        return {k: [float(f"{x:.5g}") for x in v.flatten().tolist()] for k, v in some.items()}
+
+
+def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
+    """Load a target and its tokenizer; an adapter's folder gives its base with the adapter merged
+    (see `redrafter.targets.adapters`). Raises InputError naming the path when it is not one.
+
+    may_shard: the caller's processes all make the target's forwards together
+    """
+    config = TargetConfig(path=config) if isinstance(config, str) else config
+    if config.shard != "none" and not may_shard:
+        raise InputError(
+            f"target.shard {config.shard} is for train/redrafter.py alone: here every process "
+            "works at its own pace with the whole target. Leave it out"
+        )
+    adapter = find_adapter(config)
+    whole = config if adapter is None else adapter.base_config(config)
+    path = check_path(whole)
+    device = pick_device(config.device)
+    dtype = config.dtype
+    if dtype == "auto":  # half precision has no fast path on most CPUs
+        dtype = "float32" if device.type == "cpu" else "auto"
+    kwargs: dict[str, Any] = dict(OWN_CODE)
+    if config.attention != "auto":
+        kwargs["attn_implementation"] = config.attention
+    shard, mapped = config.shard != "none", config.device_map != "none"
+    if shard or mapped:
+        shape = load_model_config(config)
+        known = (shape.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        check_launch(adapter is not None, known) if shard else check_alone(adapter is not None)
+    try:
+        if shard:
+            model, backbone = load_split(
+                path, shape, known, device, revision=whole.revision, **kwargs
+            )
+        elif mapped:
+            model = load_in_places(path, config, shape, known, device, kwargs, whole.revision)
+        else:
+            model = load_complete(path, dtype=dtype, revision=whole.revision, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
+        # own class, KeyError, ...): the folder's name is what all of them lack.
+        raise InputError(
+            f"target.path: cannot load {path!r}{_named_by(adapter)} as a causal LM: {said(error)}"
+        ) from error
+    if shard:
+        target = Target(model, name=config.path, backbone=backbone, **_tokenizer(config))
+        target.fingerprint(), target.parts()  # now, while all processes are here
+        return target
+    model = model if mapped else model.to(device)
+    parts = None
+    if adapter is not None:
+        model, parts = apply_adapter(model, adapter)
+    return Target(model, name=config.path, parts=parts, **_tokenizer(config))
+
+
+def _named_by(adapter: Adapter | None) -> str:
+    if adapter is None:
+        return ""
+    file = adapter.folder / CONFIG
+    return f", the base of {file} (correct base_model_name_or_path there, or give target.base),"
+
+
+def _tokenizer(config: TargetConfig) -> dict[str, Any]:
+    """A target's tokenizer or, as token ids work without, the error of whoever needs text."""
+    try:
+        return {"tokenizer": load_tokenizer(config)}
+    except InputError as error:
+        return {"tokenizer_error": error}
+
+
+def load_model_config(config: TargetConfig) -> Any:
+    """A target's transformers configuration, without its weights; with an adapter, the base's."""
+    from transformers import AutoConfig
+
+    adapter = find_adapter(config)
+    whole = config if adapter is None else adapter.base_config(config)
+    try:
+        found = AutoConfig.from_pretrained(check_path(whole), revision=whole.revision, **OWN_CODE)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"target.path: {whole.path!r}{_named_by(adapter)} cannot be read ({said(error)})"
+        ) from None
+    if adapter is not None and adapter.vocab_rows is not None:
+        found.get_text_config().vocab_size = adapter.vocab_rows
+    return found
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens of context of a (text) configuration, None where there is no limit.
+
+    LongRoPE (Phi-3) switches every row of a batch, keys in the cache apart, to other rotations
+    when one row passes the original context; a row's text would then depend on its batch.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if part.get("rope_type") == "longrope":
+            context = part["original_max_position_embeddings"]
+    return context
