@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -109,40 +110,41 @@ def test_launcher_is_thin_and_begins_with_the_guard(launcher):
 # ---------------------------------------------------------------- imports
 
 BASE = {"contracts", "config", "files"}
-DECODE_PARTS = {"decode.tree", "decode.warp", "decode.noise", "decode.cache"}
-DATA = BASE | {"bars", "target", "decode", "drafters", "lookahead", "processes"}
-ALL = DATA | {"heads", "losses", "data", "training", "drafting", "evaluation", "hub"}
+DECODE_PARTS = {"decode.tree", "decode.warp", "decode.noise"}
+MAKING = BASE | {"bars", "processes", "targets", "decode", "data"}
 #: Part of the library: which others it may import (itself always). `a.b` allows that module only.
+#: From the ground up: nobody imports from a line below its own.
 MAY_IMPORT = {
     "__init__": set(),
     "contracts": set(),
     "config": set(),
-    "losses": set(),
     "files": {"config"},
+    "fetch": {"contracts"},
     "processes": {"contracts"},
     "threads": {"contracts"},
     "bars": set(),
     "launcher": {"processes"},
-    # Of several processes each has its own device; a model is tried with the cache it will meet.
-    "target": BASE | {"processes", "decode.cache"},
-    "heads": BASE | {"hub.fetch"},  # where a head lies, here or there, is one question
+    "targets": BASE | {"processes"},  # of several processes each has its own device
+    "heads": BASE | {"fetch"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
-    "decode": BASE | {"target"},
-    "drafters": BASE | {"target", "heads"} | DECODE_PARTS,
-    "drafting": BASE | {"target", "heads", "decode", "drafters", "lookahead", "hub.fetch"},
-    "data": DATA,
-    "training": BASE
-    | {"heads", "losses", "data", "decode", "drafters", "target", "processes"}
-    | {"bars", "launcher"}  # what a stopped run says to it
-    | {"lookahead", "hub.export"},  # DISCO is trained; every export carries what travels with it
+    "decode": BASE | {"targets"},
+    "drafters": BASE | {"targets", "heads"} | DECODE_PARTS,
+    "drafting": BASE | {"fetch", "targets", "decode", "drafters", "lookahead"},
+    "data": BASE | {"bars", "processes", "targets", "decode"},
+    "tables": MAKING | {"drafters"},
+    "records": MAKING | {"drafters", "lookahead"},
+    "evaluation": MAKING | {"fetch", "heads", "drafters", "lookahead", "drafting"}
+    | {"tables", "records"},
     # What a name is made from may lie in a folder, and be priced: above what they are made by.
-    "partners": BASE | {"target", "heads", "drafters", "data", "evaluation.costs", "hub.fetch"},
-    "generation": BASE | {"target", "heads", "decode", "drafters", "data", "drafting", "partners"},
-    "evaluation": ALL,
-    "hub": ALL,
-    "planning": ALL,
-    "cli": ALL | {"cli", "planning", "generation", "partners", "threads", "launcher"},
+    "partners": BASE | {"fetch", "targets", "heads", "drafters", "tables", "evaluation.costs"},
+    "generation": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "partners"},
+    "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
+    "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete
+    "hub": BASE | {"heads", "evaluation", "export"},
+    "planning": BASE
+    | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training"},
 }
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 
 def modules_of(package: Path) -> dict[str, Path]:
@@ -180,7 +182,7 @@ def forbidden_imports(package: Path) -> list[str]:
     found = []
     for module, path in modules_of(package).items():
         part = module.split(".")[0]
-        assert part in MAY_IMPORT, f"redrafter/{part} is not in the table of the design"
+        assert part in MAY_IMPORT, f"redrafter/{part} is not in MAY_IMPORT"
         for line, name in own_imports(path, package):
             other = name.split(".")[0]
             allowed = {part} | MAY_IMPORT[part]
@@ -193,8 +195,50 @@ def forbidden_imports(package: Path) -> list[str]:
     return found
 
 
+def circles(package: Path) -> list[list[str]]:
+    """Files that import each other, in whatever way (inside functions and for annotations, too)."""
+    modules = modules_of(package)
+
+    def file_of(name: str) -> str | None:
+        parts = name.split(".")
+        tried = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        return next((module for module in tried if module in modules), None)
+
+    graph = {
+        module: {file_of(name) for _, name in own_imports(path, package)} - {None, module}
+        for module, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
 def test_import_table():
     assert not forbidden_imports(ROOT / "redrafter")
+
+
+def test_no_circle_and_nothing_imports_upwards():
+    assert not circles(ROOT / "redrafter")
+    order = list(MAY_IMPORT)
+    upwards = [
+        (part, other)
+        for part, others in MAY_IMPORT.items() if part != "cli"
+        for other in others if order.index(other.split(".")[0]) >= order.index(part)
+    ]  # fmt: skip
+    assert not upwards
+
+
+def test_circles_are_found(tmp_path):
+    package = tmp_path / "redrafter"
+    (package / "a").mkdir(parents=True)
+    (package / "a/one.py").write_text("from redrafter.b import two\n")
+    (package / "b.py").write_text("def f():\n    from redrafter.a.one import x\n")
+    (found,) = circles(package)
+    assert set(found) == {"a.one", "b"}
+    (package / "b.py").write_text("")
+    assert not circles(package)
 
 
 def test_import_table_is_enforced(tmp_path):

@@ -3,8 +3,9 @@
     model.generate(**inputs, custom_generate="user/head", trust_remote_code=True)
 
 gives the tokens of `model.generate(**inputs)`, in fewer forward passes. Needs torch, transformers
-and safetensors; the library that trained the head is not needed. `redrafter/export/custom_generate.py` copies
-this file, as `custom_generate/generate.py`, and what it uses of the library into every export.
+and safetensors; the library that trained the head is not needed. This file, as
+`custom_generate/generate.py`, and what it uses of the library are copied into every export by
+`redrafter/export/custom_generate.py`.
 
 transformers itself reads the arguments and makes logits processors and stopping criteria of them;
 only the loop that chooses tokens is replaced. What differs from plain `generate`:

@@ -28,7 +28,6 @@ from redrafter.processes import everyone
 from redrafter.targets.adapters import probe_tokens
 from redrafter.targets.cache import RowCache
 
-
 _PROMPTS = (2, 3)
 _WINDOW = 3  # shorter than the paths
 _PARENT = (0, 0, 0, 2)

@@ -1,7 +1,7 @@
 """Tokens per step of several ways of drafting on the same prompts, with several seeds each.
 
-    python scripts/dev/measure_mixture.py --config configs/eval/mixture.yaml --set gsm8k --seeds 6 \\
-        --out eval/results/mixture/seeds-gsm8k-t1.json
+    python scripts/dev/measure_mixture.py --config configs/eval/mixture.yaml --set gsm8k \\
+        --seeds 6 --out eval/results/mixture/seeds-gsm8k-t1.json
 
 For differences that one seed on 100 prompts cannot tell from chance: a prompt's answers with
 different seeds are different texts. Counts only, at temperature 1: `eval/table.py` times. Writes
