@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -71,6 +72,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Replace a JSON file in one step."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_packed(path: str | Path) -> str | None:
+    """Text of a file, or of its gzipped form PATH.gz, as large results are committed; None where
+    there is neither."""
+    path = Path(path)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    packed = path.with_name(f"{path.name}.gz")
+    return gzip.decompress(packed.read_bytes()).decode() if packed.is_file() else None
 
 
 def write_tensors(

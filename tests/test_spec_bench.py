@@ -24,6 +24,7 @@ from redrafter.evaluation.spec_bench.answer_files import (
 )
 from redrafter.evaluation.spec_bench.questions import open_questions
 from redrafter.evaluation.spec_bench.run import Asker
+from redrafter.files import read_packed
 from redrafter.targets.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,7 @@ def settings(folder, **changes):
 
 def check_figures(folder):
     """Every speedup and length again, from what the result says of each question."""
-    body = json.loads((folder / "spec-bench.json").read_text())
+    body = json.loads(read_packed(folder / "spec-bench.json"))
     rows = body["per_question"]
     for name, m in rows["methods"].items():
         for task, said in body["figures"][name].items():

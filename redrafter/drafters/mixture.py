@@ -30,8 +30,8 @@ _EDGES = (-9.0, -6.5, -5.0, -4.0, -3.0, -2.4, -1.8, -1.3, -0.9, -0.6, -0.4, -0.2
 
 # Right nodes that a bin of confidence needs before it weighs as much as all bins of its depth.
 # Tokens per step above the head's, sampled GSM8K, 200 held-out prompts that are not those of
-# RESULTS.md: 50, 100, 200, 400 give 0.019, 0.015, 0.023, 0.022 (95 %: 0.013 either way), the same
-# but for noise; 2, and no account of `shared`, 0.006, and 0.02 less on the first 25 prompts.
+# docs/results/drafters.md: 50, 100, 200, 400 give 0.019, 0.015, 0.023, 0.022 (95 %: 0.013 either
+# way), the same but for noise; 2, and no account of `shared`, 0.006, and 0.02 less on the first 25.
 _BIN_NODES = 200.0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.contracts import InputError
-from redrafter.files import plain_values, provenance, write_json
+from redrafter.files import plain_values, provenance, read_packed, write_json
 from redrafter.targets.devices import device_name
 from redrafter.targets.model import Target
 
@@ -124,10 +124,10 @@ def read_result(file: Path, config: Any, fingerprint: str, command: str) -> dict
     config, fingerprint: what it is asked for now, and the target's. Raises InputError where the
     file was made for something else.
     """
-    if not file.exists():
+    if (text := read_packed(file)) is None:
         return None
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = json.loads(text)
         made, target = body["provenance"]["config"], body["provenance"]["target"]["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is no result of {command}: remove it") from None
