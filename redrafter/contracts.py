@@ -159,7 +159,7 @@ class Drafter(ABC):
     feature_names: tuple[str, ...] = ()
     #: whether `features` say something of the first level before it is drafted, for nothing: the
     #: lookahead's `go_on` is then asked at level 0 too
-    foresees: bool = False
+    early_features: bool = False
     #: what of the verifier's noise its guesses and features depend on: "all"; "own", that of the
     #: guessed tokens alone; "none"
     sees_noise: Literal["all", "own", "none"] = "all"
@@ -183,9 +183,9 @@ class Drafter(ABC):
 
     def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         """(B, F) float, finite: what there is to say of the level just drafted, and of a drafter
-        that `foresees` the level to come; None if nothing. Called for a lookahead that decides
-        level by level, so it may cost something. names: the columns wanted, of `feature_names`;
-        None: all"""
+        with `early_features`, of the level to come; None if nothing. Called for a lookahead that
+        decides level by level, so it may cost something. names: the columns wanted, of
+        `feature_names`; None: all"""
         return None
 
     @abstractmethod
@@ -232,8 +232,8 @@ class Lookahead:
 
     def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
         """Whether to draft another level. features: (B, F), the drafter's, after the level just
-        drafted (0: none yet, asked of drafters that foresee). Returns (B,) bool, or one Python
-        bool where the answer is the same for all rows and known without reading the features."""
+        drafted (0: none yet, asked of drafters with `early_features`). Returns (B,) bool, or one
+        Python bool where the answer is the same for all rows and known without the features."""
         return True
 
     def observe(self, drafted: Tensor, accepted: Tensor, truth: Truth) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from redrafter.cli.args import parse
 from redrafter.config import TrainConfig
 from redrafter.targets.sharding import ShardedBackbone
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 
 made = {True: 0, False: 0}  # forwards of its own; to keep step with others
 say = ShardedBackbone._say
@@ -22,7 +22,7 @@ def counted(self: ShardedBackbone, works: bool) -> bool:
 
 
 ShardedBackbone._say = counted
-run = Run(parse(TrainConfig, sys.argv[2:], "test"))
+run = Training(parse(TrainConfig, sys.argv[2:], "test"))
 run.train()
 backbone = run.target.backbone
 split = [p for p in backbone.module.parameters() if hasattr(p, "ds_shape")]

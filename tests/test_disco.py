@@ -150,7 +150,7 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     made = counted(target, drafter, rows, config, look)
     records = Records.of(texts, config.max_new_tokens)
     records.features = records.features[..., [drafter.feature_names.index(n) for n in names]]
-    said = replayed(records, policy_of(look()), looks=drafter.foresees)
+    said = replayed(records, policy_of(look()), looks=drafter.early_features)
     if how == "idle" and kind == "suffix":
         found = []
         replay(records, lambda m: found.append(policy_of(look())(m)) or found[-1],
@@ -288,7 +288,7 @@ def test_training_finds_what_can_be_known():
     assert len(own) == len(unseen.accepted) * K and set(level.tolist()) == {1, 2, 3, 4}
     assert abs(float(own.mean()) - float(right.float().mean())) < 0.03
 
-    chosen, done = choose(network, held, PRICES, foresees=False)
+    chosen, done = choose(network, held, PRICES, early_features=False)
     fixed = max(replay(held, static(k), PRICES).rate() for k in range(K + 1))
     best = replay(held, oracle, PRICES).rate()
     assert fixed * 1.02 < done["level"].rate() < best
@@ -314,9 +314,9 @@ def test_what_a_level_adds():
     records.nodes = nodes
     verify = torch.tensor([0.0, 1.0, 1.5, 1.75, 2.75, 2.85]).double()
     prices = Prices(0.3, torch.tensor([0.1, 0.2, 0.3, 0.4]).double(), verify)
-    got = added_s(records, prices, foresees=False)
+    got = added_s(records, prices, early_features=False)
     assert got.tolist() == pytest.approx([0.3 + 0.1 + 0.5, 0.2 + 0.25, 0.3 + 1.0, 0.4 + 0.1])
-    assert added_s(records, prices, foresees=True)[0] == pytest.approx(0.1 + 0.5)
+    assert added_s(records, prices, early_features=True)[0] == pytest.approx(0.1 + 0.5)
     moved = replay(records, static(0), prices, looks=True).seconds
     still = replay(records, static(0), prices).seconds
     assert float(moved - still) == pytest.approx(40 * 0.3)
@@ -437,12 +437,12 @@ def test_inputs_are_in_the_order_of_their_names():
 
 
 @pytest.mark.parametrize("rule", ["cost", "threshold"])
-@pytest.mark.parametrize("foresees", [False, True])
-def test_a_bar_decides_as_its_network_does(rule, foresees):
+@pytest.mark.parametrize("early_features", [False, True])
+def test_a_bar_decides_as_its_network_does(rule, early_features):
     """One feature: where the network goes on from a bar on, that is found; else there is none."""
     target = tiny("llama")
-    drafter = SuffixDrafter(K, 1) if foresees else model(target)
-    names = SURE_OF_COPIES if foresees else SURE
+    drafter = SuffixDrafter(K, 1) if early_features else model(target)
+    names = SURE_OF_COPIES if early_features else SURE
     random = torch.Generator().manual_seed(0)
     network = network_for(drafter, target, names=names, rate=0.9, threshold=0.3)
     network.inputs.weight[:, 0].abs_()
@@ -456,7 +456,7 @@ def test_a_bar_decides_as_its_network_does(rule, foresees):
     look.observe(drafted, accepted, Truth(rows[:, None], rows))
     assert look.bars is not None
     base, answers = look.known[drafted, accepted], []
-    for level in range(0 if foresees and rule == "cost" else 1, K):
+    for level in range(0 if early_features and rule == "cost" else 1, K):
         features = -4 * torch.rand(400, 1, generator=random)
         answers.append(look.go_on(features, level))
         assert torch.equal(answers[-1], look._goes(look.p(base, features, level), level))

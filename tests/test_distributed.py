@@ -29,7 +29,7 @@ from redrafter.processes import join
 from redrafter.targets.model import load_target
 from redrafter.training.engine import check_engine
 from redrafter.training.feed import Batch, Feed, owners
-from redrafter.training.loop import Run, make_optimizer
+from redrafter.training.loop import Training, make_optimizer
 from redrafter.training.sharded import FullySharded, Whole
 from redrafter.training.step import StepLoss, total_weight
 
@@ -60,7 +60,7 @@ def argv(folder, tiny_target):
 @pytest.fixture(scope="module")
 def one(folder, argv):
     """The run that the others must agree with, by one process."""
-    Run(parse(TrainConfig, argv("one"), "test")).train()
+    Training(parse(TrainConfig, argv("one"), "test")).train()
     return folder / "one"
 
 
@@ -122,7 +122,7 @@ def test_data_parallel_then_zero_1(one, argv, folder):
 def train(argv):
     AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which was one process
     assert join().num_processes == 2
-    Run(parse(TrainConfig, argv, "test")).train()
+    Training(parse(TrainConfig, argv, "test")).train()
 
 
 def test_hybrid_data_by_two_processes(one, argv, folder):
@@ -156,7 +156,7 @@ def test_zero_3_then_zero_2_then_one_process(one, argv, folder, tiny_target):
     launch(zero(2), "train/redrafter.py", argv("zero2", resume="auto"), DS_ACCELERATOR="cpu")
     check_agrees(folder / "zero2", one, first=20)
     continued(folder / "zero2", folder / "alone", 40)
-    Run(parse(TrainConfig, argv("alone", resume="auto"), "test")).train()
+    Training(parse(TrainConfig, argv("alone", resume="auto"), "test")).train()
     check_agrees(folder / "alone", one, first=40)
 
 

@@ -33,7 +33,7 @@ from redrafter.evaluation.lookaheads.steps import (
 )
 from redrafter.evaluation.lookaheads.summary import Measured, reliability, summary
 from redrafter.evaluation.methods import check_partners
-from redrafter.evaluation.runs import Batch, Run
+from redrafter.evaluation.runs import PromptBatch, TimedRun
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
 from redrafter.lookahead.oracle import OracleLookahead
 from redrafter.lookahead.static import StaticLookahead
@@ -318,7 +318,7 @@ def made_up(length, steps, clock_s=1.0, name="x"):
     for row in steps:
         tokens = [0] * (1 + sum(e for _, e in row))
         seconds = {"total": 0.5 + clock_s, "prefill": 0.5, "lookahead": 0.1 * clock_s}
-        runs.append([Run([tokens], seconds)])
+        runs.append([TimedRun([tokens], seconds)])
     return Measured(name, length, rows, runs)
 
 
@@ -430,7 +430,7 @@ def replayed():
     target, config = tiny("llama"), settings(eos_token_id=-1)
     rows = prompts((9, 3, 14, 8, 5, 6, 7, 11))
     texts = [[*row, *speculative(target, [row], config).tokens[0]] for row in rows]
-    batches = [Batch([row], [0], [text]) for row, text in zip(rows, texts, strict=True)]
+    batches = [PromptBatch([row], [0], [text]) for row, text in zip(rows, texts, strict=True)]
 
     def make(texts, lookahead=None):
         seed = 1 + len(texts[0])  # another one in every batch
@@ -476,7 +476,7 @@ def test_replayed_steps_are_the_counted_ones(kind, temperature):
     rows = [(p * 3)[:9] for p in prompts((9, 3, 14, 4, 2), seed=4)]
     texts = walk_texts(target, drafter, rows, config, range(5))
     records = Records.of(texts, config.max_new_tokens)
-    batches = [Batch([row], [i], []) for i, row in enumerate(rows)]
+    batches = [PromptBatch([row], [i], []) for i, row in enumerate(rows)]
     assert kind == "suffix" or any(int(t.accepted.max()) for t in texts)
     for levels in range(1, depth + 1):
         counted = count_steps(
@@ -515,4 +515,4 @@ def test_predictions_are_judged_by_drafting_on(replayed):
 def test_steps_are_counted_one_row_at_a_time(replayed):
     target, config, _, make = replayed
     with pytest.raises(InputError, match="one row"):
-        count_steps(target, make, config, [Batch(prompts(), [0] * 4, prompts())])
+        count_steps(target, make, config, [PromptBatch(prompts(), [0] * 4, prompts())])

@@ -37,11 +37,11 @@ from redrafter.evaluation.figures import (
     speed_bound,
 )
 from redrafter.evaluation.methods import (
-    Batch,
     Loop,
     Method,
     Partners,
-    Run,
+    PromptBatch,
+    TimedRun,
     build_method,
     parse_methods,
 )
@@ -162,14 +162,14 @@ class Clockwork(Method):
             stats.drafted_at, stats.accepted_at = [], []
         verify = 0.9 * new * self.token_s
         seconds = {"prefill": 1.0, "draft": 0.0, "verify": verify, "forward": verify}
-        return Run([row], {**seconds, "total": 1.0 + new * self.token_s}, stats, [3] * steps)
+        return TimedRun([row], {**seconds, "total": 1.0 + new * self.token_s}, stats, [3] * steps)
 
     def _run(self, batch): ...
 
 
 def test_speed_figures_of_a_known_clock():
     answers = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 8, 9, 8, 9, 8]]
-    batches = [Batch([[0]], [i]) for i in range(2)]
+    batches = [PromptBatch([[0]], [i]) for i in range(2)]
     wrong = [answers[0], [8, 9, 8, 9, 8, 9, 9]]
     log: list[str] = []
     methods = [
@@ -244,7 +244,7 @@ def test_plans_reach_the_loop(monkeypatch):
 
     monkeypatch.setattr(methods, "speculative", spy)
     loop = build_method(name, target, config, Partners())
-    batch = Batch([[1, 2, 1, 2]], [0], [[1, 2, 1, 2]])
+    batch = PromptBatch([[1, 2, 1, 2]], [0], [[1, 2, 1, 2]])
     loop.prepare(batch)
     assert loop.run(batch).nodes and max(loop.run(batch).nodes) == 3, "two levels and the root"
     assert given["rule"] == "ratio" and given["lookahead"].depth == 2 and loop.law_only
@@ -499,7 +499,7 @@ def test_stock_in_a_padded_batch_is_stock_alone(files):
     rows = [target.tokenizer(text).input_ids for text in ("def f(", "import os\nimport", "x")]
     config = generation_config(0.0, 12)
     stock, plain = (kind("x", target, config) for kind in (Stock, Loop))
-    together = stock.run(Batch(rows, [0, 1, 2])).tokens
-    assert together == [stock.run(Batch([row], [0])).tokens[0] for row in rows]
-    assert together == plain.run(Batch(rows, [0, 1, 2])).tokens
-    assert not math.isnan(stock.run(Batch(rows, [0, 1, 2])).seconds["total"])
+    together = stock.run(PromptBatch(rows, [0, 1, 2])).tokens
+    assert together == [stock.run(PromptBatch([row], [0])).tokens[0] for row in rows]
+    assert together == plain.run(PromptBatch(rows, [0, 1, 2])).tokens
+    assert not math.isnan(stock.run(PromptBatch(rows, [0, 1, 2])).seconds["total"])

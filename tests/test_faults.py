@@ -23,7 +23,7 @@ from redrafter.data.states import StateMaker, build_states
 from redrafter.targets.model import load_target
 from redrafter.training import checkpoint
 from redrafter.training.feed import Feed
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 
 STEPS = 24
 SETTINGS = {
@@ -46,13 +46,13 @@ def argv(folder, tiny_target):
 
 @pytest.fixture
 def run(argv):
-    return lambda *args, **changes: Run(parse(TrainConfig, argv(*args, **changes), "test"))
+    return lambda *args, **changes: Training(parse(TrainConfig, argv(*args, **changes), "test"))
 
 
 @pytest.fixture(scope="module")
 def straight(argv, folder):
     """The run that nothing happened to."""
-    Run(parse(TrainConfig, argv("straight"), "test")).train()
+    Training(parse(TrainConfig, argv("straight"), "test")).train()
     return folder / "straight"
 
 

@@ -13,7 +13,7 @@ from redrafter.contracts import InputError
 from redrafter.heads.apple import load_apple, save_apple
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
-from redrafter.targets.adapters import Parts
+from redrafter.targets.adapters import WeightDigests
 
 
 class FakeTarget:
@@ -32,7 +32,7 @@ class FakeTarget:
         return self._fingerprint
 
     def parts(self):
-        return Parts(self._fingerprint)
+        return WeightDigests(self._fingerprint)
 
     def probe(self):
         return {"hidden": [1.0], "logits": [1.0]}

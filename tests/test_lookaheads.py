@@ -32,7 +32,7 @@ from redrafter.drafting import LOOKAHEADS, Plan, build_plan, foreseen, parse_pla
 from redrafter.evaluation.acceptance import Counter
 from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.lossless import check_mode, references
-from redrafter.evaluation.methods import Batch, build_method
+from redrafter.evaluation.methods import PromptBatch, build_method
 from redrafter.lookahead.confidence import ConfidenceLookahead
 from redrafter.lookahead.oracle import FullDepth, OracleLookahead
 from redrafter.lookahead.roc import RocLookahead
@@ -256,7 +256,7 @@ def test_the_oracle_by_name():
     target, texts, config, want, *_ = case("t0.7")
     partners = Partners(draft=close_draft(target, 0.1))
     names = [f"model:1x4{part}" for part in ("", ":lookahead=oracle")]
-    batches = [Batch(texts[i : i + 2], [i, i + 1], texts[i : i + 2]) for i in (0, 2)]
+    batches = [PromptBatch(texts[i : i + 2], [i, i + 1], texts[i : i + 2]) for i in (0, 2)]
     stats = []
     for name in names:
         loop = build_method(name, target, config, partners)

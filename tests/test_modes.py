@@ -21,7 +21,7 @@ from redrafter.decode.plain import plain
 from redrafter.targets.model import load_target
 from redrafter.training.engine import check_device
 from redrafter.training.feed import Feed
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 
 DEPTH = 3
 RAGGED = 300  # tokens of a forward that holds eight rows of these or more
@@ -287,7 +287,7 @@ def weights_of(folder):
 
 def trained(config):
     torch.manual_seed(123)  # what ran before must not matter
-    run = Run(config)
+    run = Training(config)
     run.train()
     return run, weights_of(run.out)
 
@@ -315,23 +315,23 @@ def test_trajectories_are_equal_offline_online_and_hybrid(config, tmp_path, labe
     with pytest.raises(Killed):
         trained(again)
     patch.undo()
-    assert Run(replace(again, resume="auto")).done > 0, "it died before its first checkpoint"
+    assert Training(replace(again, resume="auto")).done > 0, "it died before its first checkpoint"
     run, resumed = trained(replace(again, resume="auto"))
     same_weights(offline, resumed, 1e-5)
     with pytest.raises(InputError, match="--resume auto"):
-        Run(again)
+        Training(again)
 
 
 def test_a_hybrid_run_says_what_it_leaves(config, tmp_path, capsys):
     """Shorter than an epoch: how much is there. An epoch exactly: a store, though no step needed
     the last buffer."""
     short = {"data.mode": "hybrid", "optim.steps": 1, "optim.batch_positions": 8, "seed": 7}
-    Run(config("short", **short)).train()
+    Training(config("short", **short)).train()
     said = capsys.readouterr().out
     assert "of hidden states are written, as the run was shorter than an epoch" in said
-    trained = Run(config("whole", **short))
+    trained = Training(config("whole", **short))
     steps = trained.feed.steps_per_epoch
-    trained = Run(config("epoch", **{**short, "optim.steps": steps}))
+    trained = Training(config("epoch", **{**short, "optim.steps": steps}))
     trained.train()
     assert "shorter than an epoch" not in capsys.readouterr().out
     (part,) = trained.feed.parts

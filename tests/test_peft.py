@@ -34,7 +34,7 @@ from redrafter.targets.model import Target, load_model_config, load_target
 from redrafter.targets.skipping import AttentionSkipping
 from redrafter.training import checkpoint
 from redrafter.training.engine import Engine
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 from redrafter.training.losses import chunked, cross_entropy
 
 
@@ -135,16 +135,16 @@ def test_a_fingerprint_is_the_same_however_it_is_loaded(
     assert any("lora_A" in name for name, _ in kept.model.named_parameters()), "kept, not merged"
     for other in [*same, kept]:
         assert other.fingerprint() == target.fingerprint()
-        assert other.parts() == target.parts()
+        assert other.digests() == target.digests()
         assert target_identity(other)["config"] == target_identity(target)["config"]
     others = [
         read(base), read(merged), read(save_adapter(base, tmp_path / "seed", seed=1)),
         read(save_adapter(base, tmp_path / "alpha", lora_alpha=9)),
     ]  # fmt: skip
     assert len({t.fingerprint() for t in [target, *others]}) == 5
-    assert target.parts().base == read(base).parts().base != read(merged).parts().base
+    assert target.digests().base == read(base).digests().base != read(merged).digests().base
     plain = read(base)
-    plain.parts()
+    plain.digests()
     assert plain.fingerprint() == others[0].fingerprint() == tiny("llama").fingerprint()
     dropped = read(save_adapter(base, tmp_path / "dropout", lora_dropout=0.5))
     assert dropped.fingerprint() == target.fingerprint(), "dropout is no part of the model"
@@ -538,7 +538,7 @@ def trained(tiny_target, tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(tiny_target, trained):
     """A head for the bare base."""
-    run = Run(parse(TrainConfig, trained(tiny_target, "first"), "test"))
+    run = Training(parse(TrainConfig, trained(tiny_target, "first"), "test"))
     run.train()
     return run.out
 
@@ -588,12 +588,12 @@ def test_a_head_is_retuned_by_lora_for_an_adapted_target(tiny_target, trained, f
 def test_a_retuning_goes_on_where_it_stopped(tiny_target, trained, first, tmp_path):
     """Bit for bit, from the adapter's checkpoint; with another original it is refused."""
     options = {"head.init_from": first, "head.lora.r": 3, "keep_checkpoints": 9}
-    straight = Run(parse(TrainConfig, trained(tiny_target, "straight", **options), "test"))
+    straight = Training(parse(TrainConfig, trained(tiny_target, "straight", **options), "test"))
     straight.train()
     shutil.copytree(straight.out / "checkpoints" / "step-4",
                     straight.out.parent / "again" / "checkpoints" / "step-4")  # fmt: skip
     again = trained(tiny_target, "again", resume="auto", **options)
-    resumed = Run(parse(TrainConfig, again, "test"))
+    resumed = Training(parse(TrainConfig, again, "test"))
     assert resumed.done == 4
     resumed.train()
     for name in ("model.safetensors", "adapter/adapter_model.safetensors",
@@ -616,7 +616,7 @@ def test_a_retuning_goes_on_where_it_stopped(tiny_target, trained, first, tmp_pa
     state.write_text(state.read_text().replace(json.dumps(str(first)), json.dumps(str(moved))))
     changed = trained(tiny_target, "x", resume=half, **{**options, "head.init_from": moved})
     with pytest.raises(InputError, match="was trained on a head"):
-        Run(parse(TrainConfig, changed, "test"))
+        Training(parse(TrainConfig, changed, "test"))
 
 
 def test_what_lora_cannot_do_is_refused_before_any_work(tiny_target, trained, first, capsys):
@@ -626,7 +626,7 @@ def test_what_lora_cannot_do_is_refused_before_any_work(tiny_target, trained, fi
     options = {"head.init_from": first, "head.lora.target_modules": "[gates]",
                "data.folder": first.parent / "none"}  # fmt: skip
     with pytest.raises(InputError, match=r"head\.lora\.target_modules"):
-        Run(parse(TrainConfig, trained(tiny_target, "n", **options), "test"))
+        Training(parse(TrainConfig, trained(tiny_target, "n", **options), "test"))
     assert not (first.parent / "none").exists()
 
 

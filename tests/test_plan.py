@@ -39,7 +39,7 @@ from redrafter.heads.lora import adapt
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning import memory
 from redrafter.planning.data_jobs import plan_probe, plan_states
-from redrafter.planning.ghosts import GhostTarget, ghost_head, has_weights
+from redrafter.planning.meta import MetaTarget, has_weights, meta_head
 from redrafter.planning.plan import Disk, Item, Memory, Phase, Plan
 from redrafter.planning.speed import bound
 from redrafter.planning.tracing import traced
@@ -76,9 +76,9 @@ def target(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(target):
-    """(ghost, real)"""
+    """(meta, real)"""
     config = TargetConfig(path=str(target), device="cpu")
-    return GhostTarget(config), load_target(config)
+    return MetaTarget(config), load_target(config)
 
 
 def rows_of(folder: Path, n: int = 40, length: int = 50) -> Path:
@@ -96,13 +96,13 @@ def plan_config(cls, target, **values):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_ghost_has_the_parameters_of_the_real_target(family, tmp_path):
+def test_a_meta_target_has_the_parameters_of_the_real_target(family, tmp_path):
     real = tiny(family)
     real.model.config.save_pretrained(tmp_path)
-    ghost = GhostTarget(TargetConfig(path=str(tmp_path), dtype="float64"))
-    assert ghost.n_parameters == sum(p.numel() for p in real.model.parameters())
-    assert (ghost.hidden_size, ghost.vocab_size) == (real.hidden_size, real.vocab_size)
-    assert ghost.dtype == real.dtype and ghost.device.type == "meta"
+    meta = MetaTarget(TargetConfig(path=str(tmp_path), dtype="float64"))
+    assert meta.n_parameters == sum(p.numel() for p in real.model.parameters())
+    assert (meta.hidden_size, meta.vocab_size) == (real.hidden_size, real.vocab_size)
+    assert meta.dtype == real.dtype and meta.device.type == "meta"
     assert not has_weights(TargetConfig(path=str(tmp_path)))
 
 
@@ -115,13 +115,13 @@ def test_a_ghost_has_the_parameters_of_the_real_target(family, tmp_path):
 )  # fmt: skip
 def test_targets_are_as_large_as_published(name, parameters):
     config = TargetConfig(path=str(LLAMA / name), device="cuda")
-    ghost = GhostTarget(config)
+    meta = MetaTarget(config)
     with pytest.raises(InputError):  # none is made out of nothing
         load_tokenizer(config)
-    assert ghost.n_parameters == parameters and ghost.weight_bytes == 2 * parameters
-    wide, vocab = 2 * ghost.hidden_size, ghost.vocab_size
-    head = sum(p.numel() for p in ghost_head(HeadConfig(), ghost).parameters())
-    hidden = ghost.hidden_size
+    assert meta.n_parameters == parameters and meta.weight_bytes == 2 * parameters
+    wide, vocab = 2 * meta.hidden_size, meta.vocab_size
+    head = sum(p.numel() for p in meta_head(HeadConfig(), meta).parameters())
+    hidden = meta.hidden_size
     assert head == 2 * hidden**2 + hidden + 2 * (wide**2 + wide) + vocab * wide
 
 
@@ -131,32 +131,32 @@ def test_the_recipes_say_what_their_configurations_give(name):
     given = ["--config", str(ROOT / f"configs/{name}.yaml"), "--output_dir=o", "--target.path",
              str(LLAMA / name), "--target.device=cuda"]  # fmt: skip
     config = parse(TrainConfig, given, "test")
-    ghost = GhostTarget(config.target)
-    head = sum(p.numel() for p in ghost_head(config.head, ghost).parameters())
+    meta = MetaTarget(config.target)
+    head = sum(p.numel() for p in meta_head(config.head, meta).parameters())
     plan = said.split(f"  target {name}: ")[1].split("```")[0]
-    assert plan.startswith(f"{ghost.n_parameters:,} parameters")
+    assert plan.startswith(f"{meta.n_parameters:,} parameters")
     assert f"  head: {head:,} parameters" in plan
     assert f"  {config.optim.steps} steps" in plan
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_ghost_head_has_the_parameters_of_the_real_head(name, both, tmp_path):
-    ghost, real = both
+def test_a_meta_head_has_the_parameters_of_the_real_head(name, both, tmp_path):
+    meta, real = both
     fields = dict(HEADS[name])
     wanted = HeadConfig(**fields)
     if n := fields.pop("draft_vocab_size", None):
         fields["draft_ids"] = torch.arange(n)
     head = RecurrentHead.for_target(real, embedding_scale="rms", **fields)
-    found = ghost_head(wanted, ghost)
+    found = meta_head(wanted, meta)
     assert {k: v.shape for k, v in found.state_dict().items()} == {
         k: v.shape for k, v in head.state_dict().items()
     }
     assert found.vocab_matrix().shape == head.vocab_matrix().shape
     head.save_pretrained(tmp_path)
-    again = ghost_head(HeadConfig(init_from=str(tmp_path)), ghost)
+    again = meta_head(HeadConfig(init_from=str(tmp_path)), meta)
     assert again.state_dict().keys() == head.state_dict().keys()
     settings = LoraSettings(r=2)
-    tuned = ghost_head(HeadConfig(init_from=str(tmp_path), lora=settings), ghost)
+    tuned = meta_head(HeadConfig(init_from=str(tmp_path), lora=settings), meta)
     adapt(head, settings, tmp_path)
     assert sizes(tuned) == sizes(head), "what LoRA trains, and what it leaves"
 
@@ -208,11 +208,11 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_without_content_takes_what_a_real_one_takes(name, both):
-    ghost, real = both
+    meta, real = both
     loss, changes, fields = STEPS[name]
     optim = OptimConfig(batch_positions=48, **changes)
     wanted = HeadConfig(**fields)
-    planned = memory.step_memory(ghost_head(wanted, ghost), ghost, loss, optim, 4)
+    planned = memory.step_memory(meta_head(wanted, meta), meta, loss, optim, 4)
     fields = dict(fields)
     if n := fields.pop("draft_vocab_size", None):
         fields["draft_ids"] = torch.arange(n)
@@ -225,11 +225,11 @@ def test_a_step_without_content_takes_what_a_real_one_takes(name, both):
 
 
 def test_states_and_decoding_take_what_real_ones_take(both):
-    ghost, real = both
+    meta, real = both
     config = StatesConfig(teacher_top_k=3, dtype="int8")
     planned, measured = (memory.states_memory(StateMaker(t, config, 1), 5, 60) for t in both)
     assert planned == pytest.approx(measured, rel=0.02)
-    heads = [ghost_head(HeadConfig(), ghost).eval(), RecurrentHead.for_target(real).eval()]
+    heads = [meta_head(HeadConfig(), meta).eval(), RecurrentHead.for_target(real).eval()]
     for drafted in (False, True):
         found = []
         for one, head in zip(both, heads, strict=True):
@@ -240,12 +240,12 @@ def test_states_and_decoding_take_what_real_ones_take(both):
 
 
 def test_more_positions_and_wider_chunks_take_more(both):
-    ghost, _ = both
-    head = ghost_head(HeadConfig(), ghost)
+    meta, _ = both
+    head = meta_head(HeadConfig(), meta)
 
     def peak(positions, chunk):
         loss, optim = LossConfig(chunk_rows=chunk), OptimConfig(batch_positions=positions)
-        return memory.step_memory(head, ghost, loss, optim)
+        return memory.step_memory(head, meta, loss, optim)
 
     few, many, wide = peak(64, 32), peak(128, 32), peak(64, 320)
     assert many.loss.activations > 1.9 * few.loss.activations
@@ -429,20 +429,20 @@ def test_help_teaches_plan(job, capsys):
 
 
 def test_bytes_per_drafted_token(both):
-    ghost, _ = both
-    head = ghost_head(HeadConfig(), ghost)
-    found = bound(head, ghost, depth=4)
+    meta, _ = both
+    head = meta_head(HeadConfig(), meta)
+    found = bound(head, meta, depth=4)
     assert found.level_bytes == 4 * sum(p.numel() for p in head.parameters())
     embedding = 4 * 600 * 64
-    assert found.target_bytes == ghost.weight_bytes - embedding  # of which single rows are read
+    assert found.target_bytes == meta.weight_bytes - embedding  # of which single rows are read
     assert found.break_even == 1 + 4 * found.level_bytes / found.target_bytes
     assert found.speedup(found.break_even) == 1 and found.most == 5 / found.break_even
-    borrowed = ghost_head(HeadConfig(**HEADS["borrowed"]), ghost)
+    borrowed = meta_head(HeadConfig(**HEADS["borrowed"]), meta)
     own = 4 * sum(p.numel() for p in borrowed.parameters())
-    assert bound(borrowed, ghost, 4).level_bytes == own + 4 * 600 * 64
-    pruned = ghost_head(HeadConfig(**HEADS["borrowed, pruned"]), ghost)
+    assert bound(borrowed, meta, 4).level_bytes == own + 4 * 600 * 64
+    pruned = meta_head(HeadConfig(**HEADS["borrowed, pruned"]), meta)
     own = 4 * sum(p.numel() for p in pruned.parameters())
-    assert bound(pruned, ghost, 4).level_bytes == own + 4 * 40 * 64
+    assert bound(pruned, meta, 4).level_bytes == own + 4 * 40 * 64
 
 
 # ---------------------------------------------------------------- a whole job

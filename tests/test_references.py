@@ -7,7 +7,7 @@ import pytest
 from models import prompts, settings, tiny
 
 from redrafter.contracts import InputError
-from redrafter.evaluation.methods import Batch, Loop, Partners, build_method, plain_answers
+from redrafter.evaluation.methods import Loop, Partners, PromptBatch, build_method, plain_answers
 from redrafter.evaluation.references import ForwardCounter
 from redrafter.targets.model import Target
 
@@ -33,7 +33,7 @@ def test_greedily_they_say_what_plain_says(name, family):
     expected = plain_answers(tiny(family), rows, config, range(5))
     assert {len(text) for text in expected} != {20}, "some texts end with an EOS"
     hf = method(name, config, family=family)
-    runs = [hf.run(Batch([row], [i])) for i, row in enumerate(rows)]
+    runs = [hf.run(PromptBatch([row], [i])) for i, row in enumerate(rows)]
     assert [run.tokens[0] for run in runs] == expected
     for run, text in zip(runs, expected, strict=True):
         assert len(run.nodes) == run.stats.forwards == run.stats.steps[0]
@@ -50,11 +50,11 @@ def test_steps_are_forwards_after_the_first():
     # A draft model of the target's weights that never doubts: its draft is accepted whole.
     sure = Target(copy.deepcopy(target.model))
     sure.model.generation_config.assistant_confidence_threshold = 0.0
-    run = method("hf-assistant", config, draft=sure).run(Batch([row], [0]))
+    run = method("hf-assistant", config, draft=sure).run(PromptBatch([row], [0]))
     assert run.tokens == [text]
     assert (run.stats.steps, run.nodes) == ([0], []), "one forward read prompt and whole draft"
     # A draft of one token each: every step accepts 0 or 1, and the bonus.
-    run = method("hf-lookup:1", config).run(Batch([row], [0]))
+    run = method("hf-lookup:1", config).run(PromptBatch([row], [0]))
     assert run.tokens == [text] and set(run.nodes) <= {1, 2}
     known, lengths, first = list(row), [], None
     while len(known) < len(row) + 12:
@@ -84,7 +84,7 @@ def test_drafts_of_an_early_exit_are_not_counted():
     row = prompts((9,))[0]
     calls = []
     hook = target.model.register_forward_pre_hook(lambda *a: calls.append(1))
-    run = method("hf-exit:1", settings(eos_token_id=-1)).run(Batch([row], [0]))
+    run = method("hf-exit:1", settings(eos_token_id=-1)).run(PromptBatch([row], [0]))
     hook.remove()
     assert 1 + run.stats.forwards < len(calls) / 2, "the same module drafts many tokens per step"
     assert target.model.config.num_hidden_layers == 2
@@ -93,7 +93,7 @@ def test_drafts_of_an_early_exit_are_not_counted():
 
 def test_one_row_at_a_time_and_layers_that_exist():
     with pytest.raises(InputError, match="batch_size 1"):
-        method("hf-lookup", settings()).run(Batch(prompts(), [0] * 4))
+        method("hf-lookup", settings()).run(PromptBatch(prompts(), [0] * 4))
     for name in ("hf-exit:2", "hf-exit:layer=0"):
         with pytest.raises(InputError, match="must be 1 to 1"):
             method(name, settings())
@@ -106,8 +106,9 @@ def test_sampled_texts_are_of_the_law_alone():
     hf = method("hf-assistant", config)
     assert hf.law_only and not method("stock", config).law_only
     assert not method("hf-assistant", settings()).law_only
-    run = hf.run(Batch([prompts()[0]], [3]))
-    assert run.tokens == hf.run(Batch([prompts()[0]], [3])).tokens, "seeded, though its own way"
+    run = hf.run(PromptBatch([prompts()[0]], [3]))
+    again = hf.run(PromptBatch([prompts()[0]], [3]))
+    assert run.tokens == again.tokens, "seeded, though its own way"
     assert Loop("plain", tiny("llama"), config).drafter is None
 
 

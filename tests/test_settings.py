@@ -76,5 +76,5 @@ def test_training_refuses_before_the_data_is_made(
     }  # fmt: skip
     config = parse(TrainConfig, [f"--{k}={v}" for k, v in given.items()], "test")
     with pytest.raises(InputError, match=said):
-        loop.Run(config)
+        loop.Training(config)
     assert not (tmp_path / "out" / "data").exists()

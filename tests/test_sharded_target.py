@@ -10,12 +10,12 @@ from redrafter.cli.args import parse
 from redrafter.config import PlanConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.heads.load import load_head
-from redrafter.planning.ghosts import GhostTarget
-from redrafter.planning.parts import Ground
+from redrafter.planning.items import Ground
+from redrafter.planning.meta import MetaTarget
 from redrafter.planning.world import World
 from redrafter.targets.model import load_target
 from redrafter.training.data import check_settings
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 
 SETTINGS = {
     "data.mode": "online", "data.source.format": "text", "data.source.n_rows": 20,
@@ -52,7 +52,7 @@ def losses(out):
 def whole(argv):
     """A run with the target whole, which others must agree with."""
     out, settings = argv("whole")
-    Run(parse(TrainConfig, settings, "test")).train()
+    Training(parse(TrainConfig, settings, "test")).train()
     return out
 
 
@@ -70,7 +70,7 @@ def test_a_target_in_parts_teaches_what_a_whole_one_does(argv, whole, tiny_targe
     vocabulary = {*target.lm_head.parameters(), *target.model.get_input_embeddings().parameters()}
     layers = sum(p.nbytes for p in {*target.model.parameters()} - vocabulary)
     assert all(n["whole"] == layers for n in notes)
-    planned, _ = GhostTarget(TargetConfig(str(tiny_target), shard="zero3")).split_bytes(2)
+    planned, _ = MetaTarget(TargetConfig(str(tiny_target), shard="zero3")).split_bytes(2)
     assert notes[0]["held"] + sum(p.nbytes for p in vocabulary) == pytest.approx(planned, rel=0.01)
     assert all(n["whole"] / 2 <= n["held"] <= 0.51 * n["whole"] for n in notes)
     assert not any(n["matrices_in_memory"] for n in notes), "gathered, and never let go"
@@ -99,7 +99,7 @@ def test_where_a_target_cannot_be_split(argv, tiny_target, monkeypatch):
 
 def test_a_plan_counts_the_part_of_a_process():
     path = str(ROOT / "configs/plan/llama-3.1-70b")
-    target = GhostTarget(TargetConfig(path, device="cpu", dtype="bfloat16", shard="zero3"))
+    target = MetaTarget(TargetConfig(path, device="cpu", dtype="bfloat16", shard="zero3"))
     vocabulary = 2 * 128256 * 8192 * 2
     for n in (4, 8):
         items = Ground("job", target, World(n, n, "zero3"), PlanConfig(), 0).items
@@ -121,17 +121,17 @@ def test_a_target_partly_on_disk_teaches_what_a_whole_one_does(argv, whole, tiny
     room = vocabulary + layer + layer // 2
     given = {"target.device_map": "auto", "target.host_bytes": room, "target.device": "cpu"}
     out, settings = argv("outside", **given)
-    run = Run(parse(TrainConfig, settings, "test"))
+    run = Training(parse(TrainConfig, settings, "test"))
     outside = [p for p in run.target.model.parameters() if p.device.type == "meta"]
     inside = [p for p in run.target.model.parameters() if p.device.type != "meta"]
     assert len(outside) >= len(list(layers[0].parameters())) * (len(layers) - 1)
     assert run.target.device.type == "cpu" and sum(p.nbytes for p in inside) <= room
-    ghost = GhostTarget(run.config.target)
-    assert ghost.placed_bytes()[0] == sum(p.nbytes for p in inside)
+    meta = MetaTarget(run.config.target)
+    assert meta.placed_bytes()[0] == sum(p.nbytes for p in inside)
     run.train()
     assert losses(out) == losses(whole)
     assert all(p.device.type == "meta" for p in outside), "brought, and never taken away"
-    assert run.target.fingerprint() == real.fingerprint() and run.target.parts() == real.parts()
+    assert run.target.fingerprint() == real.fingerprint() and run.target.digests() == real.digests()
     rates = [json.loads((o / "provenance.json").read_text())["history"] for o in (whole, out)]
     assert rates[0] == rates[1]
 

@@ -29,7 +29,7 @@ from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.model import load_target
 from redrafter.training import checkpoint
 from redrafter.training.feed import Batch, Feed, frequent_ids
-from redrafter.training.loop import Run, learning_rate
+from redrafter.training.loop import Training, learning_rate
 from redrafter.training.step import batch_loss, depth_accuracy, total_weight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +170,7 @@ def weights_of(folder):
 
 def run(config):
     torch.manual_seed(123)  # what ran before must not matter
-    trained = Run(config)
+    trained = Training(config)
     result = trained.train()
     return trained, result
 
@@ -209,9 +209,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(argv, tmp_path):
     assert not (tmp_path / "killed" / "model.safetensors").exists()
 
     with pytest.raises(InputError, match="--resume auto"):
-        Run(parse(TrainConfig, argv("killed", **longer), "test"))
+        Training(parse(TrainConfig, argv("killed", **longer), "test"))
     again = parse(TrainConfig, argv("killed", resume="auto", **longer), "test")
-    at_hand = Run(again)  # before it trains on: later evaluations could hide what was lost
+    at_hand = Training(again)  # before it trains on: later evaluations could hide what was lost
     assert at_hand.done == stopped_at and at_hand.best is not None
     assert at_hand.best in at_hand.history
     assert at_hand.history == [f for f in straight.history if f["step"] <= stopped_at]
@@ -239,15 +239,15 @@ def test_resume_refuses_what_would_not_be_the_same_run(config, tmp_path):
     ):
         options = {"optim.steps": 4, "eval.prompts": 0, "resume": "auto", **changes}
         with pytest.raises(InputError, match=re.escape(named)):
-            Run(config("r", **options))
+            Training(config("r", **options))
     same = {"optim.steps": 4, "eval.prompts": 0, "log_steps": 1, "resume": "auto"}
-    assert Run(config("r", **same)).done == 4
+    assert Training(config("r", **same)).done == 4
     with pytest.raises(InputError, match="not a checkpoint"):
-        Run(config("r2", resume=tmp_path))
+        Training(config("r2", resume=tmp_path))
     file = tmp_path / "r" / "checkpoints" / "step-4" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(InputError, match=re.escape(str(file))):
-        Run(config("r", **same))
+        Training(config("r", **same))
 
 
 # ------------------------------------------------------------------ what a run leaves behind

@@ -17,7 +17,7 @@ from redrafter.data.states import build_states
 from redrafter.data.store import Job, Store
 from redrafter.targets.model import load_target
 from redrafter.training.data import load_training_data
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 
 SETTINGS = {
     "optim.steps": 9, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2,
@@ -86,7 +86,7 @@ def weights_of(folder):
 
 
 def trained(config):
-    run = Run(config)
+    run = Training(config)
     run.train()
     return run, weights_of(run.out)
 
@@ -128,8 +128,8 @@ def test_weights_that_change_are_another_run(config, stored):
     a, b = stored("a"), stored("b")
     trained(config(stores=[a, f"{b}=2"]))
     with pytest.raises(InputError, match="another data digest"):
-        Run(config(stores=[a, f"{b}=3"], resume="auto"))
-    assert Run(config(stores=[a, f"{b}=2"], resume="auto")).done == 9
+        Training(config(stores=[a, f"{b}=3"], resume="auto"))
+    assert Training(config(stores=[a, f"{b}=2"], resume="auto")).done == 9
 
 
 def test_stores_may_hold_more_than_is_needed(config, stored):
@@ -243,7 +243,7 @@ def test_hybrid_heeds_max_bytes(config, sources, tmp_path):
         "data.text": "source", "data.mode": "hybrid", "data.folder": tmp_path / "data",
     }  # fmt: skip
     with pytest.raises(InputError, match=r"need \d+ bytes .* max_bytes is 1000: "):
-        Run(config(**options, **{"data.states.max_bytes": 1000}))
+        Training(config(**options, **{"data.states.max_bytes": 1000}))
     assert not list((tmp_path / "data").glob("states-*/*.safetensors"))
     trained(config(**options))
     assert list((tmp_path / "data").glob("states-*/manifest.json"))

@@ -22,7 +22,7 @@ from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub import replay_decode
 from redrafter.targets.model import Target
-from redrafter.training.loop import Run
+from redrafter.training.loop import Training
 
 SETTINGS = {
     "data.source.format": "text", "data.source.n_rows": 24, "data.source.holdout_rows": 8,
@@ -41,7 +41,8 @@ def exported(tiny_target, tmp_path_factory):
         "target.path": tiny_target, "data.source.path": tiny_target / "prompts_train.jsonl",
         "output_dir": out / "head", "data.folder": out / "data", **SETTINGS,
     }  # fmt: skip
-    Run(parse(TrainConfig, [f"--{key}={value}" for key, value in given.items()], "test")).train()
+    wanted = parse(TrainConfig, [f"--{key}={value}" for key, value in given.items()], "test")
+    Training(wanted).train()
     return out / "head"
 
 

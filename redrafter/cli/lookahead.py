@@ -214,7 +214,7 @@ def counted(
             make = planner(name, target, partners)
             lookahead = make(batches[0].texts).lookahead
             if records is not None and isinstance(lookahead, DiscoLookahead):
-                looks = drafter.foresees and lookahead.level_by_level
+                looks = drafter.early_features and lookahead.level_by_level
                 read = records.reading(drafter.feature_names, lookahead.reads)
                 found[label] = replayed_steps(read, drafter, policy_of(lookahead), looks)
             else:

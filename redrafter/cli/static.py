@@ -188,14 +188,14 @@ def decode_all(
     meter: Any,
 ) -> dict[str, Any]:
     """Per configuration, by the name of its `Cell`, its `Clocked` runs; interleaved."""
-    from redrafter.evaluation.methods import Batch, build_method
+    from redrafter.evaluation.methods import PromptBatch, build_method
     from redrafter.evaluation.speed import Timing, run_interleaved
     from redrafter.evaluation.static import Clocked
 
     sizes = [f"{width}x{depth}" for width in widths for depth in range(1, config.depth + 1)]
     names = {"plain": "plain", **{f"{kind}:{size}": size for size in sizes}}
     methods = [build_method(name, target, decoding(config), partners) for name in names]
-    batches = [Batch([list(p.ids)], [config.seed + i]) for i, p in enumerate(prompts)]
+    batches = [PromptBatch([list(p.ids)], [config.seed + i]) for i, p in enumerate(prompts)]
     for method in methods:  # the warm-up
         method.prepare(batches[0])
         method.run(batches[0])

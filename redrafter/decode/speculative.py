@@ -117,7 +117,7 @@ def _draft(drafter: Drafter, lookahead: Lookahead, state: _Decoding) -> TokenTre
     drafter.start()
     levels = torch.zeros_like(seqs.length)  # per row, levels that the lookahead let stand
     go_on, asks = seqs.live, lookahead.level_by_level
-    for level in range(0 if asks and drafter.foresees else 1, depth + 1):
+    for level in range(0 if asks and drafter.early_features else 1, depth + 1):
         if plan is not None:
             go_on = go_on & (level <= plan)
         if level > 0:

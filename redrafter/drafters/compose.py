@@ -22,7 +22,7 @@ class Wrapped(Drafter):
         self.needs = inner.needs | needs
         self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
         self.borrows_cache, self.drafts_alike = inner.borrows_cache, inner.drafts_alike
-        self.feature_names, self.foresees = inner.feature_names, inner.foresees
+        self.feature_names, self.early_features = inner.feature_names, inner.early_features
         self.sees_noise = inner.sees_noise
 
     def watch(self, prefill: bool) -> AbstractContextManager:

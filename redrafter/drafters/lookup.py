@@ -148,7 +148,7 @@ class PromptLookup(Drafter):
     """
 
     feature_names = CHAIN_FEATURES
-    foresees = True
+    early_features = True
     sees_noise = "own"
 
     def __init__(self, depth: int = 10, max_ngram: int = 3, occurrence: Occurrence = "leftmost"):

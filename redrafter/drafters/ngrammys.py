@@ -149,7 +149,7 @@ class NGrammys(Drafter):
     """
 
     feature_names = ("source", "occurrences", "rows")
-    foresees = True
+    early_features = True
 
     def __init__(
         self,

@@ -229,7 +229,7 @@ class SuffixDrafter(Drafter):
     """
 
     feature_names = ("source", *CHAIN_FEATURES)
-    foresees = True
+    early_features = True
     sees_noise = "own"
 
     def __init__(

@@ -22,13 +22,26 @@ from redrafter.drafting import (
     planner,
 )
 from redrafter.evaluation.references import ONE_ROW, REFERENCES, Assisted, Stock
-from redrafter.evaluation.runs import Batch, Method, Run, TimedTarget
+from redrafter.evaluation.runs import Method, PromptBatch, TimedRun, TimedTarget
 from redrafter.targets.model import Target
 
 __all__ = [
-    "DRAFTERS", "Assisted", "Batch", "Loop", "Method", "Partners", "Run", "Stock", "TimedTarget",
-    "build_method", "check_partners", "describe_drafting", "describe_methods", "needed",
-    "parse_methods", "plain_answers",
+    "DRAFTERS",
+    "Assisted",
+    "Loop",
+    "Method",
+    "Partners",
+    "PromptBatch",
+    "Stock",
+    "TimedRun",
+    "TimedTarget",
+    "build_method",
+    "check_partners",
+    "describe_drafting",
+    "describe_methods",
+    "needed",
+    "parse_methods",
+    "plain_answers",
 ]  # fmt: skip
 
 
@@ -52,7 +65,7 @@ class Loop(Method):
             self.stops_early = plan.lookahead is not None
             self.law_only = plan.rule != "seeded" and bool(config.do_sample)
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batch: PromptBatch) -> None:
         if self.make_plan is None:
             return
         plan = self.make_plan(batch.texts)
@@ -64,7 +77,7 @@ class Loop(Method):
     def drafter(self) -> Drafter | None:
         return self.plan and self.plan.drafter
 
-    def _run(self, batch: Batch) -> Run:
+    def _run(self, batch: PromptBatch) -> TimedRun:
         timed = TimedTarget(self.target)
         if self.make_plan is None:
             made = plain(timed, batch.prompts, self.config, seeds=batch.seeds)
@@ -72,10 +85,10 @@ class Loop(Method):
             made = self._decode(timed, batch, self.plan, self.plan.lookahead)
         seconds = {**made.stats.seconds, "forward": sum(timed.times_s[1:])}
         report = made.extra.get("drafter", {})
-        return Run(made.tokens, seconds, made.stats, timed.nodes[1:], report)
+        return TimedRun(made.tokens, seconds, made.stats, timed.nodes[1:], report)
 
     def _decode(
-        self, target: Target, batch: Batch, plan: Plan, lookahead: Lookahead | None
+        self, target: Target, batch: PromptBatch, plan: Plan, lookahead: Lookahead | None
     ) -> Generation:
         return speculative(
             target,

@@ -13,7 +13,7 @@ from redrafter.contracts import InputError, StepStats
 from redrafter.decode.request import Request
 from redrafter.drafters.build import Kind, Partners
 from redrafter.drafters.frontier import check_vocabulary
-from redrafter.evaluation.runs import Batch, Method, Run
+from redrafter.evaluation.runs import Method, PromptBatch, TimedRun
 from redrafter.targets.model import Target
 
 
@@ -37,10 +37,10 @@ class Stock(Method):
             self.config.eos_token_id = -1
 
     @torch.inference_mode()
-    def _run(self, batch: Batch) -> Run:
-        return Run(self._generate(batch), {})
+    def _run(self, batch: PromptBatch) -> TimedRun:
+        return TimedRun(self._generate(batch), {})
 
-    def _generate(self, batch: Batch, **options: Any) -> list[list[int]]:
+    def _generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
         width = max(map(len, batch.prompts))
         ids = torch.full((len(batch.prompts), width), self.config.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -129,13 +129,13 @@ class Assisted(Stock):
         self.config.update(**options)
 
     @torch.inference_mode()
-    def _run(self, batch: Batch) -> Run:
+    def _run(self, batch: PromptBatch) -> TimedRun:
         if len(batch.prompts) != 1:
             raise InputError(ONE_ROW.format(self.name))
         with ForwardCounter(self.target.model) as counter:
             tokens = self._generate(batch, **self.options)
         stats = counter.stats(len(batch.prompts[0]), len(tokens[0]))
-        return Run(tokens, {}, stats, counter.new[1:])
+        return TimedRun(tokens, {}, stats, counter.new[1:])
 
 
 ONE_ROW = "{!r}: assisted generation of transformers takes one row at a time; set batch_size 1"

@@ -16,7 +16,7 @@ from redrafter.targets.model import Target, TargetOutput
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Rows decoded together. texts: prompt and plain answer, for the drafter that knows them."""
 
     prompts: list[list[int]]
@@ -25,7 +25,7 @@ class Batch:
 
 
 @dataclass
-class Run:
+class TimedRun:
     """One timed call. seconds["total"] is wall-clock around everything, prefill included;
     "forward" is the time inside the target's forwards after the prefill, a part of "verify".
     stats: None where one forward makes one token by construction
@@ -74,10 +74,10 @@ class Method(ABC):
     def __init__(self, name: str, target: Target, config: GenerationConfig):
         self.name, self.target, self.config = name, target, config
 
-    def prepare(self, batch: Batch) -> None:  # noqa: B027 - most methods know all they need
+    def prepare(self, batch: PromptBatch) -> None:  # noqa: B027 - most methods know all they need
         """Untimed work before a batch."""
 
-    def run(self, batch: Batch) -> Run:
+    def run(self, batch: PromptBatch) -> TimedRun:
         synchronize(self.target.device)
         clock = time.perf_counter()
         run = self._run(batch)
@@ -86,4 +86,4 @@ class Method(ABC):
         return run
 
     @abstractmethod
-    def _run(self, batch: Batch) -> Run: ...
+    def _run(self, batch: PromptBatch) -> TimedRun: ...

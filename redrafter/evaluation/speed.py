@@ -32,13 +32,13 @@ from redrafter.evaluation.figures import (
     pooled,
     speed_bound,
 )
-from redrafter.evaluation.methods import Batch, Method, Run, plain_answers
+from redrafter.evaluation.methods import Method, PromptBatch, TimedRun, plain_answers
 from redrafter.targets.model import Target
 
 # Quartile ratio of one forward's times from which a machine counts as busy.
 _NOISY = 1.25
 
-Runs = dict[str, list[list[Run]]]  # method -> batch -> repeat
+Runs = dict[str, list[list[TimedRun]]]  # method -> batch -> repeat
 
 
 def decoding(config: SpeedConfig) -> GenerationConfig:
@@ -51,20 +51,20 @@ def decoding(config: SpeedConfig) -> GenerationConfig:
 
 def make_batches(
     target: Target, prompts: Sequence[Sequence[int]], config: SpeedConfig
-) -> tuple[list[Batch], list[list[int]]]:
+) -> tuple[list[PromptBatch], list[list[int]]]:
     """Prompts in batches, with plain's text on each row alone. Returns the answers too."""
     seeds = [config.seed + i for i in range(len(prompts))]
     answers = plain_answers(target, prompts, decoding(config), seeds)
     texts = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
     size = config.batch_size
     batches = [
-        Batch([list(p) for p in prompts[i : i + size]], seeds[i : i + size], texts[i : i + size])
-        for i in range(0, len(prompts), size)
+        PromptBatch([list(p) for p in prompts[i:j]], seeds[i:j], texts[i:j])
+        for i, j in ((i, i + size) for i in range(0, len(prompts), size))
     ]
     return batches, answers
 
 
-def middle_context(batches: Sequence[Batch], answers: Sequence[Sequence[int]]) -> int:
+def middle_context(batches: Sequence[PromptBatch], answers: Sequence[Sequence[int]]) -> int:
     """Median tokens of a row halfway through its answer: the context that costs are quoted at."""
     prompts = [p for batch in batches for p in batch.prompts]
     return int(np.median([len(p) + len(a) / 2 for p, a in zip(prompts, answers, strict=True)]))
@@ -73,7 +73,7 @@ def middle_context(batches: Sequence[Batch], answers: Sequence[Sequence[int]]) -
 def cost_meter(
     target: Target,
     methods: Sequence[Method],
-    batches: Sequence[Batch],
+    batches: Sequence[PromptBatch],
     context: int,
     sizes: set[int],
     temperature: float,
@@ -97,7 +97,7 @@ def cost_meter(
 
 def run_interleaved(
     methods: Sequence[Method],
-    batches: Sequence[Batch],
+    batches: Sequence[PromptBatch],
     repeats: int = 1,
     meter: CostMeter | None = None,
     cost_rounds: int = 0,
@@ -121,14 +121,14 @@ def run_interleaved(
 class Timing:
     """Per batch, of one method: tokens and median seconds over its repeats."""
 
-    def __init__(self, runs: list[list[Run]]):
+    def __init__(self, runs: list[list[TimedRun]]):
         self.tokens = np.array([sum(map(len, r[0].tokens)) for r in runs], dtype=float)
         self.rows = np.array([len(r[0].tokens) for r in runs], dtype=float)
         self.total_s = self._median(runs, "total")
         self.prefill_s = self._median(runs, "prefill")  # 0 where it is not known
 
     @staticmethod
-    def _median(runs: list[list[Run]], part: str) -> np.ndarray:
+    def _median(runs: list[list[TimedRun]], part: str) -> np.ndarray:
         return np.array([np.median([run.seconds.get(part, 0.0) for run in r]) for r in runs])
 
     def per_second(self) -> np.ndarray:
@@ -140,7 +140,7 @@ class Timing:
         return np.where(new > 0, new / np.maximum(self.total_s - prefill_s, 1e-9), np.nan)
 
 
-def total_stats(runs: list[list[Run]]) -> StepStats:
+def total_stats(runs: list[list[TimedRun]]) -> StepStats:
     """Counts over all batches of the first repeat (repeats draft alike)."""
     total = StepStats([], [])
     for first in (r[0].stats for r in runs):
@@ -157,7 +157,7 @@ def total_stats(runs: list[list[Run]]) -> StepStats:
     return total
 
 
-def sum_seconds(runs: list[list[Run]]) -> dict[str, float]:
+def sum_seconds(runs: list[list[TimedRun]]) -> dict[str, float]:
     """Seconds by part over all batches and repeats; "other" is what no part accounts for."""
     parts: dict[str, float] = {}
     for run in (run for r in runs for run in r):
@@ -185,7 +185,7 @@ class Summary:
         self,
         methods: Sequence[Method],
         runs: Runs,
-        batches: Sequence[Batch],
+        batches: Sequence[PromptBatch],
         answers: Sequence[Sequence[int]],
         costs: CostTable,
         config: SpeedConfig,
@@ -302,7 +302,7 @@ class Summary:
             },
         }  # fmt: skip
 
-    def _parts(self, name: str, runs: list[list[Run]]) -> dict[str, Any]:
+    def _parts(self, name: str, runs: list[list[TimedRun]]) -> dict[str, Any]:
         """Where the time went."""
         seconds = sum_seconds(runs)
         out: dict[str, Any] = {"seconds": seconds}
@@ -334,7 +334,7 @@ class Summary:
 def measure_speed(
     target: Target,
     methods: Sequence[Method],
-    batches: Sequence[Batch],
+    batches: Sequence[PromptBatch],
     answers: Sequence[Sequence[int]],
     config: SpeedConfig,
 ) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def choose_prompts(
 def describe_target(target: Target) -> dict[str, Any]:
     """What the target is, and how it computes; no folder of this machine. Weights and adapter are
     told apart from the tokenizer, which a fingerprint is not."""
-    identity, parts, name = target_identity(target), target.parts(), str(target.name)
+    identity, parts, name = target_identity(target), target.digests(), str(target.name)
     local = Path(name).exists() or name.count("/") != 1
     return {
         "name": Path(name).name if local else name,

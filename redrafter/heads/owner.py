@@ -27,7 +27,7 @@ AllowOther = bool | Literal["merged"]
 
 def describe(target: Any) -> dict[str, Any]:
     """Fields of a head's configuration about its target."""
-    parts = target.parts()
+    parts = target.digests()
     return {
         "target_fingerprint": target.fingerprint(),
         "target_name": Path(str(target.name)).name,  # a head that is shared tells of no folders
@@ -57,7 +57,7 @@ def check_target(head: Any, target: Any, path: Path, allow: AllowOther = False) 
     if not trained_for or trained_for == target.fingerprint() or allow is True:
         return
     if getattr(target, "tokenizer", None) is None and config.target_base:
-        parts = target.parts()  # nothing else can tell
+        parts = target.digests()  # nothing else can tell
         if (parts.base, parts.adapter) == (config.target_base, config.target_adapter):
             return
     if allow == "merged":
@@ -71,14 +71,14 @@ def check_target(head: Any, target: Any, path: Path, allow: AllowOther = False) 
 
 def _bare_base(config: Any, target: Any) -> bool:
     """The head's target without its adapter."""
-    parts = target.parts()
+    parts = target.digests()
     return bool(config.target_adapter) and not parts.adapter and parts.base == config.target_base
 
 
 def _what_happened(config: Any, target: Any) -> str:
     name, here = config.target_name or "?", target.name
     if config.target_base:
-        parts = target.parts()
+        parts = target.digests()
         if _bare_base(config, target):
             return (
                 f"the head was trained for a base with an adapter ({name}), and {here} is its bare "

@@ -56,7 +56,8 @@ class DiscoConfig:
     threshold: of the paper's rule
     rate: lambda, tokens per second, of the rule after the first level; first_rate: before it;
         step_rate: of the rule that is asked once per step; start_rate: of whether to look at all
-    added_s: seconds that level 1..K adds; start_s: that looking costs, of a drafter that foresees
+    added_s: seconds that level 1..K adds; start_s: that looking costs, of a drafter with early
+        features
     device: where these seconds were measured; trained_on: what the records say of themselves
     """
 
@@ -84,7 +85,7 @@ class DiscoConfig:
 
     def prices(self, when: When) -> tuple[Tensor, Tensor, Tensor]:
         """(K,) each, lambda s_j: what level j costs in tokens before the first level, after it,
-        and before a drafter that foresees has begun."""
+        and before a drafter with early features has begun."""
         added = torch.tensor(self.added_s)
         first = added * (self.first_rate if when == "level" else self.step_rate)
         return first, added * self.rate, begun_s(added, self.start_s) * self.start_rate
@@ -165,12 +166,12 @@ class DiscoLookahead(Lookahead):
                 raise InputError(f"disco: {name} {value!r} is not one of {get_args(allowed)}")
         if when == "step" and rule == "threshold":
             raise InputError("disco: the paper's threshold is asked level by level: set when=level")
-        self.when, self.rule, self.foresees = when, rule, drafter.foresees
+        self.when, self.rule, self.early_features = when, rule, drafter.early_features
         self.threshold = config.threshold if threshold is None else threshold
         if not 0 <= self.threshold <= 1:
             raise InputError(f"disco: threshold {self.threshold} is not between 0 and 1")
         self.reads = config.feature_names
-        self.level_by_level = when == "level" or drafter.foresees
+        self.level_by_level = when == "level" or drafter.early_features
         self.needs = frozenset({"last_logits"} if config.context else ())
         self.network = network
         self.log: list[tuple[int, Tensor]] | None = None
@@ -213,13 +214,13 @@ class DiscoLookahead(Lookahead):
         """Whether anything is decided before a step. Where a draft always pays, nothing is."""
         if self.rule == "threshold":
             return False
-        return self.foresees or self.when == "step" or self.config.first_rate > 0
+        return self.early_features or self.when == "step" or self.config.first_rate > 0
 
     def _plan(self, base: Tensor) -> Tensor:
         """(...) int64 levels: where nothing can be known of the first level, the decision about it;
         else whether to look."""
         n = self.config.n_levels
-        if self.foresees:
+        if self.early_features:
             before = self.p(base, None, n + 1) - self.start_price
             return (before.cumsum(-1).amax(-1) > 0) * n
         gain = self._gain(self.p(base, None, 0), 0)
@@ -235,7 +236,8 @@ class DiscoLookahead(Lookahead):
             return None
         mean, std = self.network.mean[0], self.network.std[0]
         grid = mean + std * torch.linspace(-_RANGE, _RANGE, _GRID, device=device)
-        first = 0 if self.foresees and self.rule == "cost" else 1  # else nothing is asked of it
+        asked = self.early_features and self.rule == "cost"
+        first = 0 if asked else 1
         bars = [torch.zeros_like(self.known[..., 0])] * first
         for level in range(first, n):
 
@@ -274,14 +276,14 @@ class DiscoLookahead(Lookahead):
     def plan(self) -> Tensor | None:
         if not self._decides_before:
             return None
-        if self.log is not None and not self.foresees:
+        if self.log is not None and not self.early_features:
             self.log.append((1, self.p(self.base, None, 0)[:, 0]))
         return self._plan(self.base) if self.plans is None else self.plans[self.previous]
 
     def go_on(self, features: Tensor | None, level: int) -> Tensor | bool:
         if level == 0 and self.rule == "threshold":
             return True
-        if self.when == "step":  # the drafter foresees: the plan could not be made before
+        if self.when == "step":  # the drafter has early features: the plan could not be made before
             if level == 0:
                 self.planned = best_depth(self._gain(self._noted(features, 0), 0))
             return self.planned > level

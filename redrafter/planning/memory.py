@@ -70,7 +70,7 @@ class _Labelled(nn.Module):
             return self.head(context, embeddings)
 
 
-def ghost_batch(target: Target, loss: LossConfig, positions: int, depth: int, k: int = 0) -> Batch:
+def meta_batch(target: Target, loss: LossConfig, positions: int, depth: int, k: int = 0) -> Batch:
     """As `Feed` makes it, every position supervised, on the target's device. k: stored probable
     tokens per position, for the teacher `top_k`."""
     grid, device = (positions, depth), target.device
@@ -103,7 +103,7 @@ def step_memory(
 ) -> StepMemory:
     """One optimiser step: every micro-batch forward and back, then the clipping."""
     positions = optim.batch_positions * optim.accumulation
-    batch = ghost_batch(target, loss, positions, optim.depth, k)
+    batch = meta_batch(target, loss, positions, optim.depth, k)
     head.train()
     peaks: dict[str, tuple[int, dict[int, Piece]]] = {LOGITS: (0, {}), BACKWARD: (0, {})}
     with traced() as trace:

@@ -18,8 +18,8 @@ from redrafter.data.rows import Rows, offsets_of
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.planning.ghosts import has_weights
-from redrafter.planning.memory import ghost_batch
+from redrafter.planning.memory import meta_batch
+from redrafter.planning.meta import has_weights
 from redrafter.planning.plan import Plan
 from redrafter.targets.model import Target
 from redrafter.training.loop import make_optimizer
@@ -95,7 +95,7 @@ def step_seconds(
 ) -> float:
     """Of an optimiser step, on random numbers."""
     optimizer = make_optimizer(head, optim)
-    batch = ghost_batch(target, loss, optim.batch_positions * optim.accumulation, optim.depth, k)
+    batch = meta_batch(target, loss, optim.batch_positions * optim.accumulation, optim.depth, k)
     batch.context.normal_()
     batch.tokens.random_(target.vocab_size)
     batch.labels.random_(head.draft_vocab_size)

@@ -11,15 +11,8 @@ from redrafter.data.store import Store
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.load import load_recurrent
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.planning.ghosts import GhostTarget, borrowed_copy_bytes, ghost_head
-from redrafter.planning.memory import (
-    averages_per_element,
-    batch_bytes,
-    ghost_batch,
-    step_memory,
-)
-from redrafter.planning.parts import (
-    Ground,
+from redrafter.planning.items import (
+    PlanBuilder,
     answers_items,
     bound_lines,
     shard_of_states,
@@ -27,6 +20,13 @@ from redrafter.planning.parts import (
     states_items,
     states_on_disk,
 )
+from redrafter.planning.memory import (
+    averages_per_element,
+    batch_bytes,
+    meta_batch,
+    step_memory,
+)
+from redrafter.planning.meta import MetaTarget, borrowed_copy_bytes, meta_head
 from redrafter.planning.plan import Duration, Item, Plan, readable
 from redrafter.planning.probe import (
     decode_seconds,
@@ -53,15 +53,15 @@ class TrainingPlan:
         if config.data.stores or config.data.source is not None:
             check_settings(config)
         self.world = world_of(wanted)
-        self.target = GhostTarget(config.target)
-        self.head = ghost_head(config.head, self.target)
-        self.ground = Ground("train/redrafter.py", self.target, self.world, wanted, base)
+        self.target = MetaTarget(config.target)
+        self.head = meta_head(config.head, self.target)
+        self.builder = PlanBuilder("train/redrafter.py", self.target, self.world, wanted, base)
         n = continuation_tokens(config.data, config.optim.depth)
         self.maker = StateMaker(self.target, config.data.states, n)
         self.prompts, self.texts = self._texts()
 
     def make(self) -> Plan:
-        plan, config = self.ground.plan, self.config
+        plan, config = self.builder.plan, self.config
         trained, frozen, _ = elements(self.head)
         some = "all trained" if not frozen else f"{trained:,} of them trained"
         plan.head.append(
@@ -114,17 +114,17 @@ class TrainingPlan:
             rows = how.batch_size
             if self.prompts.rows is not None:
                 rows = min(rows, self.prompts.rows)
-            self.ground.phase("answers", *answers_items(
+            self.builder.phase("answers", *answers_items(
                 self.target, rows, self.prompts.longest, how.max_new_tokens,
                 max(how.temperatures), keys="data.answers.batch_size",
             ))  # fmt: skip
         if data.mode == "offline":
             held = shard_of_states(self.maker, self.texts, data.states)
             items = states_items(self.maker, self.texts, held, "data.states")
-            self.ground.phase("states", *items)
+            self.builder.phase("states", *items)
         else:  # between two steps, beside what is trained
             items = states_items(self.maker, self.texts, self._buffer_bytes(), "data.states")
-            self.ground.phase("states", *self._kept(), *items)
+            self.builder.phase("states", *self._kept(), *items)
 
     def _buffer_bytes(self) -> int:
         """Of the rows that are held in memory at a time."""
@@ -163,7 +163,7 @@ class TrainingPlan:
         if measured.prompts:
             positions = -(-measured.prompts // self.world.processes) * measured.max_new_tokens
             one = batch_bytes(
-                ghost_batch(self.target, LossConfig(), positions, self.config.optim.depth)
+                meta_batch(self.target, LossConfig(), positions, self.config.optim.depth)
             )
             items.append(Item("held-out batches", one * len(measured.temperatures),
                               remedy="eval.prompts, eval.max_new_tokens"))  # fmt: skip
@@ -187,19 +187,19 @@ class TrainingPlan:
             gradients = own.gradients
             if self.world.stage < 2:  # those that are there then, in their own width
                 gradients = moment.gradients * own.gradients // max(1, step.gradients)
-            self.ground.phase(
+            self.builder.phase(
                 name, *common, Item("gradients", gradients, remedy=zero),
                 Item("activations", moment.activations, remedy=lower),
                 Item("logits chunk and loss", moment.logits,
                      remedy="lower loss.chunk_rows, or set head.draft_vocab_size"),
                 Item("backward pass", moment.backward, remedy=lower),
             )  # fmt: skip
-        self.ground.phase(
+        self.builder.phase(
             "update", *common, Item("gradients", own.gradients, remedy=zero),
             Item("gradients in float32 (DeepSpeed)", own.update),
         )  # fmt: skip
         if self.world.mixed != "no":
-            self.ground.plan.notes.append(
+            self.builder.plan.notes.append(
                 f"{self.world.mixed}: activations are planned in float32, so this is the most"
             )
 
@@ -212,7 +212,7 @@ class TrainingPlan:
         tree = replace(tree, shape="levels") if tree.shape == "beams" else tree
         drafter = RecurrentDrafter(self.head.eval(), self.target, tree)
         prompt = self.prompts.longest if self.prompts else self.wanted.prompt_tokens
-        self.ground.phase("measuring", *self._kept(), *answers_items(
+        self.builder.phase("measuring", *self._kept(), *answers_items(
             self.target, min(measured.batch_size, measured.prompts), prompt,
             measured.max_new_tokens, max(measured.temperatures), drafter, "eval.batch_size",
         ))  # fmt: skip
@@ -221,22 +221,22 @@ class TrainingPlan:
         config, folder = self.config, data_folder(self.config)
         if self.prompts is not None and self.texts.tokens is not None:
             per_token = 5  # id and mask
-            self.ground.disk("answers", self.texts.tokens * per_token, folder)
+            self.builder.disk("answers", self.texts.tokens * per_token, folder)
         if not config.data.stores and config.data.mode != "online":
-            states_on_disk(self.ground, self.maker, self.texts, folder)
+            states_on_disk(self.builder, self.maker, self.texts, folder)
         trained, frozen, _ = elements(self.head)
         averages = averages_per_element(config.optim)
         one = 4 * (trained + frozen + averages * trained)
         kept = config.keep_checkpoints + 2  # the best one, and the one that is being written
-        self.ground.disk(f"{kept} checkpoints of {readable(one)}, and the head",
+        self.builder.disk(f"{kept} checkpoints of {readable(one)}, and the head",
                          kept * one + 4 * (trained + frozen), config.output_dir)  # fmt: skip
 
 
-def new_head(wanted: HeadConfig, ghost: RecurrentHead, target: Target) -> RecurrentHead:
-    """A real head of a ghost's shape."""
+def new_head(wanted: HeadConfig, meta: RecurrentHead, target: Target) -> RecurrentHead:
+    """A real head of a meta head's shape."""
     if wanted.init_from is not None:
         return load_recurrent(wanted.init_from, target, allow_other_target=True).float()
-    return RecurrentHead(ghost.config).to(target.device).bind(target)
+    return RecurrentHead(meta.config).to(target.device).bind(target)
 
 
 def elements(head: RecurrentHead) -> tuple[int, int, int]:
@@ -248,7 +248,7 @@ def elements(head: RecurrentHead) -> tuple[int, int, int]:
 
 def probe_training(job: TrainingPlan) -> None:
     """Adds the hours of a training to its plan."""
-    plan, config, wanted = job.ground.plan, job.config, job.wanted
+    plan, config, wanted = job.builder.plan, job.config, job.wanted
     names = ["answers", "hidden states", f"{config.optim.steps} steps", "evaluations"]
     if (reason := why_not(plan, config.target, wanted)) is not None:
         plan.hours += [Duration(f"{config.optim.steps} steps", None, reason)]

@@ -28,10 +28,10 @@ def inputs_of(moment: Moment, context: bool) -> Tensor:
     return torch.cat([torch.nn.functional.pad(moment.features, (0, 0, 0, 1)), known], 2)
 
 
-def added_s(records: Records, prices: Prices, foresees: bool) -> Tensor:
+def added_s(records: Records, prices: Prices, early_features: bool) -> Tensor:
     """(K,) seconds that each level adds to a step, drafting and verifying, at the mean tree size of
     the records. The first level also carries what every draft costs, unless that is spent before
-    the decision (`Drafter.foresees`)."""
+    the decision (`Drafter.early_features`)."""
     there = torch.arange(records.nodes.shape[1]) < records.length[:, None]
     nodes = records.nodes[there]  # (M, K+1)
     full = nodes[nodes[:, -1] > nodes[:, 0]] if bool((nodes[:, -1] > nodes[:, 0]).any()) else nodes
@@ -40,7 +40,7 @@ def added_s(records: Records, prices: Prices, foresees: bool) -> Tensor:
     grows = full.diff(dim=1) > 0
     verify = prices.verify_s[full].diff(dim=1)
     mean = (verify * grows).sum(0) / grows.sum(0).clamp(min=1)
-    draft = prices.level_s.clone() if foresees else prices.draft_s.diff()
+    draft = prices.level_s.clone() if early_features else prices.draft_s.diff()
     return draft + mean
 
 
@@ -97,7 +97,7 @@ def policy_of(lookahead: DiscoLookahead) -> Policy:
     if lookahead.rule == "threshold":
         return threshold_policy(network, lookahead.threshold)
     first, later, start = lookahead.config.prices(lookahead.when)
-    start_price = start if lookahead.foresees else None
+    start_price = start if lookahead.early_features else None
     if lookahead.when == "step":
         return step_policy(network, first, start_price)
     return level_policy(network, first, later, start_price)
@@ -109,7 +109,7 @@ def _log_p(network: Disco, moment: Moment) -> Tensor:
 
 
 def choose(
-    network: Disco, records: Records, prices: Prices, foresees: bool
+    network: Disco, records: Records, prices: Prices, early_features: bool
 ) -> tuple[DiscoConfig, dict[str, Replayed]]:
     """The numbers that decisions are made with, each by what it achieves on the records: the
     threshold as in the paper, by sweep; lambda of the rule asked once per step, where the best one
@@ -118,10 +118,10 @@ def choose(
 
     Returns the completed configuration and what each policy did.
     """
-    added = added_s(records, prices, foresees).float()
+    added = added_s(records, prices, early_features).float()
 
     def run(policy: Policy) -> Replayed:
-        return replay(records, policy, prices, looks=foresees)
+        return replay(records, policy, prices, looks=early_features)
 
     def best(values, make: Callable[[float], Policy]) -> tuple[float, Replayed]:
         return max(((v, run(make(v))) for v in values), key=lambda one: one[1].rate())
@@ -149,7 +149,7 @@ def choose(
         levels[rate, first] = done
     (rate, first), by_level = max(levels.items(), key=lambda item: item[1].rate())
     start_rate = 0.0
-    if foresees:  # whether to look: by the level rule, and the step rule takes it over
+    if early_features:  # whether to look: by the level rule, and the step rule takes it over
         begun = begun_s(added, prices.start_s)
         start_rate, by_level = best(
             [0.0, *(x * base for x in (*_SHARES, *_NEVER))],
@@ -159,6 +159,6 @@ def choose(
     config = replace(
         network.config, threshold=threshold, rate=rate, first_rate=first, step_rate=step_rate,
         start_rate=start_rate, added_s=tuple(added.tolist()),
-        start_s=prices.start_s if foresees else 0.0,
+        start_s=prices.start_s if early_features else 0.0,
     )  # fmt: skip
     return config, {"threshold": by_threshold, "step": by_step, "level": by_level}

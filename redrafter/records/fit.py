@@ -184,9 +184,9 @@ def train_disco(
     train, validation = (
         read_records(store, rows, names) for rows in (range(n), range(n, store.n_rows))
     )
-    foresees = made["foresees"]
+    early_features = made["foresees"]
     largest = int(max(train.nodes.max(), validation.nodes.max()))
-    prices = prices_of(costs, train.n_levels, largest, buckets=foresees)
+    prices = prices_of(costs, train.n_levels, largest, buckets=early_features)
     disco = DiscoConfig(
         drafter={k: v for k, v in made["drafter"].items() if k != "name"},
         target=made["target"]["weights"], feature_names=names, context=config.context,
@@ -198,7 +198,7 @@ def train_disco(
     seen = examples(train, config.rollouts, config.seed, config.context)
     unseen = examples(validation, config.rollouts, config.seed + 1, config.context)
     network, facts = fit(seen, unseen, disco, config, accelerator, progress)
-    disco, policies = choose(network, validation, prices, foresees)
+    disco, policies = choose(network, validation, prices, early_features)
     network.config = disco
     policies |= {f"static {k}": replay(validation, static(k), prices) for k in
                  range(disco.n_levels + 1)}  # fmt: skip

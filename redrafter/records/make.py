@@ -137,7 +137,7 @@ class _Walk:
     def _draft(self) -> dict[str, Tensor]:
         drafter, seqs = self.drafter, self.seqs
         drafter.start()
-        told = [drafter.features() if drafter.foresees else None]
+        told = [drafter.features() if drafter.early_features else None]
         for level in range(1, self.n_levels + 1):
             drafter.extend(level)
             told.append(drafter.features())

@@ -81,7 +81,7 @@ def records_identity(target: Target, drafter: Drafter, config: RecordsConfig) ->
         "feature_names": list(drafter.feature_names),
         "context_features": list(CONTEXT_FEATURES),
         "levels": drafter.max_depth,
-        "foresees": drafter.foresees,
+        "foresees": drafter.early_features,
         "sees_noise": drafter.sees_noise,
         "temperature": float(config.temperature),
         "max_new_tokens": config.max_new_tokens,

@@ -62,7 +62,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Parts:
+class WeightDigests:
     """Digests of a base's weights and of an adapter (empty where there is none), 16 digits each."""
 
     base: str
@@ -191,7 +191,7 @@ def _vocab_rows(weights: Path) -> int | None:
 # ------------------------------------------------------------------------------------ loading
 
 
-def apply_adapter(model: Any, adapter: Adapter) -> tuple[Any, Parts]:
+def apply_adapter(model: Any, adapter: Adapter) -> tuple[Any, WeightDigests]:
     """The base with its adapter, merged where that can be done, and what the two are.
 
     Raises InputError where the adapter does not fit the base, tensor by tensor: peft itself leaves
@@ -225,7 +225,7 @@ def apply_adapter(model: Any, adapter: Adapter) -> tuple[Any, Parts]:
             if names
         )  # fmt: skip
         raise InputError(_misfit(weights, adapter, why))
-    parts = parts_of(adapted)
+    parts = digests_of(adapted)
     if getattr(model, "is_quantized", False):
         warnings.warn(
             f"{weights}: the base {adapter.base!r} is quantised, so the adapter is kept beside it "
@@ -345,14 +345,14 @@ def plain_model(model: Any) -> Any:
     return inside() if callable(inside) and hasattr(model, "peft_config") else model
 
 
-def parts_of(model: Any) -> Parts:
+def digests_of(model: Any) -> WeightDigests:
     """What a model is made of; `model` as it is in memory, its adapter (if any) not merged.
 
     Raises InputError where there are several adapters.
     """
     configs = getattr(model, "peft_config", None)
     if not configs:
-        return Parts(digest_weights(model.named_parameters()))
+        return WeightDigests(digest_weights(model.named_parameters()))
     if len(configs) > 1:
         raise InputError(
             f"the model has several adapters ({', '.join(configs)}): delete all but one"
@@ -373,7 +373,7 @@ def parts_of(model: Any) -> Parts:
         for key, value in config.to_dict().items()
         if key not in _FREE and value != default.get(key)
     }
-    return Parts(digest_weights(base), digest_weights(tensors, digest_json(_plain(fields))))
+    return WeightDigests(digest_weights(base), digest_weights(tensors, digest_json(_plain(fields))))
 
 
 def _plain(value: Any) -> Any:

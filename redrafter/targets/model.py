@@ -16,10 +16,10 @@ from redrafter.files import digest_json, digest_weights
 from redrafter.targets.adapters import (
     CONFIG,
     Adapter,
-    Parts,
+    WeightDigests,
     apply_adapter,
+    digests_of,
     find_adapter,
-    parts_of,
     plain_model,
     probe_tokens,
 )
@@ -65,7 +65,7 @@ class Target:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str | None = None,
-        parts: Parts | None = None,
+        parts: WeightDigests | None = None,
         backbone: ShardedBackbone | None = None,
         tokenizer_error: InputError | None = None,
     ):
@@ -228,16 +228,16 @@ class Target:
             if self.tokenizer is not None:
                 texts = [json.dumps(sorted(self.tokenizer.get_vocab().items()))]
             if self._adapted:
-                parts = self.parts()
+                parts = self.digests()
                 self._fingerprint = digest_json([parts.base, parts.adapter, *texts])[:16]
             else:
                 self._fingerprint = self._digest(*texts)
         return self._fingerprint
 
-    def parts(self) -> Parts:
+    def digests(self) -> WeightDigests:
         """Digests of the base's weights and of the adapter, if there is one."""
         if self._parts is None:
-            self._parts = parts_of(self.model) if self._adapted else Parts(self._digest())
+            self._parts = digests_of(self.model) if self._adapted else WeightDigests(self._digest())
         return self._parts
 
     def _digest(self, *texts: str) -> str:
@@ -310,7 +310,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
         ) from error
     if shard:
         target = Target(model, name=config.path, backbone=backbone, **_tokenizer(config))
-        target.fingerprint(), target.parts()  # now, while all processes are here
+        target.fingerprint(), target.digests()  # now, while all processes are here
         return target
     model = model if mapped else model.to(device)
     parts = None

@@ -37,10 +37,10 @@ def check_alone(adapter: bool) -> None:
         )
 
 
-def layers_to_places(ghost: Any, config: TargetConfig, device: torch.device) -> dict[str, Place]:
+def layers_to_places(meta: Any, config: TargetConfig, device: torch.device) -> dict[str, Place]:
     """Name of a part of the model -> where its weights are to lie.
 
-    ghost: the model on the meta device; device: that it computes on
+    meta: the model on the meta device; device: that it computes on
     Raises InputError where the device has no room for the embedding and lm_head.
     """
     from accelerate import infer_auto_device_map
@@ -51,9 +51,9 @@ def layers_to_places(ghost: Any, config: TargetConfig, device: torch.device) -> 
     room = {"cpu": free["cpu"] if config.host_bytes is None else config.host_bytes}
     if main != "cpu":  # accelerate fills them in this order
         room = {main: free[main] if config.device_bytes is None else config.device_bytes, **room}
-    if _bytes(ghost) <= room[main]:
+    if _bytes(meta) <= room[main]:
         return {"": main}
-    vocabulary = _vocabulary(ghost)
+    vocabulary = _vocabulary(meta)
     needed = _bytes(*vocabulary.values())
     key = "host_bytes" if main == "cpu" else "device_bytes"
     too_little = InputError(
@@ -64,9 +64,9 @@ def layers_to_places(ghost: Any, config: TargetConfig, device: torch.device) -> 
     if room[main] <= needed:
         raise too_little
     # The embedding comes first in any case; an lm_head of its own would come last.
-    room[main] -= needed - _bytes(ghost.get_input_embeddings())
+    room[main] -= needed - _bytes(meta.get_input_embeddings())
     found = infer_auto_device_map(
-        ghost, room, no_split_module_classes=list(ghost._no_split_modules or ())
+        meta, room, no_split_module_classes=list(meta._no_split_modules or ())
     )
     if "" in found:  # everything in one place, which is not the device
         raise too_little
@@ -108,11 +108,11 @@ def load_in_places(
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        ghost = AutoModelForCausalLM.from_config(shape, dtype=dtype, **attention)
-    ghost.tie_weights()
+        meta = AutoModelForCausalLM.from_config(shape, dtype=dtype, **attention)
+    meta.tie_weights()
     return load_complete(
         path, dtype=dtype, revision=revision, offload_folder=config.offload_folder,
-        device_map=layers_to_places(ghost, config, device), **attention,
+        device_map=layers_to_places(meta, config, device), **attention,
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.Adam
     )
 
 
-def head_to_go_on_from(config: HeadConfig, target: Target) -> RecurrentHead:
+def load_initial_head(config: HeadConfig, target: Target) -> RecurrentHead:
     """`head.init_from` for this target, in float32, with LoRA where that is asked for."""
     head = load_recurrent(config.init_from, target, True, "head.init_from").float()
     belong_to(head, target)
@@ -91,7 +91,7 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> Recurre
     """A new head for the target, or the one to go on from; float32."""
     wanted = config.head
     if wanted.init_from is not None:
-        head = head_to_go_on_from(wanted, target)
+        head = load_initial_head(wanted, target)
     else:
         draft_ids = None
         if wanted.draft_vocab_size is not None:
@@ -106,8 +106,8 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> Recurre
     return head
 
 
-class Run:
-    """One training run. `Run(config).train()` returns what the best head measured.
+class Training:
+    """One training run. `Training(config).train()` returns what the best head measured.
 
     Every process of a launch makes one; the main process alone writes and prints.
     """
@@ -125,7 +125,7 @@ class Run:
         check_settings(config)
         self.target = load_target(config.target, may_shard=True)
         if config.head.init_from is not None:
-            head_to_go_on_from(config.head, self.target)
+            load_initial_head(config.head, self.target)
         folder, held_out = data_folder(config), None
         if config.eval.prompts > 0:
             held_out = held_out_prompts(config, self.target, folder)
@@ -358,5 +358,5 @@ def _scalars(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Run a training; see `Run`."""
-    return Run(config).train()
+    """Training a training; see `Training`."""
+    return Training(config).train()

@@ -18,7 +18,7 @@ from redrafter.decode.tree import bucket
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.profile import StepCosts
 from redrafter.drafting import Plan, foreseen
-from redrafter.evaluation.runs import Batch
+from redrafter.evaluation.runs import PromptBatch
 from redrafter.lookahead.wrapped import WrappedLookahead
 from redrafter.records.policies import Policy, Records, Visit, no_prices, replay
 from redrafter.targets.model import Target
@@ -144,7 +144,7 @@ def count_steps(
     target: Target,
     make_plan: Callable[[list[list[int]]], Plan],
     config: GenerationConfig,
-    batches: Sequence[Batch],
+    batches: Sequence[PromptBatch],
 ) -> list[list[Step]]:
     """The steps of every batch, which is one row each. make_plan: from `planner`, made for this"""
     found = []
@@ -167,7 +167,7 @@ def replayed_steps(
             asked, nodes = int(step.asked[row]), int(step.nodes[row])
             # What the limit of tokens cuts off stays in the forward, as padding.
             size = int(raw[row, int(step.position[row]), asked])
-            if drafter.foresees:  # copies come in trees of the usual sizes
+            if drafter.early_features:  # copies come in trees of the usual sizes
                 size = min(bucket(size), drafter.max_nodes)
             found[row].append(Step(
                 1 + int(step.position[row]), int(step.emitted[row]), size, nodes - 1,
@@ -187,7 +187,7 @@ def judge(
     target: Target,
     make_plan: Callable[[list[list[int]]], Plan],
     config: GenerationConfig,
-    batches: Sequence[Batch],
+    batches: Sequence[PromptBatch],
 ) -> list[tuple[int, float, bool]] | None:
     """What a lookahead that keeps a `log` of predictions predicted, and whether it was so: see
     `_Shadow`. None of one that keeps none."""

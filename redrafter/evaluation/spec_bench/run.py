@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from redrafter.config import SpecBenchConfig
 from redrafter.evaluation.journal import Journal
-from redrafter.evaluation.methods import Batch, Method, Run, needed, plain_answers
+from redrafter.evaluation.methods import Method, PromptBatch, TimedRun, needed, plain_answers
 from redrafter.evaluation.spec_bench.questions import Chat, PromptTooLong, Question
 from redrafter.targets.model import Target
 
@@ -80,7 +80,7 @@ class Asker:
             where = question.where if i == 0 else f"{question.where}, turn {i + 1}"
             history += said
             prompt, n_cut = self.chat.prompt(history, where, question.tools)
-            batch = Batch([prompt], [self.config.seed + question.row])
+            batch = PromptBatch([prompt], [self.config.seed + question.row])
             if "texts" in needed([method.name]):
                 batch.texts.append(prompt + self._plain(method.config, batch))
             method.prepare(batch)
@@ -90,12 +90,12 @@ class Asker:
             turns.append(_turn(run, text, len(prompt), n_cut))
         return turns
 
-    def _plain(self, generation: GenerationConfig, batch: Batch) -> list[int]:
+    def _plain(self, generation: GenerationConfig, batch: PromptBatch) -> list[int]:
         """For a drafter that knows the answer beforehand."""
         return plain_answers(self.target, batch.prompts, generation, batch.seeds)[0]
 
 
-def _turn(run: Run, text: str, prompt_tokens: int, cut_tokens: int) -> Turn:
+def _turn(run: TimedRun, text: str, prompt_tokens: int, cut_tokens: int) -> Turn:
     """What is kept of an answer.
 
     lengths: tokens that each step emitted, its own one included; the prefill is no step, and what

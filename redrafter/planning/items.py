@@ -8,20 +8,20 @@ from redrafter.config import PlanConfig, StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.states import StateMaker, refuse_size
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.planning.ghosts import GhostTarget, borrowed_copy_bytes
 from redrafter.planning.machine import free_disk, memories, resident_bytes
 from redrafter.planning.memory import decode_memory, states_memory
+from redrafter.planning.meta import MetaTarget, borrowed_copy_bytes
 from redrafter.planning.plan import Disk, Item, Phase, Plan, readable
 from redrafter.planning.speed import Bound
 from redrafter.planning.texts import Texts
 from redrafter.planning.world import World
 
 
-class Ground:
+class PlanBuilder:
     """What every plan stands on: the target without content, the launch, and this process as it
     is before any tensor is made (interpreter and libraries, as the job will have them)."""
 
-    def __init__(self, job: str, target: GhostTarget, world: World, wanted: PlanConfig, base: int):
+    def __init__(self, job: str, target: MetaTarget, world: World, wanted: PlanConfig, base: int):
         self.target, self.world, self.wanted = target, world, wanted
         device = target.real_device
         on_device, host = memories(device, wanted, world)
@@ -46,7 +46,7 @@ class Ground:
         self.plan.disk.append(Disk(name, n_bytes, free_disk(folder, self.wanted), refusal))
 
 
-def _target_items(target: GhostTarget, world: World) -> list[Item]:
+def _target_items(target: MetaTarget, world: World) -> list[Item]:
     """Raises InputError where the target is to be split and the launch cannot do it."""
     if target.wanted.device_map != "none":
         there, host, brought = target.placed_bytes()
@@ -70,7 +70,7 @@ def _target_items(target: GhostTarget, world: World) -> list[Item]:
     ]
 
 
-def _smaller_target(target: GhostTarget) -> str:
+def _smaller_target(target: MetaTarget) -> str:
     if target.dtype.itemsize > 2:
         return "target.dtype bfloat16, or a smaller target"
     return "a device with more memory, or a smaller target"
@@ -81,7 +81,7 @@ def start() -> int:
     return resident_bytes()
 
 
-def head_items(head: RecurrentHead, target: GhostTarget) -> list[Item]:
+def head_items(head: RecurrentHead, target: MetaTarget) -> list[Item]:
     """A head that drafts, as it lies in its folder."""
     n_bytes = sum(p.numel() * p.element_size() for p in head.parameters())
     copy = borrowed_copy_bytes(head, target)
@@ -89,7 +89,7 @@ def head_items(head: RecurrentHead, target: GhostTarget) -> list[Item]:
 
 
 def answers_items(
-    target: GhostTarget, rows: int, prompt: int, new: int, temperature: float, drafter=None,
+    target: MetaTarget, rows: int, prompt: int, new: int, temperature: float, drafter=None,
     keys: str = "answers.batch_size",
 ) -> list[Item]:  # fmt: skip
     """Decoding a batch."""
@@ -120,25 +120,27 @@ def shard_of_states(maker: StateMaker, texts: Texts, config: StatesConfig) -> in
     return config.shard_bytes if whole is None else min(config.shard_bytes, whole)
 
 
-def states_on_disk(ground: Ground, maker: StateMaker, texts: Texts, folder: str | Path) -> None:
+def states_on_disk(
+    builder: PlanBuilder, maker: StateMaker, texts: Texts, folder: str | Path
+) -> None:
     """Their bytes, by the rule that refuses them before they are made."""
     tokens = texts.tokens
     if tokens is None:
-        ground.plan.notes.append(
+        builder.plan.notes.append(
             f"hidden states: {readable(maker.bytes_per_token())} per token; how many tokens is not "
             "known (--plan_for.rows)"
         )
         return
-    free, refusal = free_disk(folder, ground.wanted), None
+    free, refusal = free_disk(folder, builder.wanted), None
     try:
         refuse_size(maker, folder, tokens, tokens, free)
     except InputError as error:
         refusal = str(error)
-    ground.disk(f"hidden states of {tokens:,} tokens", tokens * maker.bytes_per_token(), folder,
+    builder.disk(f"hidden states of {tokens:,} tokens", tokens * maker.bytes_per_token(), folder,
                 refusal)  # fmt: skip
 
 
-def bound_lines(found: Bound, target: GhostTarget) -> list[str]:
+def bound_lines(found: Bound, target: MetaTarget) -> list[str]:
     """For the end of a plan."""
     k = found.depth
     return [

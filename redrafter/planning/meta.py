@@ -24,7 +24,7 @@ from redrafter.targets.sharding import AHEAD_ELEMENTS
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
-class GhostTarget(Target):
+class MetaTarget(Target):
     """A target of which only config.json is read. real_device: where the job would put it."""
 
     def __init__(self, config: TargetConfig):
@@ -102,7 +102,7 @@ def has_weights(config: TargetConfig) -> bool:
     )
 
 
-def ghost_head(wanted: HeadConfig, target: GhostTarget) -> RecurrentHead:
+def meta_head(wanted: HeadConfig, target: MetaTarget) -> RecurrentHead:
     """The head that a training with this configuration begins with."""
     if wanted.init_from is not None:
         wanted = replace(wanted, init_from=fetch(wanted.init_from, "head.init_from"))
@@ -117,19 +117,19 @@ def ghost_head(wanted: HeadConfig, target: GhostTarget) -> RecurrentHead:
         config = RecurrentHeadConfig(
             vocab_size=target.vocab_size, hidden_size=target.hidden_size, **given
         )
-    head = make_ghost_head(config, target)
+    head = make_meta_head(config, target)
     if wanted.lora is not None:
         with torch.device("meta"):
             lora.inject(head, wanted.lora, wanted.init_from)
     return head
 
 
-def load_ghost_head(folder: str, target: GhostTarget) -> RecurrentHead:
+def load_meta_head(folder: str, target: MetaTarget) -> RecurrentHead:
     """The head of a folder, as it would be loaded for decoding."""
-    return ghost_head(HeadConfig(init_from=folder), target).eval().requires_grad_(False)
+    return meta_head(HeadConfig(init_from=folder), target).eval().requires_grad_(False)
 
 
-def make_ghost_head(config: RecurrentHeadConfig, target: GhostTarget) -> RecurrentHead:
+def make_meta_head(config: RecurrentHeadConfig, target: MetaTarget) -> RecurrentHead:
     for name in ("vocab_size", "hidden_size"):
         if getattr(config, name) != getattr(target, name):
             raise InputError(
