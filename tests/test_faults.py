@@ -1,5 +1,5 @@
 """What can end or spoil a training, each provoked: signals, a lost process, a full disk, damaged
-checkpoints, states that are not finite."""
+checkpoints, a loss that is not finite."""
 
 import errno
 import json
@@ -210,7 +210,8 @@ def test_a_lost_best_checkpoint_is_named(run, folder, capsys):
 
 @pytest.fixture(scope="module")
 def spoiled(tiny_target, folder):
-    """A store of states in which those of some rows (or of all) are not finite."""
+    """A store of states of which those of some rows (or of all) are finite, and the loss is not
+    (rows with others are left out: test_finite.py)."""
     target = load_target(str(tiny_target))
     source = SourceConfig(str(tiny_target / "prompts_train.jsonl"), format="text", n_rows=24)
     where = dict(folder=folder / "spoiled", named=True, progress=False)
@@ -236,7 +237,7 @@ def spoiled(tiny_target, folder):
     return make
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [3e38, -3e38])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, folder, value):
     store = spoiled(value, [3])
     more = {"data.stores": f"[{store}]", "save_steps": 1, "log_steps": 4}
@@ -244,7 +245,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, 
     trained = run(out, **more)
     bad = [
         step for step in range(STEPS)
-        if not trained.feed.step(step).context.isfinite().all()
+        if trained.feed.step(step).context.abs().max() > 1e38
     ]  # fmt: skip
     assert 0 < len(bad) < STEPS / 2, "this tests nothing"
     trained.train()
@@ -269,7 +270,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, 
 
 
 def test_too_many_of_them_end_the_run(run, spoiled, folder):
-    store = spoiled(float("nan"), list(range(24)))
+    store = spoiled(3e38, list(range(24)))
     more = {"data.stores": f"[{store}]", "optim.batch_positions": 128}
     with pytest.raises(InputError, match="not finite in 3 optimiser steps in a row before step 4"):
         run("bad", **more, **{"optim.max_bad_steps": 3}).train()
@@ -277,7 +278,7 @@ def test_too_many_of_them_end_the_run(run, spoiled, folder):
 
 
 def test_one_process_of_two_meets_them_and_both_skip(argv, run, spoiled, folder):
-    store = spoiled(float("nan"), [3])
+    store = spoiled(3e38, [3])
     more = {"data.stores": f"[{store}]"}
     both = ranks(2, "train/redrafter.py", argv("two-spoiled", **more), folder / "two-spoiled-logs")
     assert [p.wait(120) for p in both] == [0, 0]

@@ -255,8 +255,7 @@ class Training:
             raise InputError(
                 f"the loss or its gradient was not finite in {in_a_row} optimiser steps in a row "
                 f"before step {self.done} (optim.max_bad_steps {limit}): these steps were left "
-                "out. Lower optim.lr, set optim.clip_norm, use a wider target.dtype, or look "
-                "for states that are not finite in the data"
+                "out. Lower optim.lr, set optim.clip_norm, or use a wider target.dtype"
             )
         shown = {"loss": f"{loss:.3f}", "top1": f"{top_1:.3f}"}
         skipped += self.skipped
