@@ -188,9 +188,12 @@ def test_without_a_template_an_eos_ends_the_last_answer_and_no_prompt():
         assert decode(ids[mask.index(True) :]) == f" yo{'</s>' * eos}"
 
 
-def test_a_greeting_alone_is_named():
+def test_a_greeting_is_not_learned():
     with pytest.raises(InputError, match="f:1: nothing stands before its answer"):
         shown(CHATML, [said("yo")])
+    for template in (None, MISTRAL):  # of which one takes a chat that no user begins
+        (text,) = shown(template, [said("yo"), user("no"), said("go")])
+        assert text.index("⟦") > text.index("no") and text.count("⟦") == 1
 
 
 def test_an_answer_that_no_server_gives_behind_its_prompt_is_named():

@@ -116,6 +116,9 @@ def test_a_template_without_tools_does_not_learn_an_empty_answer(template):
         # Said twice, rendered once.
         (("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"),
          [user("why"), said("why")], "message 2 (assistant): its content 'why'"),
+        (("{{ m.content }}", "{% if not loop.first %}{{ m.content }}{% endif %}"),
+         [user("why"), said("yo"), user("why"), said("go")],
+         "message 3 (user): its content 'why'"),
         # There is a B in every text.
         (("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"),
          [user("which?"), said("B")], "message 2 (assistant): its content 'B'"),
