@@ -191,14 +191,12 @@ def test_a_folder_with_code_of_its_own_is_refused_without_a_question(bare, monke
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('run')")
 
-    def ask(*_):
-        raise AssertionError("asked on a terminal")
-
-    monkeypatch.setattr("builtins.input", ask)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("run it?") or "n")
     for load in (load_target, lambda path: load_model_config(TargetConfig(path=path))):
         with pytest.raises(InputError, match=r"never run here. What the installed") as found:
             load(str(folder))
-        assert "trust_remote_code" not in str(found.value)
+        assert "trust_remote_code" not in str(found.value) and not asked
 
 
 def test_code_of_its_own_beside_a_known_class_is_left_alone(bare, tmp_path):
