@@ -62,9 +62,8 @@ def join(cpu: bool = False) -> PartialState:
     cpu: do not use an accelerator although there is one
     Raises InputError where the launch did not give the processes that were asked for.
     """
-    if not is_main():  # of loading weights, reading data sets, ...; before anything of theirs
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not is_main():
+        hide_bars()
     from accelerate import PartialState
 
     n = launched()
@@ -79,6 +78,12 @@ def join(cpu: bool = False) -> PartialState:
             f"work as copies that know nothing of each other. Launch with {_REMEDY.format(n=n)}"
         )
     return state
+
+
+def hide_bars() -> None:
+    """Those of loading weights, reading data sets, ...; before anything of theirs is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _options(cpu: bool, n: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _SMALL_S = 0.05
 #: more threads must be faster by this factor: they also take the cores from others
 _WORTH = 1.1
 _ROUNDS = 9
+_LOOKS = 3  # a busy machine may make a small piece of work seem large once
 
 
 def wait_asleep() -> None:
@@ -104,7 +105,7 @@ def choose(work: Callable[[], object]) -> int:
 
     most = torch.get_num_threads()
     work()  # pays for what comes once
-    if most == 1 or _seconds(work) > _SMALL_S:
+    if most == 1 or not any(_seconds(work) < _SMALL_S for _ in range(_LOOKS)):
         return most
     times: dict[int, list[float]] = {1: [], most: []}
     for _ in range(_ROUNDS):  # interleaved: a neighbour that comes or goes meets both

@@ -15,7 +15,7 @@ from accelerate.utils import LoggerType
 
 from redrafter import processes
 from redrafter.bars import Bar
-from redrafter.cli.args import parse
+from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.main import SUBCOMMANDS
 from redrafter.cli.speed import main as speed
 from redrafter.cli.train_redrafter import summary
@@ -175,6 +175,18 @@ def test_the_package_says_that_it_is_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert (ROOT / "redrafter/py.typed").exists()
     assert settings["tool"]["setuptools"]["package-data"] == {"redrafter": ["py.typed"]}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_log_has_no_bars_of_other_libraries(terminal, monkeypatch):
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", out)
+    assert reports_input_errors(lambda argv: 0)([]) == 0
+    assert (name in os.environ) != terminal
 
 
 def test_deepspeed_need_not_say_what_it_found(monkeypatch):

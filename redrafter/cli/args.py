@@ -20,6 +20,7 @@ from redrafter.launcher import follow, last_word, sigterm_interrupts
 from redrafter.processes import (
     check_alone,
     check_launch,
+    hide_bars,
     is_main,
     join,
     launched,
@@ -149,6 +150,8 @@ def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         follow()
+        if not sys.stderr.isatty():  # a log would have a hundred fragments of each
+            hide_bars()
         try:
             with sigterm_interrupts():
                 return main(argv) or 0
