@@ -107,7 +107,7 @@ CASES = {
         [RepetitionPenaltyLogitsProcessor(1.6, prompt_ignore_length=PADDED)],
     ))),
     "own_min_length": lambda: (4, dict(
-        logits_processor=LogitsProcessorList([MinLengthLogitsProcessor(PADDED + 9, EOS)]),
+        logits_processor=LogitsProcessorList([MinLengthLogitsProcessor(PADDED + 15, EOS)]),
     )),
     "max_time": lambda: (1, dict(max_time=1e6)),
     "logits_processor": lambda: (1, dict(logits_processor=LogitsProcessorList([AfterEven()]))),
@@ -290,6 +290,7 @@ def refused(user: User, call) -> list[str]:
 
 def overflow(user: User) -> list[str]:
     """One row of the model's embedding is infinite, and stands in no prompt."""
+    user.ours(1)  # reads the head while the model is what it was trained for
     rows = user.model.get_input_embeddings().weight.data
     made = user.plain(1)[0, len(user.prompts[0]) :].tolist()
     token = next(t for t in made if t not in user.prompts[0])
