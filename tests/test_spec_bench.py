@@ -14,7 +14,6 @@ from redrafter.config import SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.runs import Method, PromptBatch, TimedRun
-from redrafter.evaluation.spec_bench import run as spec_bench
 from redrafter.evaluation.spec_bench.answer_files import (
     compare,
     compare_files,
@@ -24,6 +23,7 @@ from redrafter.evaluation.spec_bench.answer_files import (
 )
 from redrafter.evaluation.spec_bench.questions import open_questions
 from redrafter.evaluation.spec_bench.run import Asker
+from redrafter.evaluation.spec_bench.run import run as spec_bench
 from redrafter.files import read_packed
 from redrafter.targets.model import load_target
 

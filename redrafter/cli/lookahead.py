@@ -185,7 +185,11 @@ def counted(
     """The steps of every name. Static lengths, classifiers and the oracle are replayed on one walk
     over the texts where the drafter can be walked; others are decoded with."""
     from redrafter.drafting import planner
-    from redrafter.evaluation.lookaheads.steps import count_steps, plain_steps, replayed_steps
+    from redrafter.evaluation.lookaheads.steps import (
+        count_steps,
+        plain_steps,
+        replayed_steps,
+    )
     from redrafter.evaluation.speed import decoding
     from redrafter.lookahead.disco import DiscoLookahead
     from redrafter.records.choose import policy_of
@@ -279,7 +283,7 @@ def _is_oracle(name: str) -> bool:
 
 def write_report(out: Path, parts: Sequence[Part], bodies: dict[str, Any]) -> None:
     """table.md and the pictures of all parts; prints the table."""
-    from redrafter.evaluation.lookaheads import report
+    from redrafter.evaluation.lookaheads.summary import report
     from redrafter.evaluation.pictures import save_figure
     from redrafter.files import write_text
 

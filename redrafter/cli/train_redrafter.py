@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(config: TrainConfig, best: dict[str, Any]) -> str:
-    """What a training ends with. best: of `Run.train`."""
+    """What a training ends with. best: of `Training.train`."""
     text = f"{config.output_dir} holds the head of step {best['step']}"
     if rates := best.get("tokens_per_step"):
         found = ", ".join(f"{rate:.2f} ({name})" for name, rate in rates.items())
