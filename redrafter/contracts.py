@@ -1,6 +1,6 @@
 """The nouns that every other part is written against. Nothing of ours is imported here.
 
-`Sequences` is what the decoding loop shares with a drafter; `TokenTree` is what a drafter hands
+`RowState` is what the decoding loop shares with a drafter; `TokenTree` is what a drafter hands
 back; `Truth` is what it is told after each verification.
 """
 
@@ -71,7 +71,7 @@ class TokenTree:
 
 
 @dataclass
-class Sequences:
+class RowState:
     """What is known of every row of the batch; owned by the loop, read by drafters.
 
     ids:      (B, M) int64, prompt + emitted tokens, left-aligned; content past `length` is stale
@@ -118,7 +118,7 @@ class Truth:
     tree_logits: (B, N, V), the raw target logits at all of its nodes, accepted or not; None if
             `needs` lacks "tree_logits", and after the prefill
     After the prefill, K = 0: `tokens[:, 0]` is the first root, and the prompt itself stands in
-    `Sequences.ids`.
+    `RowState.ids`.
     """
 
     tokens: Tensor
@@ -150,7 +150,7 @@ class Drafter(ABC):
     max_depth: int = 0
     #: the most nodes `tree` returns (N), the root counted
     max_nodes: int = 1
-    #: whether it writes to the target's cache (`Sequences.cache`) while drafting: two such drafters
+    #: whether it writes to the target's cache (`RowState.cache`) while drafting: two such drafters
     #: cannot draft at the same time
     borrows_cache: bool = False
     #: whether all of its drafts cost alike; not where it chooses among drafters step by step
@@ -169,7 +169,7 @@ class Drafter(ABC):
         verifications, by a drafter that looks inside of them."""
         return nullcontext()
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         """A new generation starts; `seqs` stays the same object to its end."""
         self.seqs = seqs
 
@@ -222,7 +222,7 @@ class Lookahead:
         that it will not, the generation is plain decoding, and costs that."""
         return True
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         """A new generation starts. What was learned in earlier ones may be kept."""
 
     def plan(self) -> Tensor | int | None:

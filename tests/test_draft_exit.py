@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import NEW, alone, prompts, settings, tiny
 
-from redrafter.contracts import InputError, Sequences
+from redrafter.contracts import InputError, RowState
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.skipping import LayerSkipping
@@ -13,9 +13,9 @@ from redrafter.lookahead.draft_exit import DraftExit
 K = 4
 
 
-def rows(n: int, seeds=None) -> Sequences:
+def rows(n: int, seeds=None) -> RowState:
     one = torch.ones(n, dtype=torch.long)
-    return Sequences(torch.zeros(n, 8, dtype=torch.long), one, one, one.bool(), seeds=seeds)
+    return RowState(torch.zeros(n, 8, dtype=torch.long), one, one, one.bool(), seeds=seeds)
 
 
 def started(n: int, **options) -> DraftExit:

@@ -19,7 +19,7 @@ from models import (
 )
 from transformers import DynamicCache
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree
 from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.model import DraftModel
@@ -174,7 +174,7 @@ class Idle(Drafter):
         self.parts, self.turn = (model, other), 0
         self.max_depth, self.max_nodes = model.max_depth, max(model.max_nodes, other.max_nodes)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         for part in self.parts:
             part.begin(seqs)
 
@@ -217,7 +217,7 @@ def test_levels_are_the_best_of_all_children(family, seeded):
     noise = gumbel(torch.tensor([7, 8]), length[:, None] + torch.arange(DEPTH + 1), VOCAB)
     live = torch.ones(2, dtype=torch.bool)
     drafter = DraftModel(draft, target, DEPTH, width, seeded=seeded)
-    drafter.begin(Sequences(ids, length, length - 1, live, noise, temperature))
+    drafter.begin(RowState(ids, length, length - 1, live, noise, temperature))
     drafter.start()
     for level in range(1, DEPTH + 1):
         drafter.extend(level)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from redrafter.contracts import InputError, Lookahead, Sequences, Truth
+from redrafter.contracts import InputError, Lookahead, RowState, Truth
 from redrafter.drafters.lookup import CHAIN_FEATURES, PromptLookup
 from redrafter.lookahead.confidence import ConfidenceLookahead
 from redrafter.lookahead.heuristic import HeuristicLookahead
@@ -14,9 +14,9 @@ from redrafter.lookahead.roc import RocLookahead, best_threshold
 PREFILL = Truth(torch.zeros(1, 1).long(), torch.ones(1).long())
 
 
-def rows(n: int, length: int = 1) -> Sequences:
+def rows(n: int, length: int = 1) -> RowState:
     one = torch.ones(n, dtype=torch.long)
-    return Sequences(torch.zeros(n, 8, dtype=torch.long), one * length, one, one.bool())
+    return RowState(torch.zeros(n, 8, dtype=torch.long), one * length, one, one.bool())
 
 
 def begun(lookahead: Lookahead, n: int) -> Lookahead:

@@ -6,20 +6,20 @@ import pytest
 import torch
 from models import VOCAB, alone, prompts, settings, tiny
 
-from redrafter.contracts import InputError, Sequences
+from redrafter.contracts import InputError, RowState
 from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup, chain_scores, find_match
 
 
-def known_rows(rows: list[list[int]], room: int = 6) -> Sequences:
+def known_rows(rows: list[list[int]], room: int = 6) -> RowState:
     """Rows as the loop holds them; what lies past a row's end is stale and must not be read."""
     width = max(map(len, rows)) + room
     # Stale content repeats the row's own end: whoever looks at it finds a match there.
     ids = torch.tensor([(row + row[-3:] * width)[:width] for row in rows])
     length = torch.tensor([len(row) for row in rows])
-    return Sequences(ids, length, length.clone(), torch.ones(len(rows), dtype=torch.bool))
+    return RowState(ids, length, length.clone(), torch.ones(len(rows), dtype=torch.bool))
 
 
 def brute_force_lookup(

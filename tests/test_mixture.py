@@ -19,7 +19,7 @@ from models import (
 )
 from test_draft_model import MODES, close_draft
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import count_bigrams
 from redrafter.drafters.budget import NodeBudget
@@ -148,7 +148,7 @@ def test_hindsight_against_following_the_text():
     length, now = torch.tensor([5, 6, 4, 3]), torch.tensor([8, 14, 5, 3])
     tree = closed(random_tree(random, 4, 40, vocab=3, valid=0.9))
     live = torch.tensor([True, True, True, False])
-    seqs = Sequences(ids, now, length, live)
+    seqs = RowState(ids, now, length, live)
     past = Past(tree, length, live)
     right, known = past.right(seqs)
     seen = set()
@@ -167,8 +167,8 @@ def test_hindsight_against_following_the_text():
             seen.add((is_known, fits))
     assert seen == {(True, True), (True, False), (False, True)}
     assert not past.ripe(seqs)
-    assert past.ripe(Sequences(ids, length + 40, length, live))
-    assert past.ripe(Sequences(ids, now, length, torch.zeros(4, dtype=torch.bool)))
+    assert past.ripe(RowState(ids, length + 40, length, live))
+    assert past.ripe(RowState(ids, now, length, torch.zeros(4, dtype=torch.bool)))
 
 
 def test_calibration_counts():
@@ -265,7 +265,7 @@ def test_what_a_member_adds_is_judged_by_itself():
         text += [1] * right + [3]
     ids = torch.tensor([text + [0] * 4])
     one = torch.ones(1, dtype=torch.long)
-    seqs = Sequences(ids, one, one, one > 0)
+    seqs = RowState(ids, one, one, one > 0)
     draft.begin(seqs)
     for right in [3, 0, 1, 2, 0] * 30:
         draft.start()

@@ -12,7 +12,7 @@ from test_exactness import check
 from torch.nn import functional as F
 
 from redrafter.config import TreeConfig
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
@@ -161,7 +161,7 @@ def test_its_tree_is_the_best_of_all_children(tmp_path, case):
     head = load_head(save(tmp_path, config, weights), target)
     drafter = RecurrentDrafter(head, target, TreeConfig(width, n))
     ids, length = torch.randint(VOCAB, (1, 9)), torch.tensor([6])
-    seqs = Sequences(ids, length, length, torch.ones(1, dtype=torch.bool))
+    seqs = RowState(ids, length, length, torch.ones(1, dtype=torch.bool))
     hidden = torch.randn(1, 1, HIDDEN, dtype=torch.float64)
     drafter.begin(seqs)
     drafter.observe(Truth(seqs.root[:, None], torch.ones_like(length), hidden))

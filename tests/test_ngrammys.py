@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import EOS, FAMILIES, NEW, VOCAB, Recorder, alone, endless, prompts, settings, tiny
 
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import BUCKETS
@@ -34,12 +34,12 @@ def table_of(successors: dict[int, list[int]], vocab=10, width=3, unigram=None) 
 HAND = {1: [2, 3, 4], 2: [5, 6], 3: [1], 4: [4], 6: [7, 8, 9], 7: [6], 8: [1], 9: [9]}
 
 
-def known(texts, noise=None, temperature=1.0) -> Sequences:
+def known(texts, noise=None, temperature=1.0) -> RowState:
     width = max(map(len, texts)) + 8
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
     length = torch.tensor([len(text) for text in texts])
     live = torch.ones_like(length, dtype=torch.bool)
-    return Sequences(ids, length, length.clone(), live, noise=noise, temperature=temperature)
+    return RowState(ids, length, length.clone(), live, noise=noise, temperature=temperature)
 
 
 def draft(drafter, texts, levels=None, **more):

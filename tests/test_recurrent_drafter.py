@@ -5,7 +5,7 @@ import torch
 from models import path_to, prompts, settings, tiny
 
 from redrafter.config import TreeConfig
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.noise import gumbel
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
@@ -36,7 +36,7 @@ def one_tree(target, drafter, noise=None, temperature=1.0):
     ids = torch.randint(target.vocab_size, (2, 12), generator=generator)
     length = torch.tensor([5, 8])
     live = torch.ones(2, dtype=torch.bool)
-    seqs = Sequences(ids, length, length, live, noise, temperature)
+    seqs = RowState(ids, length, length, live, noise, temperature)
     hidden = torch.randn(2, 1, target.hidden_size, generator=generator, dtype=torch.float64)
     drafter.begin(seqs)
     drafter.observe(Truth(seqs.root[:, None], torch.ones_like(length), hidden))

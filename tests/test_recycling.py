@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import VOCAB, Recorder, alone, make_tree, path_to, prompts, settings, tiny
 
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import ancestors
 from redrafter.drafters.bigram import count_bigrams
@@ -20,13 +20,13 @@ from redrafter.drafters.recycling import (
 V = 10
 
 
-def known(rows: list[list[int]], prompt_length: list[int], live=None, noise=None) -> Sequences:
+def known(rows: list[list[int]], prompt_length: list[int], live=None, noise=None) -> RowState:
     """Rows as the loop holds them, the root included; what lies behind them is stale."""
     width = max(map(len, rows)) + 5
     ids = torch.tensor([row + [9] * (width - len(row)) for row in rows])
     live = [True] * len(rows) if live is None else live
     length = torch.tensor([len(row) for row in rows])
-    return Sequences(ids, length, torch.tensor(prompt_length), torch.tensor(live), noise)
+    return RowState(ids, length, torch.tensor(prompt_length), torch.tensor(live), noise)
 
 
 def likely(*tokens: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import Recorder, alone, prompts, settings, tiny
 
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.suffix import Cursor, ReferenceTexts, SuffixAutomaton, SuffixDrafter
 
@@ -177,7 +177,7 @@ def drafted(drafter: SuffixDrafter, rows: list[list[int]], levels: int | None = 
     ids = torch.tensor([(row + row[-1:] * width)[:width] for row in rows])  # stale behind the end
     length = torch.tensor([len(row) for row in rows])
     live = torch.tensor(live or [True] * len(rows))
-    seqs = Sequences(ids, length, length.clone(), live)
+    seqs = RowState(ids, length, length.clone(), live)
     drafter.begin(seqs)
     drafter.start()
     levels = drafter.max_depth if levels is None else levels

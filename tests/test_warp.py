@@ -6,7 +6,7 @@ from models import VOCAB, alone, endless, path_to, prompts, random_tree, replays
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from redrafter.contracts import InputError, Sequences
+from redrafter.contracts import InputError, RowState
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import ancestors
@@ -42,12 +42,12 @@ class SaysSo(LogitsProcessor):
         return scores
 
 
-def sequences() -> Sequences:
+def sequences() -> RowState:
     random = torch.Generator().manual_seed(3)
     # What lies past a row's length is stale and must not be read.
     ids = torch.randint(SMALL, (len(LENGTHS), 30), generator=random)
     length, prompt = torch.tensor(LENGTHS), torch.tensor(PROMPTS)
-    return Sequences(ids, length, prompt, torch.ones(len(LENGTHS), dtype=torch.bool))
+    return RowState(ids, length, prompt, torch.ones(len(LENGTHS), dtype=torch.bool))
 
 
 def reference(warp: Warp, logits, tree, seqs):
@@ -61,7 +61,7 @@ def reference(warp: Warp, logits, tree, seqs):
             ids[b, : len(prefix)] = torch.tensor(prefix)
             lengths = seqs.length.clone()
             lengths[b] = len(prefix)
-            one = Sequences(ids, lengths, seqs.prompt_length, seqs.live)
+            one = RowState(ids, lengths, seqs.prompt_length, seqs.live)
             out[b, node] = warp.rows(logits[:, node], one)[b]
     return out
 

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Draws, InputError, Sequences, TokenTree
+from redrafter.contracts import Draws, InputError, RowState, TokenTree
 from redrafter.decode.noise import ACCEPTING, draw, private_uniform
 from redrafter.decode.verify import Verdict
 
@@ -45,7 +45,7 @@ def guesses(tree: TokenTree) -> Draws:
     return Draws(order, "deterministic")
 
 
-def accepting_noise(seqs: Sequences, tree: TokenTree, max_depth: int) -> Tensor:
+def accepting_noise(seqs: RowState, tree: TokenTree, max_depth: int) -> Tensor:
     """(B, K+1, R+1) uniform numbers: of every depth one per round, and one for what is left of p.
 
     They belong to the absolute position of the token that is decided with them, and every token

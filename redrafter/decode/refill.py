@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from redrafter.contracts import Generation, Sequences, StepStats
+from redrafter.contracts import Generation, RowState, StepStats
 from redrafter.decode.noise import gumbel
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.verify import choose_scored, to_host
@@ -168,14 +168,14 @@ def _go_on(target: Target, tokens: list[int], cache: SlotCache) -> Tensor:
 
 
 def _choose(
-    request: Request, known: Sequences, rows: list[int], logits: Tensor
+    request: Request, known: RowState, rows: list[int], logits: Tensor
 ) -> list[list[int]]:
     """The next token of some rows, or none. known: of all rows, brought up to date with them;
     logits: (B, V)."""
     at = torch.tensor(rows, device=logits.device)
     length = known.length[at]
     scores = _warp_of(request.warp, at).rows(
-        logits, Sequences(known.ids[at], length, known.prompt_length[at], known.live[at])
+        logits, RowState(known.ids[at], length, known.prompt_length[at], known.live[at])
     )
     noise = None
     if known.seeds is not None:

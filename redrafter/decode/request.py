@@ -20,7 +20,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from redrafter.contracts import Generation, InputError, Sequences, StepStats
+from redrafter.contracts import Generation, InputError, RowState, StepStats
 from redrafter.decode.noise import NoiseAhead
 from redrafter.decode.warp import Warp, build_processors, score_dtype
 from redrafter.targets.cache import RowCache
@@ -138,7 +138,7 @@ class Request:
         """(B, V): `noise` of one absolute position per row."""
         return self._noise.at(position) if self._noise else None
 
-    def sequences(self, slack: int) -> Sequences:
+    def sequences(self, slack: int) -> RowState:
         """Prompts on the device, with room for every row's limit and `slack` more tokens."""
         device = self.target.device
         ids = torch.zeros(self.n_rows, max(self.limit) + slack, dtype=torch.long)
@@ -150,12 +150,12 @@ class Request:
             p.temperature for p in warpers if isinstance(p, TemperatureLogitsWarper)
         )
         live = torch.ones(self.n_rows, dtype=torch.bool, device=device)
-        return Sequences(
+        return RowState(
             ids.to(device), length, length.clone(), live, temperature=float(temperature),
             seeds=self._seed if self.sampled else None,
         )  # fmt: skip
 
-    def prefill(self, seqs: Sequences, slack: int) -> tuple[RowCache, Tensor, Tensor]:
+    def prefill(self, seqs: RowState, slack: int) -> tuple[RowCache, Tensor, Tensor]:
         """Right-padded prefill. Returns the cache, (B, V) logits and (B, H) hidden state of each
         row's last prompt token."""
         target, lengths = self.target, [len(p) for p in self.prompts]

@@ -17,7 +17,7 @@ from redrafter.contracts import (
     InputError,
     Lookahead,
     NoDraft,
-    Sequences,
+    RowState,
     TokenTree,
     Truth,
     root_tree,
@@ -143,7 +143,7 @@ def _draft(drafter: Drafter, lookahead: Lookahead, state: _Decoding) -> TokenTre
     return tree
 
 
-def _plan(lookahead: Lookahead, seqs: Sequences, depth: int) -> tuple[int, Tensor | None]:
+def _plan(lookahead: Lookahead, seqs: RowState, depth: int) -> tuple[int, Tensor | None]:
     """Levels that the longest-drafting row may draft, and how many each row may where they differ.
     Reads the host once where they may."""
     plan = lookahead.plan()
@@ -283,7 +283,7 @@ class _Decoding:
 
 
 def _truth(
-    verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: Sequences, needs: frozenset[str]
+    verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: RowState, needs: frozenset[str]
 ) -> Truth:
     def along(x: Tensor, nodes: Tensor) -> Tensor:
         if tree.n_nodes == 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from redrafter.contracts import InputError, Sequences, TokenTree
+from redrafter.contracts import InputError, RowState, TokenTree
 
 # These never look at input_ids.
 _PREFIX_FREE = (
@@ -149,7 +149,7 @@ class Warp:
         #: whether any of them looks at the tokens before the one being chosen
         self.reads_prefix = any(type(p) not in (*_PREFIX_FREE, MinNewTokens) for p in processors)
 
-    def rows(self, logits: Tensor, seqs: Sequences) -> Tensor:
+    def rows(self, logits: Tensor, seqs: RowState) -> Tensor:
         """logits: (B, V) for the token at position L of every row. Returns (B, V) scores."""
         scores = _scores(logits)
         for p, own in zip(self.processors, self._rows, strict=True):
@@ -167,7 +167,7 @@ class Warp:
                 )
         return scores
 
-    def tree(self, logits: Tensor, tree: TokenTree, seen: Tensor, seqs: Sequences) -> Tensor:
+    def tree(self, logits: Tensor, tree: TokenTree, seen: Tensor, seqs: RowState) -> Tensor:
         """logits: (B, N, V) for the token after every node. Returns (B, N, V) scores.
 
         seen: (B, N, N) bool from `tree.ancestors`
@@ -200,7 +200,7 @@ def _is_plain_penalty(p) -> bool:
     return type(p) is hf.RepetitionPenaltyLogitsProcessor and not p.prompt_ignore_length
 
 
-def _tokens_seen(tree: TokenTree, seen: Tensor, seqs: Sequences, scores: Tensor) -> Tensor:
+def _tokens_seen(tree: TokenTree, seen: Tensor, seqs: RowState, scores: Tensor) -> Tensor:
     """(B, N, V) bool: tokens in the prefix of every node, the node itself included."""
     batch, n, vocab = scores.shape
     known = torch.arange(seqs.ids.shape[1], device=scores.device) < seqs.length[:, None]
@@ -212,9 +212,7 @@ def _tokens_seen(tree: TokenTree, seen: Tensor, seqs: Sequences, scores: Tensor)
     return (context[:, None] | drafted)[..., :vocab]
 
 
-def _per_prefix(
-    own: list, scores: Tensor, tree: TokenTree, seen: Tensor, seqs: Sequences
-) -> Tensor:
+def _per_prefix(own: list, scores: Tensor, tree: TokenTree, seen: Tensor, seqs: RowState) -> Tensor:
     """Any stateless processor, each row's own: nodes of a row at one depth have prefixes of one
     length."""
     out = scores.clone()

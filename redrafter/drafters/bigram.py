@@ -16,7 +16,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree
 from redrafter.decode.tree import level_depths, level_start
 from redrafter.drafters.features import TABLE_FEATURES, best_score
 from redrafter.files import digest_weights, plain_values, write_tensors
@@ -219,7 +219,7 @@ class CountedBigrams(Drafter):
         self.next_log_p = table.log_p[:, :width].contiguous().to(device)
         self.width, self.max_depth, self.max_nodes = width, depth, 1 + width * depth
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self._zeros = torch.zeros_like(seqs.length)[:, None]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 
 
 class Wrapped(Drafter):
@@ -28,7 +28,7 @@ class Wrapped(Drafter):
     def watch(self, prefill: bool) -> AbstractContextManager:
         return self.inner.watch(prefill)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.inner.begin(seqs)
 
@@ -89,7 +89,7 @@ class Composite(Drafter):
             stack.enter_context(member.watch(prefill))
         return stack
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         for member in self.members.values():
             member.begin(seqs)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.warp import score_dtype
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.cache import RowCache
@@ -34,7 +34,7 @@ class Frontier(ABC):
         """Of the weights it reads with, where it has any."""
         return type(self).__name__
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         """A new generation starts."""
         self.seqs = seqs
 
@@ -120,7 +120,7 @@ class ModelFrontier(Frontier):
     def fingerprint(self) -> str:
         return self.draft.fingerprint()
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         """Reads the prompts: all that is known but the root."""
         super().begin(seqs)
         batch, capacity = seqs.ids.shape

@@ -12,25 +12,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Sequences, TokenTree
+from redrafter.contracts import RowState, TokenTree
 
 
 @dataclass
 class Past:
-    """A tree of an earlier step. length: (B,) int64, `Sequences.length` when it was drafted."""
+    """A tree of an earlier step. length: (B,) int64, `RowState.length` when it was drafted."""
 
     tree: TokenTree
     length: Tensor
     live: Tensor
 
-    def ripe(self, seqs: Sequences) -> bool:
+    def ripe(self, seqs: RowState) -> bool:
         """Whether every node is known to be right or wrong (rows that have ended: as far as they
         got). Reads the host."""
         deepest = torch.where(self.tree.valid, self.tree.depth, 0).amax(1)
         waits = seqs.live & self.live & (seqs.length < self.length + deepest)
         return not bool(waits.any())
 
-    def right(self, seqs: Sequences) -> tuple[Tensor, Tensor]:
+    def right(self, seqs: RowState) -> tuple[Tensor, Tensor]:
         """(B, N) bool: the node and all of its ancestors are what the text says; and (B, N) bool,
         whether that is known: wrong above the end of the text, or the text has got there."""
         tree, ids = self.tree, seqs.ids

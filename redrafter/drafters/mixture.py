@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree
 from redrafter.decode.tree import bucket, select
 from redrafter.drafters.compose import Composite
 from redrafter.drafters.hindsight import Past
@@ -212,7 +212,7 @@ class Mixture(Composite):
         self._calibrations: list[Calibration] = []
         self._lead: Lead | None = None
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         if not self._calibrations:
             self._calibrations = [

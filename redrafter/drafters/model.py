@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, level_depths, level_start
 from redrafter.decode.warp import score_dtype
 from redrafter.drafters.budget import NodeBudget
@@ -78,7 +78,7 @@ class DraftModel(Drafter):
         if budget is not None:
             self.max_nodes = min(self.max_nodes, budget.max_nodes)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.frontier.begin(seqs)
 

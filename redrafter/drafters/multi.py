@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, Draws, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, Draws, InputError, RowState, TokenTree, Truth
 from redrafter.decode.noise import DRAWING, draw, private_uniform
 from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import Frontier, log_probabilities
@@ -80,7 +80,7 @@ class MultiCandidate(Drafter):
         self.max_depth, self.max_nodes = len(self.children), n_nodes(children)
         self.needs = frozenset().union(*(f.needs for f in frontiers))
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         for frontier in self.frontiers:
             frontier.begin(seqs)

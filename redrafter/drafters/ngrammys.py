@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import bucket
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.features import columns
@@ -197,7 +197,7 @@ class NGrammys(Drafter):
         self.unigram = ranked[: 3 * k].to(device)
         self.reads_text = used[0]
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.index = [ContextIndex(self.query, self.w) for _ in range(len(seqs.ids))]
         prompts = zip(seqs.ids.tolist(), seqs.prompt_length.tolist(), strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from redrafter.config import TreeConfig
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.features import MODEL_FEATURES, model_features
@@ -65,7 +65,7 @@ class RecurrentDrafter(Drafter):
         elif tree.shape == "best":
             self.max_nodes = min(self.max_nodes, tree.nodes)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         rows = torch.zeros_like(seqs.length)[:, None]
         self._zeros = rows

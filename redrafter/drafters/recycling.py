@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.drafters.bigram import BigramTable, PairCounts
 from redrafter.drafters.features import TABLE_FEATURES, best_score
 from redrafter.files import digest_weights
@@ -138,7 +138,7 @@ class TokenRecycling(Drafter):
             "warm": digest_weights(warm),
         }  # fmt: skip
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         """Reads the prompts on the host where `fill_prompt` is on, once per generation."""
         super().begin(seqs)
         self._zeros = torch.zeros_like(seqs.length)[:, None]

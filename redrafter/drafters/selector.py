@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import bucket
 from redrafter.drafters.compose import Composite
 from redrafter.drafters.hindsight import Past
@@ -114,7 +114,7 @@ class Selector(Composite):
         self._verify_s: dict[int, float] = {}
         self._random = random.Random(seed)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.chosen: list[int] = []
         self._past: list[tuple[list[Past], list[float]]] = []

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.warp import score_dtype
 from redrafter.drafters.features import MODEL_FEATURES, columns, model_features
 from redrafter.drafters.lookup import chain_tree
@@ -106,7 +106,7 @@ class LayerSkipping(Drafter):
         self._seen = self.skipping.measure()
         return self._seen
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self._tree: TokenTree | None = None  # the last one drafted; others' may be verified
         self._n_forwards, self._sets = 0, Counter()

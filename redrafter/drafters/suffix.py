@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.drafters.lookup import CHAIN_FEATURES, chain_features, chain_tree
 
 ROOT = 0  # the state of the empty string
@@ -246,7 +246,7 @@ class SuffixDrafter(Drafter):
         self.max_depth, self.max_nodes = depth, 1 + depth
         self.min_match, self.factor, self.reference = min_match, factor, reference
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.rows = [_Row(self.reference) for _ in range(len(seqs.ids))]
         prompts = zip(self.rows, seqs.ids.tolist(), seqs.prompt_length.tolist(), strict=True)

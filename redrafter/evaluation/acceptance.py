@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, Truth
-from redrafter.contracts import Sequences as Rows
+from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafting import Plan
@@ -51,7 +50,7 @@ class Counter(WrappedLookahead):
     them or what they accepted out would flatter no one.
     """
 
-    def begin(self, seqs: Rows) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.tested = self.accepted = 0
 
@@ -72,7 +71,7 @@ class Watcher(Wrapped):
         super().__init__(inner, frozenset({"tree_logits"}))
         self.temperature = temperature
 
-    def begin(self, seqs: Rows) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.tested = 0
         self.overlap = self.optimum = 0.0

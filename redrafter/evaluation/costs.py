@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 
-from redrafter.contracts import Drafter, Generation, InputError, TokenTree, Truth
-from redrafter.contracts import Sequences as Rows
+from redrafter.contracts import Drafter, Generation, InputError, RowState, TokenTree, Truth
 from redrafter.data.answers import generation_config
 from redrafter.decode.noise import gumbel
 from redrafter.decode.plain import plain
@@ -135,7 +134,7 @@ class _Bench:
         self.cache.commit([context] * batch)
         length = torch.full((batch,), context, device=target.device)
         live = torch.ones_like(length, dtype=torch.bool)
-        self.rows = Rows(self.ids, length, length.clone(), live, cache=self.cache)
+        self.rows = RowState(self.ids, length, length.clone(), live, cache=self.cache)
         self.temperature = temperature
 
     def _inputs(self, n: int):

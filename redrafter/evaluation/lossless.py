@@ -27,8 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
-from redrafter.contracts import Drafter, Truth
-from redrafter.contracts import Sequences as Rows
+from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
@@ -55,7 +54,7 @@ class RecordingDrafter(Wrapped):
     def __init__(self, drafter: Drafter):
         super().__init__(drafter, frozenset({"logits"}))
 
-    def begin(self, seqs: Rows) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.logits: list[list[Tensor]] = [[] for _ in seqs.length]
         self.known = seqs.prompt_length.tolist()
@@ -168,7 +167,7 @@ def processed(
     n = len(logits)
     ids = torch.tensor([*prompt, *text], device=target.device)
     length = torch.arange(len(prompt), len(prompt) + n, device=target.device)
-    rows = Rows(
+    rows = RowState(
         ids=ids.expand(n, -1),
         length=length,
         prompt_length=torch.full_like(length, len(prompt)),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from redrafter.contracts import Drafter, InputError, Sequences, StepStats, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, StepStats, TokenTree, Truth
 from redrafter.decode.stats import count_step
 
 
@@ -59,7 +59,7 @@ def _walk_one(
     ids = torch.zeros(1, room, dtype=torch.long, device=device)
     ids[0, : len(prompt)] = torch.tensor(prompt)
     length = torch.tensor([len(prompt)], device=device)
-    seqs = Sequences(ids, length, length.clone(), torch.tensor([len(answer) > 1], device=device))
+    seqs = RowState(ids, length, length.clone(), torch.tensor([len(answer) > 1], device=device))
     known = 0  # tokens of the answer that have been emitted
 
     def emit(new: list[int], width: int) -> Truth:

@@ -23,8 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from redrafter.contracts import InputError, Truth
-from redrafter.contracts import Sequences as Rows
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.data.answers import generation_config
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
@@ -94,7 +93,7 @@ class Decoded:
 class _Recorder(RecordingDrafter):
     """Keeps the tree of every step, too. trees: per row"""
 
-    def begin(self, seqs: Rows) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.trees: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in seqs.length]
 

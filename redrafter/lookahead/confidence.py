@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Lookahead, Sequences
+from redrafter.contracts import Drafter, InputError, Lookahead, RowState
 
 #: Features that say how sure a drafter is; the first one that it publishes is read.
 _OF_THE_TOKEN = ("p_token", "p_level")
@@ -49,7 +49,7 @@ class ConfidenceLookahead(Lookahead):
         """For this drafter. options: as above."""
         return cls(drafter.feature_names, **options)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         self._coming: Tensor | None = None
 
     def confidence(self, features: Tensor | None, level: int) -> Tensor | None:

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
+from redrafter.contracts import Drafter, InputError, Lookahead, RowState, Truth
 from redrafter.files import plain_values, write_json, write_tensors
 from redrafter.lookahead.context import CONTEXT_FEATURES, context_features
 
@@ -184,7 +184,7 @@ class DiscoLookahead(Lookahead):
             self._prepare(device)
         return self.log is not None or self.ever
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         if self._device != seqs.length.device:
             self._prepare(seqs.length.device)
         self.temperature = seqs.temperature

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
+from redrafter.contracts import Drafter, InputError, Lookahead, RowState, Truth
 
 GREEDY_START, SAMPLED_START = 0.8, 0.5
 
@@ -64,7 +64,7 @@ class DraftExit(Lookahead):
         options: as above."""
         return cls(drafter.feature_names, drafter.max_depth, **options)
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         start = self.start
         if start is None:
             start = GREEDY_START if seqs.seeds is None else SAMPLED_START

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redrafter.contracts import Drafter, InputError, Lookahead, Sequences, Truth
+from redrafter.contracts import Drafter, InputError, Lookahead, RowState, Truth
 
 _NO_LIMIT = 2**31
 
@@ -53,7 +53,7 @@ class HeuristicLookahead(Lookahead):
         """For this drafter: n grows no further than its K. options: as above."""
         return cls(**{"most": max(1, drafter.max_depth), **options})
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         if not self.keep or self.levels is None or len(self.levels) != len(seqs.length):
             self.levels = torch.full_like(seqs.length, self.start).clamp(max=self.most)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from redrafter.contracts import InputError, Lookahead, Sequences, Truth
+from redrafter.contracts import InputError, Lookahead, RowState, Truth
 
 _ALL = 2**31
 
@@ -26,7 +26,7 @@ class FullDepth(Lookahead):
 
     level_by_level = False
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         self.seqs = seqs
         self.depths: list[dict[int, int]] = [{} for _ in seqs.length]
         self._before: list[tuple[int, bool]] = []
@@ -60,7 +60,7 @@ class OracleLookahead(Lookahead):
     def __init__(self, depths: Sequence[Mapping[int, int]] | None = None, strict: bool = True):
         self.depths, self.strict, self.unknown_steps = depths, strict, 0
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         if self.depths is None:
             raise InputError(
                 "oracle: it knows nothing of these prompts: decode them by FullDepth first, and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from redrafter.contracts import AllLevels, Lookahead, Sequences, Truth
+from redrafter.contracts import AllLevels, Lookahead, RowState, Truth
 
 
 class WrappedLookahead(Lookahead):
@@ -18,7 +18,7 @@ class WrappedLookahead(Lookahead):
         self.level_by_level = self.inner.level_by_level
         self.needs, self.reads = self.inner.needs, self.inner.reads
 
-    def begin(self, seqs: Sequences) -> None:
+    def begin(self, seqs: RowState) -> None:
         self.inner.begin(seqs)
 
     def plan(self) -> Tensor | int | None:

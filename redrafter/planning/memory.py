@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redrafter.config import LossConfig, OptimConfig
-from redrafter.contracts import Drafter, Sequences, Truth
+from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.data.answers import generation_config
 from redrafter.data.states import LOGIT_ROWS, StateMaker
 from redrafter.decode.request import Request
@@ -211,7 +211,7 @@ def decode_memory(
     return DecodeMemory(cache.n_bytes, trace.peak_bytes - cache.n_bytes)
 
 
-def _plain_step(target: Target, request: Request, seqs: Sequences, cache, first: Tensor) -> None:
+def _plain_step(target: Target, request: Request, seqs: RowState, cache, first: Tensor) -> None:
     cache.prepare(1)
     position = torch.zeros(len(first), 1, dtype=torch.long, device=target.device)
     keys = torch.zeros(len(first), cache.width, dtype=torch.long, device=target.device)
@@ -221,7 +221,7 @@ def _plain_step(target: Target, request: Request, seqs: Sequences, cache, first:
 
 
 def _drafted_step(
-    target: Target, request: Request, seqs: Sequences, cache, drafter: Drafter
+    target: Target, request: Request, seqs: RowState, cache, drafter: Drafter
 ) -> None:
     seqs.noise = request.noise(cache.lengths, drafter.max_depth + 1)
     drafter.start()

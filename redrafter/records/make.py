@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, InputError, Sequences, TokenTree, Truth
+from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.drafters.hindsight import Past
@@ -144,7 +144,7 @@ class _Walk:
         zeros = torch.zeros(len(seqs.ids), len(drafter.feature_names), device=seqs.ids.device)
         features = torch.stack([zeros if f is None else f.float() for f in told], 1)
         tree = drafter.tree()
-        whole = Sequences(self.text, self.start + self.n_answer, self.start, seqs.live)
+        whole = RowState(self.text, self.start + self.n_answer, self.start, seqs.live)
         right, _ = Past(tree, seqs.length, seqs.live).right(whole)
         judged = (self.n_answer - (seqs.length - self.start)).clamp(0, self.n_levels)
         accepted = torch.where(right, tree.depth, 0).amax(1)
@@ -167,7 +167,7 @@ class _Walk:
         for k in range(1, self.n_levels + 1):
             at = (answered + k - 1).clamp(max=self.logits.shape[1] - 1)
             logits = self.logits[torch.arange(len(at)), at]
-            now = Sequences(self.text, seqs.length + k - 1, self.start, seqs.live)
+            now = RowState(self.text, seqs.length + k - 1, self.start, seqs.live)
             log_p = self.request.warp.rows(logits, now).log_softmax(-1)
             above = right.gather(1, tree.parent) & (tree.depth == k) & tree.valid
             noise = seqs.noise[:, k - 1] if self.drafter.sees_noise == "own" else None

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import GenerationConfig
 
-from redrafter.contracts import Drafter, InputError, Lookahead, Truth
-from redrafter.contracts import Sequences as Rows
+from redrafter.contracts import Drafter, InputError, Lookahead, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import bucket
 from redrafter.drafters.compose import Wrapped
@@ -58,7 +57,7 @@ class _Counted(Wrapped):
         self.steps: list[Step] = []
         self._now = Step(0)
 
-    def begin(self, seqs: Rows) -> None:
+    def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
         self.steps = []
         self._now = Step(self._made())
