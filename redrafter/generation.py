@@ -266,7 +266,8 @@ def _rendered(target: Target, chat: list[Mapping], i: int) -> Sequence[int]:
     """Token ids of a chat up to where the assistant would begin; special tokens are the
     template's."""
     where = f"messages (conversation {i + 1})"
-    said = messages_of({"messages": [dict(m) for m in chat]}, "messages", where)
+    given = [dict(m) if isinstance(m, Mapping) else m for m in chat]
+    said = messages_of({"messages": given}, "messages", where)
     if said[-1]["role"] == "assistant":
         raise InputError(f"{where}: the assistant spoke last; end with what it is to answer")
     source = SourceConfig(path="messages", format="messages")

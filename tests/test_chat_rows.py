@@ -77,6 +77,18 @@ def test_tool_turns(call):
     ]
 
 
+def test_turns_hold_all_that_is_said_before_an_answer():
+    made = renderer(CHATML)
+    greeted = [system("Sys"), said("hello"), user("a"), said("b"), system("new"), user("c")]
+    turns = made.turns({"messages": greeted}, "f:1")
+    assert turns == [[system("Sys"), user("a")], [system("new"), user("c")]]
+    replied = [user("a"), called(CALL), {"role": "tool", "content": "it"}, said("b")]
+    with pytest.raises(InputError, match="f:1: a tool answers a call that the target may not make"):
+        made.turns({"messages": replied}, "f:1")
+    with pytest.raises(InputError, match="no user says anything"):
+        made.turns({"messages": [system("Sys"), said("hello")]}, "f:1")
+
+
 def test_the_older_function_call_is_a_tool_call():
     old = {"role": "assistant", "content": None, "function_call": as_json(CALL)["function"]}
     assert shown(QWEN3, [user("hi"), old], TOOLS) == shown(QWEN3, [user("hi"), called(CALL)], TOOLS)
@@ -336,8 +348,14 @@ def test_one_renderer_has_one_day(day):
     assert given.tokenizer.decode(ids).startswith("02 Jan 2025|")
 
 
+def told():
+    """What is asked of a target here."""
+    tokenizer = tokenizer_of(DATED)
+    return SimpleNamespace(tokenizer=tokenizer, max_positions=None, vocab_size=None, name="t")
+
+
 def test_training_measures_on_the_prompts_of_its_first_day(tmp_path, day):
-    target = SimpleNamespace(tokenizer=tokenizer_of(DATED), max_positions=None, name="t")
+    target = told()
     source = dataclasses.replace(rows_file(tmp_path), holdout_rows=2)
     config = SimpleNamespace(
         data=SimpleNamespace(source=source),
@@ -352,7 +370,7 @@ def test_training_measures_on_the_prompts_of_its_first_day(tmp_path, day):
 
 
 def test_questions_are_gone_on_with_on_their_first_day(tmp_path, day):
-    target = SimpleNamespace(tokenizer=tokenizer_of(DATED), max_positions=None, name="t")
+    target = told()
     config = SpecBenchConfig(
         target=TargetConfig("t"), questions=rows_file(tmp_path).path, format="question",
         out=str(tmp_path),
@@ -368,3 +386,31 @@ def test_questions_are_gone_on_with_on_their_first_day(tmp_path, day):
     Journal(tmp_path / "j.jsonl", dated({}, asked.day))
     with pytest.raises(InputError, match="was made with another day"):
         Journal(tmp_path / "j.jsonl", dated({}, "2026-11-30"))
+
+
+# ---------------------------------------------------------------- special tokens, once
+
+
+@pytest.mark.parametrize("text", ["ab cd", "<s>ab cd", "ab cd</s>", "<s>ab cd</s>"])
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_text_may_bring_its_own_special_tokens(template, text):
+    made = renderer(template, bos=True, eos=True, format="text", text_prompt_tokens=2)
+
+    def written(ids):
+        return made.tokenizer.decode(ids)
+
+    assert written(made.prompt({"text": text}, "r")) == "<s>ab"
+    ((ids, mask),) = made.texts({"text": text}, "r")
+    assert written(ids) == "<s>ab cd</s>"
+    assert mask == (False,) * 3 + (True,) * 4
+
+
+def test_messages_without_a_template_may_bring_theirs():
+    row = {"question": "<s>ab", "answer": "cd</s>"}
+    made = renderer(None, bos=True, eos=True)
+    ((ids, mask),) = made.texts(row, "r")
+    assert made.tokenizer.decode(ids) == "<s>ab\ncd</s>"
+    assert made.tokenizer.decode([t for t, learned in zip(ids, mask, strict=True) if learned]) in (
+        "\ncd</s>", "cd</s>",
+    )  # fmt: skip
+    assert made.tokenizer.decode(made.prompt(row, "r")) == "<s>ab"

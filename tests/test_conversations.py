@@ -1,5 +1,6 @@
 """Every turn of a conversation is answered, after the target's own earlier answers."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -106,6 +107,42 @@ def test_how_they_are_made_changes_nothing(target, write, tmp_path, how):
         target, source, config, tmp_path / "b", drafter=drafter, progress=False
     )
     assert rows_of(made) == rows_of(want)
+
+
+def test_an_answer_that_the_template_refuses_ends_its_conversation_alone(
+    target, write, tmp_path
+):
+    """What can be refused of the made-up answers is known before any work; not of real ones."""
+    picky = copy.copy(target)
+    picky.tokenizer = copy.deepcopy(target.tokenizer)
+    picky.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and m.content != '.' %}"
+        "{{ raise_exception('never') }}{% endif %}{% endfor %}" + target.tokenizer.chat_template
+    )
+    greedy = AnswersConfig(temperatures=(0.0,), max_new_tokens=4)
+    rows = write([{"turns": turns} for turns in TURNS[:3]])
+    store = build_conversations(picky, rows, greedy, tmp_path / "a", progress=False)
+    assert [row for row, _, _ in rows_of(store)] == [0, 1, 2]
+    listed = [r for shard in store.manifest["shards"] for r in shard["rejected"]]
+    assert [r["source_row"] for r in listed] == [1, 2, 2]
+    assert all("turn 2" in r["reason"] and "never" in r["reason"] for r in listed)
+
+
+def test_the_tools_of_a_row_are_rendered_in_every_turn(target, write, tmp_path):
+    told = copy.copy(target)
+    told.tokenizer = copy.deepcopy(target.tokenizer)
+    told.tokenizer.chat_template = (
+        "{% for t in tools or [] %}# {{ t.function.name }}\n{% endfor %}"
+        + target.tokenizer.chat_template
+    )
+    tools = [{"type": "function", "function": {"name": "lookup"}}]
+    rows = [{"turns": TURNS[1]}, {"turns": TURNS[1], "tools": tools}]
+    greedy = AnswersConfig(temperatures=(0.0,), max_new_tokens=4)
+    store = build_conversations(told, write(rows), greedy, tmp_path / "a", progress=False)
+    asked = [told.tokenizer.decode(ids) for _, ids, _ in rows_of(store)]
+    assert [text.count("# lookup\n") for text in asked] == [0, 0, 1, 1], "no duplicates either"
+    with pytest.raises(InputError, match=r"tool 1: its name 'lookup' is not in what"):
+        build_conversations(target, write(rows), greedy, tmp_path / "b", progress=False)
 
 
 def test_what_is_left_out_is_accounted_for(target, write, tmp_path):

@@ -12,9 +12,9 @@ from redrafter.cli import costs as costs_cli
 from redrafter.cli import lookahead_records as records_cli
 from redrafter.cli import speed as speed_cli
 from redrafter.cli import train_disco as disco_cli
-from redrafter.data import lookahead_store
 from redrafter.data.store import Store
 from redrafter.heads.recurrent import RecurrentHead
+from redrafter.records import store as records_store
 from redrafter.records.store import read_records
 from redrafter.targets.model import load_target
 
@@ -91,7 +91,7 @@ def test_the_report_is_written(made):
 def test_killed_records_go_on_where_they_stopped(made, tmp_path, monkeypatch):
     _, _, records, _ = made
     args = [*records[:-1], str(tmp_path / "records")]
-    real, walked = lookahead_store.walk_texts, []
+    real, walked = records_store.walk_texts, []
 
     def until(n):
         def walk(*args):
@@ -102,11 +102,11 @@ def test_killed_records_go_on_where_they_stopped(made, tmp_path, monkeypatch):
 
         return walk
 
-    monkeypatch.setattr(lookahead_store, "walk_texts", until(1))
+    monkeypatch.setattr(records_store, "walk_texts", until(1))
     with pytest.raises(KeyboardInterrupt):
         records_cli.main(args)
     kept = (tmp_path / "records" / "shard-00000.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(lookahead_store, "walk_texts", until(99))
+    monkeypatch.setattr(records_store, "walk_texts", until(99))
     assert records_cli.main(args) == 0
     assert len(walked) == 3, "three shards of two prompts, one of them made before"
     assert (tmp_path / "records" / "shard-00000.safetensors").stat().st_mtime_ns == kept

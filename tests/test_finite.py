@@ -14,7 +14,6 @@ from redrafter.config import AnswersConfig, StatesConfig
 from redrafter.config.lookahead import RecordsConfig
 from redrafter.contracts import Generation, InputError, StepStats
 from redrafter.data import answers as answering
-from redrafter.data import probed
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import columns_of, report
 from redrafter.data.finite import OVERFLOWED, choice, finite_rows
@@ -24,9 +23,9 @@ from redrafter.data.reading import Fresh, Hybrid, Stored
 from redrafter.data.rows import TokenRow
 from redrafter.data.states import StateMaker, build_states
 from redrafter.data.store import Job, Store
-from redrafter.decode.plain import plain
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.records.store import build_records
+from redrafter.tables import probed
 from redrafter.tables.probed import probe_bigrams
 from redrafter.targets.model import Target
 from redrafter.training.feed import Feed
@@ -243,9 +242,9 @@ def test_a_store_made_before_is_named_and_its_other_rows_learned(
 
 
 def stand_in(marked):
-    """`plain` as it marks rows that met scores that are not finite: those that hold the token."""
+    """A loop as it marks rows that met scores that are not finite: those that hold the token."""
 
-    def say(target, rows, config, *, seeds, drafter=None):
+    def say(target, rows, config, *, seeds, **loop):
         tokens = [[9, 8] if LOUD in row else [9, 8, 5] for row in rows]
         finish = ["not_finite" if LOUD in row else "length" for row in rows]
         marked.extend(finish)
@@ -257,7 +256,7 @@ def stand_in(marked):
 @pytest.mark.parametrize("drafted", [False, True])
 def test_answers_that_met_no_number_are_left_out(tmp_path, monkeypatch, drafted):
     marked = []
-    for name in ("plain", "speculative"):
+    for name in ("refilled", "speculative"):
         monkeypatch.setattr(answering, name, stand_in(marked))
     prompts = texts(tmp_path / "p", "prompts")
     how = AnswersConfig(temperatures=(0.0, 1.0), max_new_tokens=3, batch_size=4)
@@ -273,11 +272,7 @@ def test_answers_that_met_no_number_are_left_out(tmp_path, monkeypatch, drafted)
 
 
 def test_answers_of_a_target_that_overflows(tmp_path):
-    """Needs the mark of the decoding loops: skipped where they do not set it."""
     target, prompts = loud(), texts(tmp_path / "p", "prompts")
-    config = answering.generation_config(0, 3)
-    if plain(target, [prompts.rows().ids(1)], config).finish != ["not_finite"]:
-        pytest.skip("decoding does not mark scores that are not finite")
     how = AnswersConfig(max_new_tokens=3, temperatures=(0.0,))
     left_out(build_answers(target, prompts, how, tmp_path / "a", progress=False))
 

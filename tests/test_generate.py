@@ -219,6 +219,7 @@ def test_rendered_text_has_its_bos_once(told):
         ({"messages": "a"}, "messages: neither"),
         ({"messages": []}, "messages: neither"),
         ({"messages": [{"role": "user"}]}, r"conversation 1\): message 1 needs"),
+        ({"messages": [{"role": "user", "content": "a"}, "b"]}, "message 2 needs .* but is 'b'"),
         ({"messages": [{"role": "usr", "content": "a"}]}, "unknown role 'usr'"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "assistant spoke last"),
         ({"prompt": ["a", [1]]}, "prompt 0 is 'a', no row of token ids"),

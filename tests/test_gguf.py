@@ -117,6 +117,23 @@ def test_it_is_the_model_that_was_put_in(tiny_target, written, cache, capsys, mo
     assert load_tokenizer(named).get_vocab() == want.tokenizer.get_vocab()
 
 
+def test_it_is_the_base_of_an_adapter(tiny_target, written, tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters are peft's")
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    drawn = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, drawn).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    made = load_target(TargetConfig(str(tmp_path / "adapter"), base=str(written), device="cpu"))
+    ids = torch.tensor(TOKENS)
+    torch.testing.assert_close(made.project(made.states(ids)), adapted(ids).logits)
+    assert made.tokenizer.chat_template and made.digests().adapter
+    file = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "base_model_name_or_path": str(written)}))
+    again = load_target(TargetConfig(str(tmp_path / "adapter"), device="cpu"))
+    assert again.fingerprint() == made.fingerprint()
+
+
 def test_an_accelerator_computes_in_the_files_precision(written, cache, monkeypatch):
     """`auto` there takes what config.json says; the weights stay exact."""
     monkeypatch.setattr(ours, "_FILE_TYPES", {})

@@ -1,6 +1,7 @@
 """What is loaded is what the checkpoint holds, and what is refused says why."""
 
 import copy
+import logging
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
+from redrafter.targets.loading import _one_report
 from redrafter.targets.model import Target, load_target
 
 # ---------------------------------------------------------------- checkpoints with gaps
@@ -62,13 +64,34 @@ def test_weights_of_other_shapes_than_the_configuration(tmp_path):
         load_target(path)
 
 
-def test_weights_without_a_place_are_named_once(tmp_path):
+@pytest.fixture
+def logged():
+    """What transformers logs where it loads models."""
+    logger, handler, lines = logging.getLogger("transformers.modeling_utils"), logging.Handler(), []
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+def test_weights_without_a_place_are_named_once(tmp_path, logged):
     path = saved(tmp_path)
     rewrite(tmp_path, lambda w: w.update({"value_head.weight": torch.zeros(1)}))
+    AutoModelForCausalLM.from_pretrained(path)
+    assert "value_head" in logged.pop(), "transformers would say it, too"
     with pytest.warns(UserWarning, match=r"value_head\.weight") as said:
         target = load_target(path)
-    assert len([w for w in said if "value_head" in str(w.message)]) == 1
+    assert len([w for w in said if "value_head" in str(w.message)]) == 1 and not logged
     assert target.fingerprint() == tiny("llama").fingerprint()
+
+
+def test_a_report_that_an_error_refers_to_is_shown(logged):
+    logger = logging.getLogger("transformers.modeling_utils")
+    with pytest.raises(RuntimeError), _one_report():
+        logger.warning("LlamaForCausalLM LOAD REPORT")
+        assert not logged
+        raise RuntimeError("for details look at the above report")
+    assert logged == ["LlamaForCausalLM LOAD REPORT"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])

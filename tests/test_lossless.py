@@ -47,6 +47,28 @@ def test_clean_run_is_lossless(sampled):
     assert 0 < result.largest_difference < result.rounding < 1e-10
 
 
+@pytest.mark.filterwarnings("ignore:.*not finite")
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_whose_scores_are_not_finite_are_compared_up_to_there(sampled):
+    """One ends before its first token, others within their text."""
+    config = settings(do_sample=sampled, temperature=0.7, eos_token_id=-1)
+    rows = prompts((9, 3, 14, 8, 5))
+    sound, _ = alone(tiny("llama"), rows, config, range(5))
+    others = {t for row in (*rows[:1], *rows[2:]) for t in row}
+    # of the prompt of one row, and of the text of others
+    bad = [next(t for t in found if t not in others) for found in (rows[1], sound[0][2:], sound[2])]
+    target = Target(copy.deepcopy(tiny("llama").model))
+    target.model.get_input_embeddings().weight.data[bad] = float("inf")
+    want, finish = alone(target, rows, config, range(5))
+    assert "not_finite" in finish and want[1] == [] and len({len(text) for text in want}) > 2
+    result = check(target, config)
+    assert (result.near_ties, result.unexplained, result.far_logits) == (0, 0, 0)
+    assert result.rows_equal == result.rows_compared == 10
+    assert result.compared_tokens == 2 * sum(map(len, want))
+    # A row that goes on where plain decoding ends is found.
+    assert check(target, config, speculative_target=tiny("llama")).unexplained > 0
+
+
 def test_drafters_that_watch_forwards_are_let():
     target, rows, watched = tiny("llama"), prompts((5,)), []
 

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from redrafter.contracts import Lookahead
 from redrafter.decode.plain import plain
 from redrafter.decode.ratio import verify_ratio
+from redrafter.decode.refill import refilled
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import ancestors
 from redrafter.decode.verify import verify
@@ -76,6 +77,26 @@ def test_rows_end_where_plain_decoding_of_each_alone_would(family, mode):
         assert got.stats.emitted == [len(w) - 1 for w in want], name
         if name != "plain":
             assert [sum(n) for n in got.stats.lengths] == got.stats.emitted, name
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite")
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_that_come_and_go_leave_nothing_behind(family, mode, slots):
+    """Numbers that are not finite in a row's keys and values reach neither the row that takes its
+    place, nor the shorter ones beside either. Token 0, which rows are filled up with, is such a
+    token; some rows have one in their prompt and end before their first token."""
+    target, config, _, want, finish = case(family, mode)
+    bad = next(t for text, f in zip(want, finish, strict=True) if f == STOP for t in text[-1:])
+    rows, seeds = [], []
+    for n in (25, 3, 12, 7):  # the longest leave first, and before the shorter ones enter
+        rows += [[bad] * n, *ROWS]
+        seeds += [0, *SEEDS]
+    got = refilled(target, rows, config, slots=slots, seeds=seeds)
+    assert got.tokens == [[], *want] * 4
+    assert got.finish == [STOP, *finish] * 4
+    assert got.stats.emitted == [0, *(len(w) - 1 for w in want)] * 4
 
 
 @pytest.mark.filterwarnings("ignore:.*not finite")

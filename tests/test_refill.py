@@ -97,12 +97,16 @@ def test_leaving_rows_give_their_places_to_the_last_ones():
     def states(row, layer):
         return torch.full((1, 2, 5, 3), 10.0 * row + layer)
 
+    def padding(n_rows, length, width=5):
+        return torch.arange(width).expand(n_rows, -1) >= length
+
     for row, length in enumerate(lengths):
-        cache.enter(1, 5)
+        cache.enter(padding(1, length))
         assert cache.get_seq_length() == 0 and cache.width == 5
         for layer in range(2):
             keys, values = cache.update(states(row, layer), -states(row, layer), layer)
-            assert torch.equal(keys, states(row, layer)) and torch.equal(values, -keys)
+            want = states(row, layer) * (torch.arange(5) < length)[:, None]
+            assert torch.equal(keys, want) and torch.equal(values, -keys)
         cache.entered([length])
     assert cache.leave([0, 2, 4]) == [3, 1] and cache.lengths == [2, 1]
     cache.prepare(1)
@@ -111,10 +115,12 @@ def test_leaving_rows_give_their_places_to_the_last_ones():
         keys, _ = cache.update(new, new, layer)
         assert keys.shape == (2, 2, 3, 3)
         assert keys[0, 0, :, 0].tolist() == [30.0 + layer, 30.0 + layer, 99.0]
-        assert keys[1, 0, :2, 0].tolist() == [10.0 + layer, 99.0]
-    cache.enter(4, 2)
+        assert keys[1, 0, :, 0].tolist() == [10.0 + layer, 99.0, 0]
+    for store in cache._groups:  # nothing is left of a row that is gone
+        assert not store[:, 2:].any() and not store[:, :, :, 3:].any()
+    cache.enter(padding(4, 2, 2))
     with pytest.raises(RuntimeError, match="cannot take 5"):
-        cache.enter(5, 2)
+        cache.enter(padding(5, 2, 2))
 
 
 def test_criteria_and_bad_requests_are_those_of_plain():

@@ -209,7 +209,7 @@ def test_code_of_its_own_beside_a_known_class_is_left_alone(bare, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("model.safetensors", "weights alone"), ("a.gguf", "GGUF"), ("config.json", "not a folder")],
+    [("model.safetensors", "weights alone"), ("config.json", "not a folder")],
 )
 def test_a_file_is_called_what_it_is(tmp_path, name, kind):
     (tmp_path / name).touch()

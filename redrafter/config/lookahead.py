@@ -66,7 +66,7 @@ class DiscoTrainConfig:
     hidden: int = 32
     """Width of the network's one hidden layer."""
     rollouts: int = 3
-    """Passes of random policies over each text; see `training.disco.examples`."""
+    """Passes of random policies over each text; see `records.fit.examples`."""
     batch_size: int = 1024
     """Moments per step of the optimiser, each with all levels."""
     learning_rate: float = 1e-2

@@ -122,8 +122,8 @@ def _check_first(store: Store, items: Iterable[TokenRow | RejectedRow]) -> None:
 def _made_otherwise(folder: str | Path, what: str) -> InputError:
     return InputError(
         f"{folder} was made by an earlier version, which took other parts of a chat for the "
-        f"question or for what is learned ({what}): remove it, or give another folder, and it is "
-        "made anew"
+        f"question or for what is learned, or put a BOS before a text's own ({what}): remove it, "
+        "or give another folder, and it is made anew"
     )
 
 

@@ -28,6 +28,7 @@ from redrafter.data.formats import (
 from redrafter.data.lost import check_rendered
 from redrafter.data.show import marked
 from redrafter.data.template import Span, Template, Tools
+from redrafter.targets.text import added, encode, encode_whole
 
 #: token ids, and which of them are learned
 Text = tuple[tuple[int, ...], tuple[bool, ...]]
@@ -60,7 +61,7 @@ class Renderer:
         self._detected = False
         self._template = Template(tokenizer, day)
         # What the tokenizer adds of its own to any text: a BOS before it, an EOS behind it.
-        self._n_before, self._n_behind = _added_tokens(tokenizer)
+        self._n_before, self._n_behind = map(len, added(tokenizer))
 
     # ------------------------------------------------------------ what callers want
 
@@ -100,7 +101,7 @@ class Renderer:
         """
         form = self._format_for(content, where)
         if form == "text":
-            ids = self._encode(field(content, "text", str, where)).input_ids
+            ids = self._encode(field(content, "text", str, where))["input_ids"]
             n_prompt = self._n_before + self.config.text_prompt_tokens
             return [self._told_apart(ids, [i >= n_prompt for i in range(len(ids))], form, where)]
         messages = self._messages(content, where, answered=True)
@@ -169,8 +170,9 @@ class Renderer:
 
     def _prompt_ids(self, text: str) -> list[int]:
         """Without an EOS of the tokenizer's own: the text goes on."""
-        ids = self._encode(text).input_ids
-        return ids[: len(ids) - self._n_behind] if self._completed() else ids
+        if self._completed():
+            return encode(self.tokenizer, text)
+        return self._encode(text)["input_ids"]
 
     def _completed(self) -> bool:
         """Whether the tokenizer puts tokens of its own around a text. A template writes the special
@@ -178,9 +180,9 @@ class Renderer:
         return not self._template.exists or self._format == "text"
 
     def _encode(self, text: str, **options: Any) -> Any:
-        return self.tokenizer(
-            text, add_special_tokens=self._completed(), verbose=False, **options
-        )  # fmt: skip
+        if self._completed():
+            return encode_whole(self.tokenizer, text, **options)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
     # ------------------------------------------------------------ which tokens are learned
 
@@ -188,8 +190,8 @@ class Renderer:
         """Ids and mask of a text whose characters to learn are known."""
         text = learned.text
         encoded = self._encode(text, return_offsets_mapping=True)
-        ids = encoded.input_ids
-        mask = self._inside(ids, encoded.offset_mapping, text, learned.spans)
+        ids = encoded["input_ids"]
+        mask = self._inside(ids, encoded["offset_mapping"], text, learned.spans)
         if self._completed() and self._n_behind and learned.end == len(text):
             mask[-self._n_behind :] = [True] * self._n_behind  # it ends the last answer
         return ids, mask
@@ -247,12 +249,3 @@ class Renderer:
             f"learned from; {remedy}. The row, learned tokens in brackets:\n"
             f"{shortened(marked(ids, supervised, self.tokenizer, color=False))}"
         )
-
-
-def _added_tokens(tokenizer: Any) -> tuple[int, int]:
-    """How many tokens a tokenizer puts before any text, and how many behind it."""
-    made = tokenizer("a", return_special_tokens_mask=True, verbose=False)
-    own = [bool(flag) for flag in made["special_tokens_mask"]]
-    if all(own):  # no token of the text's: nothing tells the two apart
-        return len(own), 0
-    return own.index(False), own[::-1].index(False)

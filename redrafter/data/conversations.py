@@ -31,10 +31,11 @@ from redrafter.data.build_rows import columns_of, need_rows, origin, source_iden
 from redrafter.data.chat import Renderer
 from redrafter.data.day import dated, day_of
 from redrafter.data.filling import Shard, fill, open_filled
-from redrafter.data.formats import Messages
+from redrafter.data.formats import Messages, tools_of
 from redrafter.data.rows import TokenRow
 from redrafter.data.sources import Source, read_source
 from redrafter.data.store import Store, begun, job_folder, open_job
+from redrafter.data.template import Tools
 from redrafter.data.vocabulary import check_ids
 from redrafter.processes import by_main, main_first
 from redrafter.targets.model import Target
@@ -43,10 +44,12 @@ from redrafter.targets.text import tokenizer_of
 
 @dataclass(frozen=True)
 class Conversation:
-    """turns: what is said before each answer; row: 0-based, in the source; where: `file:line`, for
-    messages; first: number of its first turn among those of all conversations."""
+    """turns: what is said before each answer; tools: that the row offers; row: 0-based, in the
+    source; where: `file:line`, for messages; first: number of its first turn among those of all
+    conversations."""
 
     turns: list[Messages]
+    tools: Tools | None
     row: int
     where: str
     first: int
@@ -125,10 +128,10 @@ def _conversations(
     for row, content in source:
         where, reason = source.where(row), "duplicate"
         try:
-            turns = renderer.turns(content, where)
+            turns, tools = renderer.turns(content, where), tools_of(content, where)
             made_up = {"role": "assistant", "content": "."}
             chat = [m for turn in turns for m in (*turn, made_up)][:-1]
-            ids = renderer.conversation(chat, where)
+            ids = renderer.conversation(chat, where, tools)
             check_ids(ids, vocab_size, renderer.tokenizer, where)
         except InputError as error:
             failed, allowed = failed + 1, source.config.max_failed_rows
@@ -136,13 +139,13 @@ def _conversations(
                 raise InputError(
                     f"{error}\n(max_failed_rows {allowed}: mend the row, or raise it to go on)"
                 ) from error
-            turns, reason = [], str(error)
-        said = json.dumps(turns)
+            turns, tools, reason = [], None, str(error)
+        said = json.dumps([turns, tools])
         if not turns or said in seen:
             left_out.append({"source_row": row, "failed": not turns, "reason": reason})
             continue
         seen.add(said)
-        found.append(Conversation(turns, row, where, first))
+        found.append(Conversation(turns, tools, row, where, first))
         first += len(turns)
     if not found:
         raise InputError(f"{source.config.path}: none of its rows asks anything; give another")
@@ -181,11 +184,17 @@ def _converse(
         for place in [p for p in history if turn < len(chats[p].turns)]:
             chat = chats[place]
             history[place] += chat.turns[turn]
-            ids = list(renderer.conversation(history[place], f"{chat.where}, turn {turn + 1}"))
-            if room is None or len(ids) < room:
+            where = f"{chat.where}, turn {turn + 1}"
+            try:  # of the target's own words a template, or the target, may not take all
+                ids = list(renderer.conversation(history[place], where, chat.tools))
+                check_ids(ids, target.vocab_size, renderer.tokenizer, where)
+                why = f"a prompt of {len(ids)} tokens, fills the context of {room}"
+            except InputError as error:
+                ids, why = [], str(error)
+            if ids and (room is None or len(ids) < room):
                 prompts[place] = ids
                 continue
-            end(place, turn, f"a prompt of {len(ids)} tokens, fills the context of {room}")
+            end(place, turn, why)
             bar.update(len(chat.turns) - turn)
         seeds = [answer_seed(seed, chats[p].row, temperature, sample, turn) for p in prompts]
         made = answer(target, list(prompts.values()), seeds, temperature, config, drafter, bar)

@@ -2,7 +2,7 @@
 
 A target in a narrow dtype overflows on some texts (float16 ends at 65504), and a store in one on
 some states. Whatever reads or writes rows with numbers asks here: what goes into a store
-(`states.py`, `lookahead_store.py`), what is read from one that was made before rows were judged
+(`states.py`, `records/store.py`), what is read from one that was made before rows were judged
 (`reading.py`), and `data/check.py`. Source: ours.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
+from redrafter.data.columns import PER_ROW
 from redrafter.data.rows import row_names
-from redrafter.data.store import PER_ROW, Store
+from redrafter.data.store import Store
 
 #: stands in a column of tokens for one that would have been chosen from such scores
 OVERFLOWED = -2

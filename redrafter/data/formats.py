@@ -174,14 +174,25 @@ def turns_of(
         return [[_user(listed, i, where)] for i in range(len(listed))]
     groups: list[Messages] = [[]]
     for message in messages_of(content, form, where, columns):
-        if message["role"] == "assistant":
-            groups.append([])
-        else:
+        role = message["role"]
+        if role in ("tool", "function"):
+            raise InputError(
+                f"{where}: a {role} answers a call that the target may not make in its own "
+                "answers; remove the row, or let the target answer prompts (data/prepare.py) alone"
+            )
+        if role != "assistant":
             groups[-1].append(message)
-    asked = [group for group in groups if any(m["role"] == "user" for m in group)]
-    if not asked:
+        elif _asks(groups[-1]):  # else it is a greeting, and what stood before it stays
+            groups.append([])
+    if not _asks(groups[-1]):
+        groups.pop()
+    if not groups:
         raise InputError(f"{where}: no user says anything in it; remove the row")
-    return asked
+    return groups
+
+
+def _asks(messages: Messages) -> bool:
+    return any(message["role"] == "user" for message in messages)
 
 
 def _turn_list(content: dict[str, Any], where: str) -> list[Any]:

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from redrafter.contracts import InputError
 from redrafter.data.finite import choice
+from redrafter.data.rows import padded_with_last
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 
@@ -65,9 +66,7 @@ def continue_greedily(
     start = pad_sequence(where, batch_first=True).to(target.device)
     tokens = pad_sequence([torch.as_tensor(rows[r]) for r in work], batch_first=True)
     n_rows, length = tokens.shape
-    # Padded with the row itself: 0 times a padded place that overflows is nan, not 0.
-    last = torch.tensor([[len(rows[r]) - 1] for r in work])
-    tokens = tokens.gather(1, torch.minimum(torch.arange(length), last))
+    tokens = padded_with_last(tokens, torch.tensor([len(rows[r]) for r in work]))
     width = max(1, max_nodes // n_rows)
     # Chunks of equal size: a last one of two chains would cost as many forwards as a full one.
     n_chunks = -(-start.shape[1] // width)

@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 
 from redrafter.contracts import InputError
 from redrafter.data.build_rows import need_rows
+from redrafter.data.columns import PER_ROW
 from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.finite import finite_rows, rows_kept
 from redrafter.data.rows import offsets_of, row_names
 from redrafter.data.states import StateMaker, estimate, facts_of, state_columns, unique_rows
-from redrafter.data.store import PER_ROW, Store, open_job
+from redrafter.data.store import Store, open_job
 from redrafter.processes import by_main, everyone, mine
 
 

@@ -83,10 +83,20 @@ def row_names(rows: Sequence[int]) -> str:
 
 
 def right_padded(rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows as a batch: tokens (B, T) int64, padded with 0 on the right, and lengths (B,)."""
+    """Rows as a batch: tokens (B, T) int64, see `padded_with_last`, and lengths (B,)."""
     pieces = [rows.tokens[rows.offsets[r] : rows.offsets[r + 1]] for r in chosen]
     lengths = torch.tensor([len(piece) for piece in pieces])
-    return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), lengths
+    tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+    return padded_with_last(tokens, lengths), lengths
+
+
+def padded_with_last(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T) right-padded rows, padded with their own last token. lengths: (B,), at least 1
+
+    A target may overflow on any other token, and 0 times a padded place that does is nan, not 0.
+    """
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    return tokens.gather(1, torch.minimum(place, lengths[:, None] - 1))
 
 
 def batches_by_length(lengths: Tensor, chosen: Sequence[int], tokens: int) -> Iterator[list[int]]:

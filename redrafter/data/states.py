@@ -105,8 +105,6 @@ class StateMaker:
             tokens, n = right_padded(rows, batch)
             place = torch.arange(tokens.shape[1])
             real = place < n[:, None]
-            # Padded with the row itself: 0 times a padded place that overflows is nan, not 0.
-            tokens = tokens.gather(1, torch.minimum(place, n[:, None] - 1))
             where = (rows.offsets[batch][:, None] + place)[real]
             hidden = target.states(tokens.to(target.device))[real.to(target.device)]
             for name, values in self.encode(hidden).items():

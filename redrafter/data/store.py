@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
+from redrafter.data.columns import PER_ROW, bytes_of, index_check, layout_of, row_checks
 from redrafter.data.day import KEY
 from redrafter.data.remote import Folder, open_folder
 from redrafter.data.rows import Rows, offsets_of, starts_per_row
@@ -46,7 +47,6 @@ from redrafter.files import (
 from redrafter.processes import by_main, wait_to_see
 
 FORMAT = 1
-PER_ROW = ("row", "source_row", "length", "check")  # all other columns are flat
 #: settings of a job that its receipt tells of
 _TOLD = ("temperatures", "samples_per_prompt", "max_new_tokens", "seed", "dtype", "continuation",
          KEY)  # fmt: skip
@@ -121,7 +121,7 @@ class Job:
                 receipt |= {
                     "rows": len(columns["length"]), "tokens": len(columns["tokens"]),
                     "supervised": int(columns["supervised"].sum()),
-                    "columns": _layout(columns), "index": _index_check(columns),
+                    "columns": layout_of(columns), "index": index_check(columns),
                     "file": path.name, "bytes": path.stat().st_size, "sha256": digest_file(path),
                 }  # fmt: skip
             receipt["rejected"] = plain_values(list(rejected))
@@ -194,38 +194,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
             f"{folder}: the disk is full. What is written is whole; free some space and run the "
             "same command again to go on"
         ) from error
-
-
-def row_checks(columns: dict[str, Tensor]) -> Tensor:
-    """(R, C) int64: CRC-32 over each flat column's part of a row, columns in order of name."""
-    ends = columns["length"].cumsum(0).tolist()
-    flat = [_bytes(columns[name]) for name in sorted(columns) if name not in PER_ROW]
-    return torch.tensor(
-        [
-            [zlib.crc32(data[begin * width : end * width]) for data, width in flat]
-            for begin, end in zip([0, *ends], ends, strict=False)
-        ]
-    )
-
-
-def _index_check(columns: dict[str, Tensor]) -> int:
-    """CRC-32 over the columns that have one entry per row."""
-    return zlib.crc32(b"".join(columns[name].numpy().tobytes() for name in PER_ROW))
-
-
-def _layout(columns: dict[str, Tensor]) -> dict[str, list]:
-    """Flat column -> [dtype, shape per token]."""
-    return {
-        name: [str(c.dtype).removeprefix("torch."), list(c.shape[1:])]
-        for name, c in sorted(columns.items())
-        if name not in PER_ROW
-    }
-
-
-def _bytes(column: Tensor) -> tuple[memoryview, int]:
-    """A flat column as bytes, and how many of them a token has."""
-    width = column[:1].numel() * column.element_size() if len(column) else 1
-    return memoryview(column.contiguous().view(-1).view(torch.uint8).numpy()), width
 
 
 def _check_identity(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -316,7 +284,7 @@ class Store:
         for number, entry in enumerate(self.shards):
             with self._open(number) as file:
                 per_row = {name: file.get_tensor(name) for name in PER_ROW}
-                if _index_check(per_row) != entry["index"]:
+                if index_check(per_row) != entry["index"]:
                     raise InputError(self._damaged(number, "its index is not what was written"))
                 own = per_row["length"].long()
                 row.append(per_row["row"])
@@ -396,7 +364,7 @@ class Store:
                     for name, part in slices.items():
                         piece = part[begin : begin + n]
                         expected = int(checks[self._place[row], names.index(name)])
-                        if zlib.crc32(_bytes(piece)[0]) != expected:
+                        if zlib.crc32(bytes_of(piece)[0]) != expected:
                             what = f"row {row}, {name}, is not what was written"
                             raise InputError(self._damaged(number, what))
                         out[name][int(offsets[i]) : int(offsets[i + 1])] = piece

@@ -25,7 +25,10 @@ _FREE = 1 / 8
 
 class SlotCache(RowCache):
     """A `RowCache` whose rows come and go. Room for `slots` rows is allocated once; the first
-    `len(lengths)` of them are in use, and a forward works on these alone or on new ones alone."""
+    `len(lengths)` of them are in use, and a forward works on these alone or on new ones alone.
+
+    What lies behind a row's committed part is never what another row left there: it might be nan,
+    which a mask does not hide (see `RowCache.prepare`)."""
 
     def __init__(self, n_layers: int, slots: int, capacity: int, device: torch.device):
         super().__init__(n_layers, 0, capacity, device)
@@ -40,10 +43,12 @@ class SlotCache(RowCache):
         self._rows = slice(0, len(self.lengths))
         super().prepare(n)
 
-    def enter(self, n_rows: int, n_tokens: int) -> None:
-        """The next forward brings `n_tokens` of each of `n_rows` new rows, and sees no others;
-        after it call `entered`."""
-        first = len(self.lengths)
+    def enter(self, padding: Tensor) -> None:
+        """The next forward brings new rows, and sees no others; after it call `entered`.
+
+        padding: (rows, tokens) bool, as of `prepare`
+        """
+        first, (n_rows, n_tokens) = len(self.lengths), padding.shape
         if first + n_rows > self.slots or n_tokens > self.capacity:
             raise RuntimeError(
                 f"cache of {self.slots} rows of {self.capacity} entries, {first} of them in use, "
@@ -51,24 +56,27 @@ class SlotCache(RowCache):
             )
         self._rows = slice(first, first + n_rows)
         self._start, self._width, self._uniform = 0, n_tokens, True
+        self._padding = padding
 
     def entered(self, lengths: list[int]) -> None:
-        """lengths: tokens of every new row; what was written behind them is never seen."""
+        """lengths: tokens of every new row."""
         self.commit([*self.lengths, *lengths])
 
     def leave(self, places: Sequence[int]) -> list[int]:
         """Take rows out, each gap filled by the last row. Returns, for every place that is left,
-        the place where its row was. Moves the keys and values of at most `places` rows."""
-        order = list(range(len(self.lengths)))
+        the place where its row was. Moves the keys and values of at most `places` rows, and
+        forgets those of as many."""
+        n, longest = len(self.lengths), max(self.lengths)
+        order = list(range(n))
         for place in sorted(places, reverse=True):  # so that the last one is never a leaving row
             last = order.pop()
             if place < len(order):
                 order[place] = last
-        for to, place in enumerate(order):
-            if to != place:
-                for store in self._groups:
-                    kept = slice(self.lengths[place])
-                    store[:, to, :, kept] = store[:, place, :, kept]
+        for store in self._groups:
+            for to, place in enumerate(order):
+                if to != place:  # with the zeros behind a shorter row
+                    store[:, to, :, :longest] = store[:, place, :, :longest]
+            store[:, len(order) : n, :, :longest] = 0
         self.commit([self.lengths[place] for place in order])
         return order
 
@@ -139,11 +147,12 @@ def _read(target: Target, prompts: list[list[int]], cache: SlotCache) -> Tensor:
     """The prompts of rows that enter. Returns (B, V) logits behind each one's last token."""
     lengths = torch.tensor([len(p) for p in prompts])
     position = torch.arange(int(lengths.max()))
+    padding = position >= lengths[:, None]
     ids = torch.zeros(len(prompts), len(position), dtype=torch.long)
-    ids[position < lengths[:, None]] = torch.tensor([token for p in prompts for token in p])
+    ids[~padding] = torch.tensor([token for p in prompts for token in p])
     position = position.to(target.device)[None]
     causal = position[:, :, None] >= position[:, None, :]
-    cache.enter(*ids.shape)
+    cache.enter(padding.to(target.device))
     out = target.forward(
         ids.to(target.device),
         position.expand(len(prompts), -1),

@@ -190,16 +190,17 @@ def reference(
     recorder = RecordingTarget(target)
     force = None if text is None else [Force(len(prompt), text)]
     made = plain(recorder, [prompt], config, seeds=seed, logits_processor=force)
-    tokens = made.tokens[0]
-    sequential = torch.cat(recorder.logits)
+    tokens, n = made.tokens[0], len(made.tokens[0])
+    # (Scores that are not finite chose no token, and ended the row.)
+    sequential = torch.cat(recorder.logits)[:n]
     scores = processed(target, prompt, tokens, sequential, config, seed)
     # The same by one forward over the whole text, in other shapes and without a cache.
     ids = torch.tensor([[*prompt, *tokens[:-1]]], device=target.device)
-    parallel = target.project(target.states(ids)[0, len(prompt) - 1 :])
+    parallel = target.project(target.states(ids)[0, len(prompt) - 1 :][:n])
     other = processed(target, prompt, tokens, parallel, config, seed)
-    largest = float(scores.masked_fill(scores.isinf(), 0.0).abs().max())
+    largest = _largest(scores.masked_fill(scores.isinf(), 0.0))
     rounding = max(
-        _ROUNDING_FACTOR * float(_differences(scores, other).max()),
+        _ROUNDING_FACTOR * _largest(_differences(scores, other)),
         _ROUNDING_ULPS * torch.finfo(scores.dtype).eps * largest,
     )
     return Reference(tokens, made.finish[0], scores, rounding)
@@ -209,6 +210,11 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
     """(n,) largest difference per position; a token forbidden in both differs by nothing."""
     same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(same, 0.0, (a.double() - b.double()).abs()).amax(-1)
+
+
+def _largest(numbers: Tensor) -> float:
+    """By size; 0 where there is none, as of a row without a token."""
+    return float(numbers.abs().max()) if numbers.numel() else 0.0
 
 
 def compare_row(
@@ -229,7 +235,7 @@ def compare_row(
     result.rows_compared += 1
     result.compared_tokens += n
     differences = _differences(own.scores[:n], scores[:n])
-    result.largest_difference = max(result.largest_difference, float(differences.max()))
+    result.largest_difference = max(result.largest_difference, _largest(differences))
     result.rounding = rounding = max(result.rounding, own.rounding)
     result.far_logits += int((differences > rounding).sum())
     for i, (token, choice) in enumerate(
@@ -310,7 +316,7 @@ def check_mode(
                 result.rows_equal += tokens == own.tokens
                 if tokens != own.tokens:
                     own = reference(target, prompts[i], config, seed + i, tokens)
-                logits = torch.cat(recorder.logits[row])
+                logits = torch.cat([own.scores[:0], *recorder.logits[row]])
                 assert len(logits) == len(tokens), "scores were recorded for other tokens"
                 scores = processed(target, prompts[i], tokens, logits, config, seed + i)
                 compare_row(result, own, tokens, made.finish[row], scores, i, batch_size)

@@ -5,22 +5,23 @@ Under the seeded rule a text does not depend on what was drafted. So plain decod
 one teacher-forced forward gives the target's states, and the drafter is walked over every position
 as if a step began there: with all its levels, at the temperature, and with the noise that it would
 see. No target forward is needed for that, a batch of texts is walked together, and any policy of
-stopping can be replayed exactly on the result (`lookahead/replay.py`). The papers record what one
+stopping can be replayed exactly on the result (`policies.py`). The papers record what one
 fixed policy visits (DISCO, arXiv 2405.04304); walking everywhere is ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
+from redrafter.data.rows import padded_with_last
 from redrafter.decode.plain import plain
-from redrafter.decode.request import Request
+from redrafter.decode.request import NOT_FINITE, Request
 from redrafter.drafters.hindsight import Past
 from redrafter.lookahead.context import context_features
 from redrafter.targets.model import Target
@@ -41,6 +42,8 @@ class Text:
     chance:   (S, K) float32, how likely level k was to be accepted given that those before it are,
               by what the drafter had looked at (see `acceptance_chance`); nan below the first
               level that was rejected and where the text ends
+    finite:   whether every token was chosen from finite scores; the text ends before one that
+              would not have been
     """
 
     tokens: Tensor
@@ -50,6 +53,7 @@ class Text:
     accepted: Tensor
     judged: Tensor
     chance: Tensor
+    finite: bool = True
 
 
 COLUMNS = ("tokens", "features", "context", "nodes", "accepted", "judged", "chance")
@@ -74,11 +78,14 @@ def walk_texts(
             "lookahead records: this drafter reads the target's cache or its logits at every node, "
             "which a walk over known texts has not; record a head, a smaller model or copies"
         )
-    answers = plain(target, prompts, config, seeds=seeds).tokens
-    walk = _Walk(target, drafter, prompts, answers, Request(
+    made = plain(target, prompts, config, seeds=seeds)
+    walk = _Walk(target, drafter, prompts, made.tokens, Request(
         target, prompts, config, list(seeds), None, None, None, None,
     ))  # fmt: skip
-    return walk.run()
+    return [
+        replace(text, finite=finish != NOT_FINITE)
+        for text, finish in zip(walk.run(), made.finish, strict=True)
+    ]
 
 
 class _Walk:
@@ -100,7 +107,8 @@ class _Walk:
         self.text = seqs.ids.clone()  # (B, M) prompt and answer
         for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             self.text[b, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-        states = target.states(self.text[:, : max(map(len, prompts)) + max(map(len, answers))])
+        tokens = self.text[:, : max(map(len, prompts)) + max(map(len, answers))]
+        states = target.states(padded_with_last(tokens, self.start + self.n_answer))
         #: (B, A, H) states that the answer's tokens were chosen from, and the one after the last
         where = (self.start - 1)[:, None] + torch.arange(int(self.n_answer.max()) + 1)
         where = where.clamp(max=states.shape[1] - 1).to(states.device)

@@ -19,7 +19,7 @@ from redrafter.records.make import Text
 
 @dataclass
 class Records:
-    """R texts, padded to S positions; see `data.lookahead.Text` for the columns.
+    """R texts, padded to S positions; see `records.make.Text` for the columns.
 
     length: (R,) int64, positions of each text; room: (R, S) int64, levels that the limit of new
     tokens leaves room for (a text that ends by itself is drafted for beyond its end)

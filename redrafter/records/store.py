@@ -104,7 +104,7 @@ def _shard(texts: Sequence[Text], first: int, rows: Sequence[int], overflow: str
         "length": torch.tensor([len(t.tokens) for t in texts], dtype=torch.int32),
         "supervised": torch.ones(len(columns["tokens"]), dtype=torch.bool),
     }
-    good = finite_rows(columns, columns["length"])
+    good = finite_rows(columns, columns["length"]) & torch.tensor([t.finite for t in texts])
     return rows_kept(columns, good), left_out(columns["source_row"][~good], overflow)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ def load_complete(path: str, **kwargs: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    # Other shapes are no error here, so that they are told of as what is missing is.
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
+    with _one_report():
+        # Other shapes are no error here, so that they are told of as what is missing is.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     kind = type(model).__name__
     if found["missing_keys"]:
         raise InputError(
@@ -48,6 +51,30 @@ def load_complete(path: str, **kwargs: Any) -> Any:
             stacklevel=2,
         )
     return model
+
+
+@contextmanager
+def _one_report() -> Iterator[None]:
+    """transformers' table of missing and unused keys is not shown: the same is said here, without
+    its advice to train what is missing. Where loading fails, its error may mean the table."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        reports = "LOAD REPORT" in record.getMessage()
+        held.extend([record] * reports)
+        return not reports
+
+    logger.addFilter(hold)
+    try:
+        yield
+    except Exception:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
+        raise
+    finally:
+        logger.removeFilter(hold)
 
 
 def _some(names: Iterable[str]) -> str:

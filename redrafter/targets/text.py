@@ -79,15 +79,30 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     itself, too (a rendered chat), and none stand behind it: nothing is continued after an EOS.
     """
     bare = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    front = _front(tokenizer)
-    return bare if bare[:1] == front[:1] else front + bare
+    front, _ = added(tokenizer)
+    return bare if bare[: len(front)] == front else front + bare
 
 
-def _front(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts before a text."""
-    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+def encode_whole(tokenizer: Any, text: str, **options: Any) -> dict[str, list]:
+    """What a tokenizer makes of a text that is complete: with its special tokens around it, of
+    which none stands there twice where the text brings them itself."""
+    made = tokenizer(text, verbose=False, **options)
+    front, behind = added(tokenizer)
+    ids, n, m = made["input_ids"], len(front), len(behind)
+    first = n if ids[n : 2 * n] == front else 0
+    last = m if ids[len(ids) - 2 * m : len(ids) - m] == behind else 0
+    return {name: values[first : len(ids) - last] for name, values in made.items()}
+
+
+def added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before any text, and those behind."""
+    whole = tokenizer("a", verbose=False).input_ids
+    bare = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
+    if not bare:  # no token of the text's: nothing tells the two apart
+        return whole, []
     starts = range(len(whole) - len(bare) + 1)
-    return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
+    first = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
+    return whole[:first], whole[first + len(bare) :]
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
