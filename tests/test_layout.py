@@ -133,10 +133,11 @@ MAY_IMPORT = {
     "data": BASE | {"bars", "processes", "targets", "decode"},
     "tables": MAKING | {"drafters"},
     "records": MAKING | {"drafters", "lookahead"},
-    "evaluation": MAKING | {"fetch", "heads", "drafters", "lookahead", "drafting"}
-    | {"tables", "records"},
+    "costs": BASE | {"targets", "decode", "drafters", "data"},
     # What a name is made from may lie in a folder, and be priced: above what they are made by.
-    "partners": BASE | {"fetch", "targets", "heads", "drafters", "tables", "evaluation.costs"},
+    "partners": BASE | {"fetch", "targets", "heads", "drafters", "tables", "costs"},
+    "evaluation": MAKING | {"fetch", "threads", "heads", "drafters", "lookahead", "drafting"}
+    | {"tables", "records", "costs", "partners"},
     "generation": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "partners"},
     "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
     "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete

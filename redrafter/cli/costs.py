@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--slowdown also which rows of guesses are worth verifying on this device.",
         alone=True,
     )
-    from redrafter.evaluation.costs import CostMeter
+    from redrafter.costs import CostMeter
     from redrafter.evaluation.prompts import number_list
     from redrafter.evaluation.report import write_result
 

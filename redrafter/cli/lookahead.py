@@ -228,7 +228,7 @@ def counted(
 
 def meter_for(target: Any, drafter: Any, sizes: set[int], context: int, temperature: float) -> Any:
     """Measures the drafter, and forwards over trees of these sizes; once now."""
-    from redrafter.evaluation.costs import CostMeter
+    from redrafter.costs import CostMeter
 
     limit = target.max_positions
     if limit is not None:

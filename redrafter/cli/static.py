@@ -144,7 +144,7 @@ def record(
 def make_meter(
     config: StaticConfig, widths: Sequence[int], target: Any, partners: Any, context: int
 ) -> Any:
-    from redrafter.evaluation.costs import CostMeter
+    from redrafter.costs import CostMeter
 
     nodes = {1 + width * depth for width in widths for depth in range(config.depth + 1)}
     if target.max_positions is not None:
