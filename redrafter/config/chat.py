@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redrafter.config.common import TargetConfig, at_least
-from redrafter.config.evaluation import PartnersConfig
+from redrafter.config.common import PartnersConfig, TargetConfig, at_least
 
 
 @dataclass(frozen=True)

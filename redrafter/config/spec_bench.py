@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from redrafter.config.common import PromptFormat, TargetConfig, at_least
-from redrafter.config.evaluation import DraftingConfig
+from redrafter.config.common import DraftingConfig, PromptFormat, TargetConfig, at_least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpecBenchConfig(DraftingConfig):
     """`eval/spec_bench.py`: chats of several turns, figures by task, Spec-Bench's answer files."""
 
