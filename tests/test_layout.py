@@ -265,6 +265,29 @@ def test_import_table_is_enforced(tmp_path):
     ]
 
 
+def long_functions(folder: Path, most: int) -> list[str]:
+    """`file:line name` of every function, methods and inner ones too, of more lines than that."""
+    return [
+        f"{path.relative_to(folder)}:{node.lineno} {node.name}"
+        for path in sorted(folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno - node.lineno >= most
+    ]
+
+
+def test_commands_parse_check_and_call():
+    """What they do is done in the library, where it has types and can be called."""
+    assert not long_functions(ROOT / "redrafter/cli", 40)
+
+
+def test_long_functions_are_found(tmp_path):
+    for lines in (40, 41):
+        text = "class A:\n    def f():\n" + "        1\n" * (lines - 1)
+        (tmp_path / f"of_{lines}.py").write_text(text)
+    assert long_functions(tmp_path, 40) == ["of_41.py:2 f"]
+
+
 @pytest.mark.parametrize("module", ["redrafter", "redrafter.cli.*"])
 def test_import_stays_light(module):
     """So that help and refusals come at once, and that settings which torch reads when it is
