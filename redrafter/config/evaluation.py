@@ -13,7 +13,7 @@ class LosslessConfig(DraftingConfig, PromptFileConfig):
     """`eval/lossless.py`: does drafting change a token?"""
 
     methods: str = "head"
-    """Ways of drafting, comma-separated; all of them, with their options, stand below."""
+    """Ways of drafting, comma-separated; `--list` prints all of them, with their options."""
     batch_sizes: str = "1,4"
     """Rows per speculative batch, comma-separated; the reference is always a row alone."""
     temperatures: str = "1"
@@ -94,7 +94,7 @@ class SpeedConfig(DraftingConfig, PromptFileConfig):
     """`eval/speed.py`: ways of decoding compared on the same prompts."""
 
     methods: str = "stock,plain,head"
-    """Ways of decoding, comma-separated; all of them, with their options, stand below."""
+    """Ways of decoding, comma-separated; `--list` prints all of them, with their options."""
     max_new_tokens: int = 128
     """Per prompt, the same for every method."""
     temperature: float = 0.0

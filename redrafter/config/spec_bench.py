@@ -42,7 +42,7 @@ class SpecBenchConfig(DraftingConfig):
     first tokens but for a BOS, `skip` leaves the question out of every method, `error` stops.
     Which were is counted and reported."""
     methods: str = "plain,head"
-    """Ways of decoding, comma-separated; all of them, with their options, stand below."""
+    """Ways of decoding, comma-separated; `--list` prints all of them, with their options."""
     baseline: str = "plain"
     """The one of `methods` that speedups are over; `stock` is transformers' `generate`."""
     max_new_tokens: int = 1024

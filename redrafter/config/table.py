@@ -46,7 +46,7 @@ class AcceptanceConfig(DraftingConfig, PromptFileConfig):
     """`eval/acceptance.py`: what is accepted, rule by rule."""
 
     methods: str
-    """Ways of drafting, comma-separated; all of them, with their options, stand below."""
+    """Ways of drafting, comma-separated; `--list` prints all of them, with their options."""
     temperature: float = 1.0
     """0 is greedy."""
     out: str | None = None
