@@ -11,10 +11,10 @@ from torch.nn import Module
 
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
+from redrafter.costs import price
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.build import Partners
 from redrafter.drafters.suffix import ReferenceTexts
-from redrafter.evaluation.costs import price
 from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
 from redrafter.tables.bigrams import open_bigrams, open_probed

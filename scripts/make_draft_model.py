@@ -36,10 +36,10 @@ from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import OptimConfig, TargetConfig
 from redrafter.config.common import at_least
 from redrafter.contracts import InputError
+from redrafter.costs import CostMeter
 from redrafter.data.answers import check_same_text
 from redrafter.data.rows import Rows, batches_by_length, offsets_of, right_padded
 from redrafter.data.store import Store
-from redrafter.evaluation.costs import CostMeter
 from redrafter.files import new_folder, plain_values, provenance, write_json
 from redrafter.targets.model import Target, load_target
 from redrafter.training.loop import learning_rate, make_optimizer

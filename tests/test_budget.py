@@ -12,12 +12,12 @@ from test_recurrent_drafter import make_head
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, Truth
+from redrafter.costs import CostMeter
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import BUCKETS
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.report import write_result
 
 MODES = ({}, dict(do_sample=True, temperature=0.7), dict(do_sample=True, temperature=1.5))

@@ -23,6 +23,9 @@ from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import Plan
+from redrafter.evaluation import models
+from redrafter.evaluation.lookaheads import experiment
+from redrafter.evaluation.lookaheads.cases import cases_of, check, names_of
 from redrafter.evaluation.lookaheads.report import overview, says_best
 from redrafter.evaluation.lookaheads.steps import (
     Step,
@@ -220,7 +223,7 @@ def test_a_method_beside_itself(made):
 def test_nothing_is_measured_twice(asked, made, monkeypatch, capsys):
     out, args = asked
     shown = (out / "table.md").read_text()
-    monkeypatch.setattr(cli, "measure", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr(experiment, "measure", lambda *a: pytest.fail("measured twice"))
     assert cli.main(args) == 0
     assert (out / "table.md").read_text() == shown
     with pytest.raises(SystemExit):
@@ -267,7 +270,7 @@ def config_of(**changes) -> list[str]:
     ],
 )
 def test_bad_names_are_refused_before_anything_is_loaded(changes, said, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_both", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(models, "load_both", lambda config: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as error:
         cli.main(config_of(**changes))
     assert error.value.code == 2 and said in capsys.readouterr().err
@@ -276,11 +279,11 @@ def test_bad_names_are_refused_before_anything_is_loaded(changes, said, monkeypa
 @pytest.mark.parametrize("path", launched_by("eval/lookahead.py"), ids=str)
 def test_configurations_are_read_as_they_are(path):
     config = parse(LookaheadEvalConfig, [f"--config={path}"], "eval/lookahead.py")
-    parts = cli.parts_of(config)
-    names = [name for part in parts for name in cli.names_of(part)]
-    cli.check(names, config)
-    check_partners(names, parts[0].speed)
-    ours = {label for part in parts for label in part.lookaheads}
+    cases = cases_of(config)
+    names = [name for case in cases for name in names_of(case)]
+    check(names, config)
+    check_partners(names, cases[0].speed)
+    ours = {label for case in cases for label in case.lookaheads}
     assert ours == set(config.lookaheads), "no label is always another's"
 
 
@@ -293,16 +296,16 @@ def test_placeholders_and_transfer():
         "temperatures": [0.0, 0.5],
     }
     config = parse(LookaheadEvalConfig, config_of(**changes), "test")
-    parts = cli.parts_of(config)
-    assert [Path(p.speed.out).name for p in parts] == [
+    cases = cases_of(config)
+    assert [Path(p.speed.out).name for p in cases] == [
         "copy-a-t0.json", "copy-a-t0.5.json", "copy-b-t0.json", "copy-b-t0.5.json",
     ]  # fmt: skip
-    assert parts[1].lookaheads == {"own": "suffix:4x1:lookahead=disco(path=r/copy-a-t0.5)"}
-    assert parts[2].lookaheads == {
+    assert cases[1].lookaheads == {"own": "suffix:4x1:lookahead=disco(path=r/copy-a-t0.5)"}
+    assert cases[2].lookaheads == {
         "own": "suffix:4x1:lookahead=disco(path=r/copy-b-t0)",
         "of-a": "suffix:4x1:lookahead=disco(path=r/copy-a-t0)",
     }
-    assert parts[3].speed.temperature == 0.5 and parts[3].speed.prompts == "b.jsonl"
+    assert cases[3].speed.temperature == 0.5 and cases[3].speed.prompts == "b.jsonl"
 
 
 # ------------------------------------------------------------------------------------- the figures

@@ -21,12 +21,12 @@ from redrafter.config import (
     TrainConfig,
 )
 from redrafter.contracts import InputError, StepStats
+from redrafter.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
 from redrafter.data.answers import generation_config
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import build_plan
-from redrafter.evaluation.costs import Cost, CostMeter, CostTable, DrafterCost, TargetCost
 from redrafter.evaluation.figures import (
     acceptance,
     bootstrap,

@@ -9,9 +9,9 @@ from models import NEW, Recorder, alone, prompts, settings, tiny
 from transformers import DynamicCache
 
 from redrafter.contracts import InputError
+from redrafter.costs import CostMeter
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import NO_DRAFT, LayerSkipping
-from redrafter.evaluation.costs import CostMeter
 from redrafter.lookahead.draft_exit import DraftExit
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target

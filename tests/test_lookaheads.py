@@ -12,6 +12,7 @@ from test_recurrent_drafter import make_head
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, Lookahead, NoDraft
+from redrafter.costs import CostMeter
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.build import DRAFTERS, Partners
@@ -30,7 +31,6 @@ from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import LOOKAHEADS, Plan, build_plan, foreseen, parse_plan
 from redrafter.evaluation.acceptance import Counter
-from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.lossless import check_mode, references
 from redrafter.evaluation.methods import PromptBatch, build_method
 from redrafter.lookahead.confidence import ConfidenceLookahead

@@ -12,10 +12,10 @@ from test_recurrent_drafter import make_head
 from redrafter.cli import costs as costs_cli
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
+from redrafter.costs import CostMeter
 from redrafter.drafters import profile
 from redrafter.drafters.profile import StepCosts, profile_of, profile_path, step_costs
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.evaluation.costs import CostMeter
 from redrafter.evaluation.report import write_result
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead

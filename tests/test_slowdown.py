@@ -9,9 +9,9 @@ from models import VOCAB, alone, prompts, settings, tiny
 
 from redrafter.cli import costs as costs_cli
 from redrafter.contracts import InputError
+from redrafter.costs import Cost, CostTable, TargetCost
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.evaluation.costs import Cost, CostTable, TargetCost
 from redrafter.evaluation.pictures import save_figure, slowdown_map
 from redrafter.evaluation.slowdown import (
     Slowdown,

@@ -14,6 +14,7 @@ from redrafter.config import SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.runs import Method, PromptBatch, TimedRun
+from redrafter.evaluation.spec_bench import experiment
 from redrafter.evaluation.spec_bench.answer_files import (
     compare,
     compare_files,
@@ -22,8 +23,7 @@ from redrafter.evaluation.spec_bench.answer_files import (
     tasks_of,
 )
 from redrafter.evaluation.spec_bench.questions import open_questions
-from redrafter.evaluation.spec_bench.run import Asker
-from redrafter.evaluation.spec_bench.run import run as spec_bench
+from redrafter.evaluation.spec_bench.run import Asker, run_questions
 from redrafter.files import read_packed
 from redrafter.targets.model import load_target
 
@@ -285,14 +285,14 @@ class Scripted(Method):
 
 def test_a_difference_reaches_the_result(tiny_target, tmp_path, monkeypatch):
     write(tmp_path / "q.jsonl", QUESTIONS[:2])
-    build = cli._build
+    build = experiment.build
 
     def wrong(names, config, target, head):
         plain = build(["plain"], config, target, head)[0]
         other = Scripted("stock", target, [[40, 41]] * 9)
         return [plain, other]
 
-    monkeypatch.setattr(cli, "_build", wrong)
+    monkeypatch.setattr(experiment, "build", wrong)
     changes = {"methods": "plain,stock", "warmups": 0, "repeats": 1}
     cli.main(command(tiny_target, tmp_path, **changes))
     body = json.loads((tmp_path / "out/spec-bench.json").read_text())
@@ -515,7 +515,7 @@ def test_methods_take_turns_and_warm_up(target, tmp_path):
     chat, questions, _ = open_questions(target, config)
     methods = [Noted(name, target, []) for name in ("plain", "stock", "lookup")]
     journal = Journal(tmp_path / "j.jsonl", {})
-    spec_bench.run_questions(target, methods, questions, chat, config, journal)
+    run_questions(target, methods, questions, chat, config, journal)
     text = "".join(order)
     assert text == "psl" * 2 + "psl" + "slp" + "lps" + "slp" + "lps" + "psl"
     assert len(journal.entries) == 6

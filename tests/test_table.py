@@ -13,8 +13,10 @@ from redrafter.cli.args import parse
 from redrafter.config import TableConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.multi import MultiCandidate
+from redrafter.evaluation import prompt_sets
 from redrafter.evaluation.acceptance import Counter, Watcher
 from redrafter.evaluation.methods import check_partners, parse_methods
+from redrafter.evaluation.prompt_sets import settings as sets_of
 from redrafter.evaluation.regret import regret as regret_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +51,7 @@ def test_a_table_is_made_once(tiny_target, rows, tmp_path, capsys, monkeypatch):
     assert body["temperature"] == 1 and body["exact"]
     assert sum(counts["steps"]) == body["methods"]["suffix:4x1"]["steps"]
     # Again: nothing is measured, the table is the same.
-    monkeypatch.setattr(table, "measure", lambda *a: pytest.fail("measured twice"))
+    monkeypatch.setattr(prompt_sets, "measure", lambda *a: pytest.fail("measured twice"))
     assert table.main(args) == 0
     assert (out / "table.md").read_text() == shown
     with pytest.raises(SystemExit):
@@ -195,5 +197,5 @@ def launched_by(launcher):
 def test_configurations_are_read_as_they_are(path):
     config = parse(TableConfig, [f"--config={path}"], "eval/table.py")
     names = parse_methods(",".join(config.methods))
-    for part in table.settings(config).values():
+    for part in sets_of(config).values():
         check_partners(names, part)

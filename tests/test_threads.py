@@ -157,8 +157,8 @@ def test_large_work_is_not_repeated(free):
 
 
 def test_evaluations_measure_and_jobs_that_are_gone_on_with_do_not(free, tiny_target, monkeypatch):
-    from redrafter.cli.models import load_both
     from redrafter.config import LosslessConfig, TargetConfig
+    from redrafter.evaluation.models import load_both
 
     config = LosslessConfig(TargetConfig(str(tiny_target)), prompts="")
     free.setattr(threads, "allowed", lambda: 2)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from redrafter.cli.args import parse, reports_input_errors
-from redrafter.cli.models import load_both
 from redrafter.config import MakeAnswersConfig
-from redrafter.contracts import InputError
+from redrafter.contracts import Drafter, InputError
 from redrafter.processes import say
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from redrafter.targets.model import Target
 
 _DESCRIPTION = """\
 Second stage of the data: the target's own answers, which is what a draft head should learn from.
@@ -35,26 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.build_rows import report
     from redrafter.data.conversations import build_conversations, cut_turns
     from redrafter.data.store import Store
-    from redrafter.drafters.lookup import PromptLookup
-    from redrafter.drafters.recurrent import RecurrentDrafter
+    from redrafter.evaluation.models import load_both
 
-    if (config.drafter == "head") != (config.head is not None):
-        raise InputError("drafter head goes with --head FOLDER, and only with it")
-    if (config.prompts is None) == (config.source is None):
-        raise InputError(
-            "give either --prompts, the folder that data/prepare.py made, or --source.path, "
-            "conversations of which every turn is answered"
-        )
+    check(config)
     prompts = None if config.prompts is None else Store(config.prompts, "prompts")
     target, head = load_both(config)
     if config.source is not None and target.tokenizer is None:
         raise InputError(f"target.path: {target.name} has no tokenizer, and conversations are text")
-    makers = {
-        "none": None,
-        "lookup": PromptLookup,
-        "head": lambda: RecurrentDrafter(head, target, config.tree),
-    }
-    how = {"seed": config.seed, "drafter": makers[config.drafter]}
+    how = {"seed": config.seed, "drafter": drafter_of(config, target, head)}
     if prompts is not None:
         store = build_answers(target, prompts, config.answers, config.output_dir, **how)
     else:
@@ -68,3 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"context) cut {cut_turns(store, target)} answers short"
         )
     return 0
+
+
+def check(config: MakeAnswersConfig) -> None:
+    """Raises InputError for options that go together, or not."""
+    if (config.drafter == "head") != (config.head is not None):
+        raise InputError("drafter head goes with --head FOLDER, and only with it")
+    if (config.prompts is None) == (config.source is None):
+        raise InputError(
+            "give either --prompts, the folder that data/prepare.py made, or --source.path, "
+            "conversations of which every turn is answered"
+        )
+
+
+def drafter_of(
+    config: MakeAnswersConfig, target: Target, head: Module | None
+) -> Callable[[], Drafter] | None:
+    """Makes the drafter; None where nothing drafts."""
+    from redrafter.drafters.lookup import PromptLookup
+    from redrafter.drafters.recurrent import RecurrentDrafter
+
+    makers = {
+        "none": None,
+        "lookup": PromptLookup,
+        "head": lambda: RecurrentDrafter(head, target, config.tree),
+    }
+    return makers[config.drafter]

@@ -70,21 +70,40 @@ def parse(
         prints the plan and ends the program instead of returning; InputError where it cannot fit
     refuse: raises InputError for what is known to be wrong before anything heavy is imported
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser_of(cls, prog, description, names is not None, plan is not None)
+    if names is not None and "--list" in words:
+        _list(names)
+    if plan is not None and "--plan" in words:
+        # Paths may be left out; those given stand later on the line and win.
+        words = [f"--{name}=" for name in _required_texts(cls)] + words
+    config, planned, wanted = _read(parser, cls, words)
+    if planned:
+        show_plan(plan, config, wanted)
+        raise SystemExit(0)
+    if refuse is not None:
+        refuse(config)
+    _meet(config, prog, alone)
+    return config
+
+
+def _parser_of(cls: type, prog: str, description: str | None, lists: bool, plans: bool) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(prog=prog, description=description, formatter_class=DefaultHelpFormatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
-    words = sys.argv[1:] if argv is None else list(argv)
-    if names is not None:
+    if lists:
         parser.add_argument("--list", action="store_true", help=_LIST_HELP)
-        if "--list" in words:
-            say(getattr(import_module("redrafter.evaluation.methods"), names)())
-            raise SystemExit(0)
-    if plan is not None:
+    if plans:
         parser.add_argument("--plan", action="store_true", help=_PLAN_HELP)
         parser.add_class_arguments(PlanConfig, "plan_for")
-        if "--plan" in words:  # paths may be left out; those given stand later on the line and win
-            words = [f"--{name}=" for name in _required_texts(cls)] + words
+    return parser
+
+
+def _read(
+    parser: _Parser, cls: type[Config], words: Sequence[str]
+) -> tuple[Config, bool, PlanConfig | None]:
+    """(the configuration, whether a plan is asked for, what it is to plan for)."""
     with one_voice():
         given = parser.parse_args(words)
         try:
@@ -92,14 +111,18 @@ def parse(
             for name in ("config", "list"):
                 values.pop(name, None)
             planned, wanted = values.pop("plan", False), values.pop("plan_for", None)
-            config = cls(**vars(values))
+            return cls(**vars(values)), planned, wanted
         except ValueError as error:  # of a dataclass that does not like its values
             parser.error(str(error))
-    if planned:
-        show_plan(plan, config, wanted)
-        raise SystemExit(0)
-    if refuse is not None:
-        refuse(config)
+
+
+def _list(names: str) -> NoReturn:
+    say(getattr(import_module("redrafter.evaluation.methods"), names)())
+    raise SystemExit(0)
+
+
+def _meet(config: object, prog: str, alone: bool) -> None:
+    """The other processes of the launch, where there are any and the command works in several."""
     if alone:
         check_alone(prog)
     elif launched() == 1:
@@ -107,7 +130,6 @@ def parse(
     else:
         target = getattr(config, "target", None)
         join(cpu=getattr(target, "device", "auto") == "cpu")
-    return config
 
 
 _LIST_HELP = "Print every name of a drafter or method, with its options, and stop there."

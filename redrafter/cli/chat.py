@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
-from redrafter.cli.models import load_both, load_draft
 from redrafter.config import ChatConfig
 from redrafter.contracts import Generation, InputError
 
@@ -25,11 +24,10 @@ _RESET = "/reset"
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    from redrafter.evaluation.methods import describe_drafting
-
     config = parse(
-        ChatConfig, argv, "redrafter chat", _DESCRIPTION, describe_drafting(), alone=True
+        ChatConfig, argv, "redrafter chat", _DESCRIPTION, names="describe_drafting", alone=True
     )
+    from redrafter.evaluation.models import load_both, load_draft
     from redrafter.targets.text import tokenizer_of
 
     wanted = check_drafter(config)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redrafter.cli.args import parse, reports_input_errors
-from redrafter.cli.models import load_both, load_partners, prompts_to_count
 from redrafter.config import RecordsConfig
 from redrafter.contracts import InputError
 from redrafter.processes import by_main, say
@@ -36,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.drafters.options import parse_name
     from redrafter.drafting import build_plan, parse_plan
     from redrafter.evaluation import methods as known
+    from redrafter.evaluation.models import load_both, load_partners, prompts_to_count
     from redrafter.records.store import build_records
 
     names = known.parse_methods(config.drafter)

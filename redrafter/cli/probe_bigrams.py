@@ -21,8 +21,8 @@ training nor text, made once per target. The same command goes on after an inter
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ProbeConfig, argv, "data/probe.py", _DESCRIPTION, plan="data_jobs:plan_probe")
-    from redrafter.cli.models import load_both
     from redrafter.drafters.bigram import load_bigrams
+    from redrafter.evaluation.models import load_both
     from redrafter.tables.probed import probe_bigrams
 
     target, _ = load_both(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from redrafter.cli.args import parse, reports_input_errors
-from redrafter.cli.models import load_both
 from redrafter.config import MakeStatesConfig
 from redrafter.contracts import InputError
 from redrafter.processes import say
@@ -31,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.build_rows import report
     from redrafter.data.states import build_states
     from redrafter.data.store import Store
+    from redrafter.evaluation.models import load_both
 
     rows = Store(config.rows)
     if rows.identity["kind"] not in ("answers", "texts"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from redrafter.config.chat import ChatConfig
 from redrafter.config.common import (
+    DraftingConfig,
     DType,
     PromptFormat,
     SourceConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DiscoTrainConfig",
+    "DraftingConfig",
     "HeadConfig",
     "LookaheadEvalConfig",
     "LoraSettings",

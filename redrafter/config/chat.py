@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redrafter.config.common import TargetConfig, at_least
-from redrafter.config.evaluation import PartnersConfig
+from redrafter.config.common import PartnersConfig, TargetConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class ChatConfig(PartnersConfig):
 
     target: TargetConfig
     drafter: str | None = None
-    """Name of what drafts; all of them, with their options, stand below. None is the head, where
+    """Name of what drafts; `--list` prints all of them, with their options. None is the head, where
     there is one; `plain`, or neither, decodes without drafting."""
     system: str | None = None
     """A system message to begin with."""

@@ -1,8 +1,9 @@
-"""What several commands need: the target, a source of text, the shape of a draft."""
+"""What several commands need: the target, a source of text, the shape of a draft, what drafters are
+made from, prompts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 DType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
@@ -119,3 +120,67 @@ class TreeConfig:
     """N for shape `best`, the root counted."""
     seeded: bool = True
     """At temperature > 0, propose with the verifier's own noise (accepts more, stays exact)."""
+
+
+# What commands share is all in this file: jsonargparse looks for the types of inherited fields in
+# the files of a class and of the first of its bases, and takes anything where it finds none.
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartnersConfig:
+    """What drafters are made from; each is asked for where a method needs it."""
+
+    head: str | None = None
+    """Folder or Hub id of a trained draft head: ours, Apple's ReDrafter, or IBM's or Arctic's
+    mlp_speculator."""
+    tree: TreeConfig = TreeConfig()
+    """Of the drafter `head` without a size."""
+    draft: str | None = None
+    """Folder or Hub id of a smaller model with the target's vocabulary."""
+    bigrams: str | None = None
+    """Counted bigrams: a table made by data/bigrams.py, here or on the Hub, or a folder or URL of
+    answers, texts or states to count on."""
+    probed: str | None = None
+    """Bigrams probed from the target: a table made by data/probe.py, here or on the Hub."""
+    reference: str | None = None
+    """Folder or URL of answers, texts or states that `suffix:reference=true` copies from."""
+    allow_other_target: bool | Literal["merged"] = False
+    """Accept a head that was trained for another target: `merged` one that computes the same, as a
+    merged copy of base and adapter does (compared on fixed tokens), `true` any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftingConfig(PartnersConfig):
+    """The same where drafters are measured on prompts."""
+
+    bigram_prompts: int = 64
+    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
+    seed: int = 0
+    """Prompt i samples with seed + i."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Prompts that a target answers; whoever has other defaults says them anew."""
+
+    target: TargetConfig = field(kw_only=False)
+    n_prompts: int = 30
+    """Rows to use, from the end of the file."""
+    prompt_column: str | None = None
+    """For rows of other keys: the column of the user's message."""
+    text_prompt_tokens: int = 16
+    """Tokens of a `text` row that are the prompt, BOS not counted."""
+    max_new_tokens: int = 128
+    """Per prompt."""
+    threads: int | None = None
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFileConfig(PromptsConfig):
+    """The same of one file."""
+
+    prompts: str = field(kw_only=False)
+    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
+    prompt_format: PromptFormat = "auto"
+    """What a row holds; `auto` looks at the keys of the first one."""

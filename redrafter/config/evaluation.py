@@ -5,67 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from redrafter.config.common import PromptFormat, TargetConfig, TreeConfig
+from redrafter.config.common import DraftingConfig, PromptFileConfig, TargetConfig, TreeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartnersConfig:
-    """What drafters are made from; each is asked for where a method needs it."""
-
-    head: str | None = None
-    """Folder or Hub id of a trained draft head: ours, Apple's ReDrafter, or IBM's or Arctic's
-    mlp_speculator."""
-    tree: TreeConfig = TreeConfig()
-    """Of the drafter `head` without a size."""
-    draft: str | None = None
-    """Folder or Hub id of a smaller model with the target's vocabulary."""
-    bigrams: str | None = None
-    """Counted bigrams: a table made by data/bigrams.py, here or on the Hub, or a folder or URL of
-    answers, texts or states to count on."""
-    probed: str | None = None
-    """Bigrams probed from the target: a table made by data/probe.py, here or on the Hub."""
-    reference: str | None = None
-    """Folder or URL of answers, texts or states that `suffix:reference=true` copies from."""
-    allow_other_target: bool | Literal["merged"] = False
-    """Accept a head that was trained for another target: `merged` one that computes the same, as a
-    merged copy of base and adapter does (compared on fixed tokens), `true` any."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftingConfig(PartnersConfig):
-    """The same where drafters are measured on prompts."""
-
-    bigram_prompts: int = 64
-    """Rows before the evaluated ones whose plain answers are counted where `bigrams` is None."""
-
-
-@dataclass(frozen=True)
-class LosslessConfig(DraftingConfig):
+class LosslessConfig(DraftingConfig, PromptFileConfig):
     """`eval/lossless.py`: does drafting change a token?"""
 
-    target: TargetConfig
-    prompts: str
-    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
-    n_prompts: int = 30
-    """Rows to use, from the end of the file."""
-    prompt_format: PromptFormat = "auto"
-    """What a row holds; `auto` looks at the keys of the first one."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
     methods: str = "head"
-    """Ways of drafting, comma-separated; all of them, with their options, stand below."""
-    max_new_tokens: int = 128
-    """Per prompt."""
+    """Ways of drafting, comma-separated; `--list` prints all of them, with their options."""
     batch_sizes: str = "1,4"
     """Rows per speculative batch, comma-separated; the reference is always a row alone."""
     temperatures: str = "1"
     """Temperatures of the seeded modes, comma-separated; greedy is always run."""
-    seed: int = 0
-    """Prompt i samples with seed + i."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 
@@ -90,11 +42,10 @@ class VerifyConfig:
     """JSON file to write."""
 
 
-@dataclass(frozen=True)
-class CostsConfig:
+@dataclass(frozen=True, kw_only=True)
+class CostsConfig(PromptFileConfig):
     """`eval/costs.py`: what forwards of n new tokens and drafted levels cost on this device."""
 
-    target: TargetConfig
     head: str | None = None
     """Folder of a trained draft head; without head and draft the target alone is measured."""
     tree: TreeConfig = TreeConfig()
@@ -127,12 +78,6 @@ class CostsConfig:
     """For `ngrammys`: JSON-lines file of prompts; rows are taken from its end."""
     n_prompts: int = 20
     """Rows to use, from the end of the file."""
-    prompt_format: PromptFormat = "auto"
-    """What a row holds; `auto` looks at the keys of the first one."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128
     """Of a plain answer, in tokens."""
     plot: str | None = None
@@ -140,29 +85,16 @@ class CostsConfig:
     allow_other_target: bool | Literal["merged"] = False
     """Accept a head that was trained for another target: `merged` one that computes the same, as a
     merged copy of base and adapter does (compared on fixed tokens), `true` any."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 
 
-@dataclass(frozen=True)
-class SpeedConfig(DraftingConfig):
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(DraftingConfig, PromptFileConfig):
     """`eval/speed.py`: ways of decoding compared on the same prompts."""
 
-    target: TargetConfig
-    prompts: str
-    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
-    n_prompts: int = 30
-    """Rows to use, from the end of the file."""
-    prompt_format: PromptFormat = "auto"
-    """What a row holds; `auto` looks at the keys of the first one."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
     methods: str = "stock,plain,head"
-    """Ways of decoding, comma-separated; all of them, with their options, stand below."""
+    """Ways of decoding, comma-separated; `--list` prints all of them, with their options."""
     max_new_tokens: int = 128
     """Per prompt, the same for every method."""
     temperature: float = 0.0
@@ -175,9 +107,5 @@ class SpeedConfig(DraftingConfig):
     """Always generate max_new_tokens."""
     cost_rounds: int = 60
     """Measurements of each forward and drafted level, for the bound."""
-    seed: int = 0
-    """Prompt i samples with seed + i."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""

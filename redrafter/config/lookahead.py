@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redrafter.config.common import PromptFormat, TargetConfig
-from redrafter.config.evaluation import DraftingConfig
+from redrafter.config.common import DraftingConfig, PromptFileConfig
 
 
-@dataclass(frozen=True)
-class RecordsConfig(DraftingConfig):
+@dataclass(frozen=True, kw_only=True)
+class RecordsConfig(DraftingConfig, PromptFileConfig):
     """`data/lookahead.py`: what a drafter says at every place of the target's own answers."""
 
-    target: TargetConfig
-    prompts: str
-    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
     drafter: str
     """Name of the drafter with its options, drafting as many levels as a lookahead may ask for."""
     out: str
@@ -23,12 +19,6 @@ class RecordsConfig(DraftingConfig):
     """Rows to walk over."""
     skip_rows: int = 100
     """Rows at the end of the file that are left out: what eval/ measures on."""
-    prompt_format: PromptFormat = "auto"
-    """What a row holds; `auto` looks at the keys of the first one."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 64
     """Of an answer."""
     temperature: float = 0.0

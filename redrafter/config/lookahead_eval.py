@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from redrafter.config.common import TargetConfig, at_least, check_temperatures
-from redrafter.config.evaluation import DraftingConfig
+from redrafter.config.common import DraftingConfig, PromptsConfig, at_least, check_temperatures
 
 
-@dataclass(frozen=True)
-class LookaheadEvalConfig(DraftingConfig):
+@dataclass(frozen=True, kw_only=True)
+class LookaheadEvalConfig(DraftingConfig, PromptsConfig):
     """`eval/lookahead.py`: ways to say when to stop drafting, beside every static length."""
 
-    target: TargetConfig
     sets: dict[str, str]
     """Name of a set of prompts -> JSON-lines file; rows are taken from its end."""
     drafters: dict[str, str]
@@ -33,10 +31,6 @@ class LookaheadEvalConfig(DraftingConfig):
     """0 is greedy."""
     n_prompts: int = 100
     """Rows of each set."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 64
     """Per prompt, the same for every lookahead."""
     repeats: int = 1
@@ -48,8 +42,6 @@ class LookaheadEvalConfig(DraftingConfig):
     """Measurements of each forward and drafted level, where they are measured."""
     shown_prompt: int = 0
     """The prompt, of those evaluated, whose steps are drawn."""
-    seed: int = 0
-    """Prompt i samples with seed + i."""
     threads: int | None = None
     """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from redrafter.config.common import PromptFormat, TargetConfig, at_least
-from redrafter.config.evaluation import DraftingConfig
+from redrafter.config.common import DraftingConfig, PromptFormat, TargetConfig, at_least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpecBenchConfig(DraftingConfig):
     """`eval/spec_bench.py`: chats of several turns, figures by task, Spec-Bench's answer files."""
 
@@ -43,7 +42,7 @@ class SpecBenchConfig(DraftingConfig):
     first tokens but for a BOS, `skip` leaves the question out of every method, `error` stops.
     Which were is counted and reported."""
     methods: str = "plain,head"
-    """Ways of decoding, comma-separated; all of them, with their options, stand below."""
+    """Ways of decoding, comma-separated; `--list` prints all of them, with their options."""
     baseline: str = "plain"
     """The one of `methods` that speedups are over; `stock` is transformers' `generate`."""
     max_new_tokens: int = 1024

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from redrafter.config.common import PromptFormat, TargetConfig, at_least
+from redrafter.config.common import PromptFileConfig, at_least
 
 
-@dataclass(frozen=True)
-class StaticConfig:
+@dataclass(frozen=True, kw_only=True)
+class StaticConfig(PromptFileConfig):
     """`eval/static.py`: which fixed width and depth of drafts pays best here."""
 
-    target: TargetConfig
-    prompts: str
-    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
     head: str | None = None
     """Folder or Hub id of a trained draft head."""
     draft: str | None = None
@@ -25,14 +22,6 @@ class StaticConfig:
     """Every K up to this."""
     n_prompts: int = 30
     """Rows that acceptance is recorded on."""
-    prompt_format: PromptFormat = "auto"
-    """What a row holds; `auto` looks at the keys of the first one."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
-    max_new_tokens: int = 128
-    """Per prompt."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -54,8 +43,6 @@ class StaticConfig:
     allow_other_target: bool | Literal["merged"] = False
     """Accept a head that was trained for another target: `merged` one that computes the same, as a
     merged copy of base and adapter does (compared on fixed tokens), `true` any."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from redrafter.config.common import PromptFormat, TargetConfig, at_least, check_temperatures
-from redrafter.config.evaluation import DraftingConfig
+from redrafter.config.common import (
+    DraftingConfig,
+    PromptFileConfig,
+    PromptsConfig,
+    at_least,
+    check_temperatures,
+)
 
 
-@dataclass(frozen=True)
-class TableConfig(DraftingConfig):
+@dataclass(frozen=True, kw_only=True)
+class TableConfig(DraftingConfig, PromptsConfig):
     """`eval/table.py`: one table and its pictures over prompt sets, temperatures and methods."""
 
-    target: TargetConfig
     sets: dict[str, str]
     """Name of a set of prompts -> JSON-lines file; rows are taken from its end."""
     out: str
@@ -23,20 +27,12 @@ class TableConfig(DraftingConfig):
     """0 is greedy."""
     n_prompts: int = 100
     """Rows of each set."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
     max_new_tokens: int = 128
     """Per prompt, the same for every method."""
     repeats: int = 1
     """Times that every prompt is run by every method; the median counts."""
     cost_rounds: int = 60
     """Measurements of each forward and drafted level, for the bound."""
-    seed: int = 0
-    """Prompt i samples with seed + i."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "n_prompts", "max_new_tokens", "repeats", "cost_rounds")
@@ -45,40 +41,22 @@ class TableConfig(DraftingConfig):
             raise ValueError("sets and methods: give at least one of each")
 
 
-@dataclass(frozen=True)
-class AcceptanceConfig(DraftingConfig):
+@dataclass(frozen=True, kw_only=True)
+class AcceptanceConfig(DraftingConfig, PromptFileConfig):
     """`eval/acceptance.py`: what is accepted, rule by rule."""
 
-    target: TargetConfig
-    prompts: str
-    """JSON-lines file of prompts (.jsonl or .jsonl.gz); rows are taken from its end."""
     methods: str
-    """Ways of drafting, comma-separated; all of them, with their options, stand below."""
-    n_prompts: int = 30
-    """Rows to use, from the end of the file."""
-    prompt_format: PromptFormat = "auto"
-    """What a row holds; `auto` looks at the keys of the first one."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
-    max_new_tokens: int = 128
-    """Per prompt."""
+    """Ways of drafting, comma-separated; `--list` prints all of them, with their options."""
     temperature: float = 1.0
     """0 is greedy."""
-    seed: int = 0
-    """Prompt i samples with seed + i."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write."""
 
 
-@dataclass(frozen=True)
-class RegretConfig(DraftingConfig):
+@dataclass(frozen=True, kw_only=True)
+class RegretConfig(DraftingConfig, PromptsConfig):
     """`eval/regret.py`: selectors beside their arms on a stream that changes its domain."""
 
-    target: TargetConfig
     stream: list[str]
     """JSON-lines files, one after the other; rows are taken from their ends."""
     arms: list[str]
@@ -87,18 +65,8 @@ class RegretConfig(DraftingConfig):
     """Selectors over all arms: a policy, or with options, `ucb:exploration=0.2`."""
     n_prompts: int = 50
     """Rows of each file."""
-    prompt_column: str | None = None
-    """For rows of other keys: the column of the user's message."""
-    text_prompt_tokens: int = 16
-    """Tokens of a `text` row that are the prompt, BOS not counted."""
-    max_new_tokens: int = 128
-    """Per prompt."""
     temperature: float = 0.0
     """0 is greedy."""
-    seed: int = 0
-    """Prompt i samples with seed + i."""
-    threads: int | None = None
-    """CPU threads of torch; None takes OMP_NUM_THREADS, else what is faster here: one, or all."""
     out: str | None = None
     """JSON file to write; pictures go beside it."""
 

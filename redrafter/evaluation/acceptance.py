@@ -8,20 +8,27 @@ that any rule can accept of k independent draws, at the very prefixes that were 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from redrafter.config import AcceptanceConfig
 from redrafter.contracts import Drafter, RowState, Truth
+from redrafter.data.answers import generation_config
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
-from redrafter.drafting import Plan
+from redrafter.drafting import Plan, build_plan
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
+from redrafter.evaluation.models import load_partners, prompts_to_count
 from redrafter.evaluation.optimum import best_acceptance
+from redrafter.evaluation.prompts import evaluation_prompts
+from redrafter.evaluation.report import table, with_interval
 from redrafter.lookahead.wrapped import WrappedLookahead
 from redrafter.targets.model import Target
 
@@ -142,3 +149,38 @@ def measure_acceptance(
         oracle(optimum),
         float(nodes.sum() / max(1.0, steps.sum())),
     )
+
+
+def measure(
+    config: AcceptanceConfig, names: Sequence[str], target: Target, head: Module | None
+) -> dict[str, Any]:
+    """The figures of every method. names: from `drafting_methods`"""
+    more = prompts_to_count(names, config)
+    prompts, others, warnings = evaluation_prompts(target, config, more)
+    wanted = generation_config(config.temperature, config.max_new_tokens)
+    partners, _ = load_partners(names, config, target, head, others, wanted)
+    rows, seeds = [p.ids for p in prompts], [config.seed + i for i in range(len(prompts))]
+    found = {}
+    for name in names:
+        plan = build_plan(name, target, partners)
+        found[name] = asdict(measure_acceptance(target, plan, rows, wanted, seeds, name))
+    return {"methods": found, "warnings": warnings}
+
+
+def show(body: dict[str, Any], config: AcceptanceConfig) -> str:
+    """One line per method, then what the columns mean."""
+    columns = ["method", "nodes", "tokens/step", "accepted", "1 - TV", "optimum"]
+    rows = []
+    for name, m in body["methods"].items():
+        figures = [with_interval(*(m[key] or (None, None, None)), 3) for key in
+                   ("tokens_per_step", "accepted", "overlap", "optimum")]  # fmt: skip
+        rows.append([name, m["nodes"], *figures])
+    return "\n".join([
+        table(columns, rows), "",
+        "accepted: of the levels that were tested (all above them were accepted)",
+        "1 - TV, optimum: means over the tested nodes of what one draw is accepted with, and the "
+        "most that any rule accepts of as many independent draws",
+        f"temperature {config.temperature:g}, {config.n_prompts} prompts; intervals: 95 % "
+        "bootstrap over prompts",
+        *(f"warning: {said}" for said in body["warnings"]),
+    ])  # fmt: skip

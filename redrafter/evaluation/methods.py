@@ -39,6 +39,7 @@ __all__ = [
     "check_partners",
     "describe_drafting",
     "describe_methods",
+    "drafting_methods",
     "needed",
     "parse_methods",
     "plain_answers",
@@ -114,6 +115,18 @@ def parse_methods(text: str) -> list[str]:
             needs_of(name)
     except InputError as error:
         raise InputError(f"methods: {error}") from None
+    return names
+
+
+def drafting_methods(text: str, else_: str) -> list[str]:
+    """Names from `parse_methods`. Raises InputError for one that drafts nothing in our loop.
+
+    else_: what is said of it
+    """
+    names = parse_methods(text)
+    for name in names:
+        if parse_name(name).kind not in DRAFTERS:
+            raise InputError(f"methods: {name!r} {else_}; choose from {', '.join(DRAFTERS)}")
     return names
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from redrafter.contracts import InputError
 from redrafter.files import write_bytes
+from redrafter.targets.devices import device_name
+from redrafter.targets.model import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,12 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
             "figures need matplotlib: pip install matplotlib, or leave the plot out"
         ) from None
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def title_of(target: Target, *what: str) -> str:
+    """Of a picture: the target, what else there is to say, and the device."""
+    name = target.name.rstrip("/").split("/")[-1]
+    return f"{', '.join([name, *what])} on {device_name(target.device)}"
 
 
 def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:

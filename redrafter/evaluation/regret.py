@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch.nn import Module
 
+from redrafter.config import RegretConfig, SpeedConfig
+from redrafter.evaluation.methods import build_method, check_partners, parse_methods
+from redrafter.evaluation.models import load_partners, prompts_to_count
 from redrafter.evaluation.pictures import new_figure
+from redrafter.evaluation.prompts import evaluation_prompts
+from redrafter.evaluation.report import table
+from redrafter.evaluation.speed import Timing, decoding, make_batches, run_interleaved
+from redrafter.targets.model import Target
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,3 +77,86 @@ def regret_chart(body: Mapping[str, Any]) -> Figure:
     axes.set_ylabel(f"seconds lost against {body['best_arm']}")
     axes.legend(fontsize=7)
     return figure
+
+
+# ------------------------------------------------------------------------------- the experiment
+
+
+def methods_of(config: RegretConfig) -> tuple[list[str], dict[str, str]]:
+    """(the arms, policy -> the selector of that policy over all arms). Raises InputError for a name
+    that is none, and for an option that one lacks."""
+    arms = parse_methods(",".join(config.arms))
+    members = ",".join(arms)
+    selectors = {policy: _selector(members, policy) for policy in config.policies}
+    check_partners(parse_methods(",".join([*arms, *selectors.values()])), config)
+    return arms, selectors
+
+
+def _selector(members: str, policy: str) -> str:
+    """`ucb:exploration=0.2` -> `select(...):policy=ucb:exploration=0.2`."""
+    return f"select({members}):policy={policy}"
+
+
+def _speed_config(config: RegretConfig, file: str) -> SpeedConfig:
+    """What eval/speed.py would be asked for, on one file of the stream."""
+    shared = {f.name for f in fields(SpeedConfig)} & {f.name for f in fields(RegretConfig)}
+    values = {name: getattr(config, name) for name in shared - {"out"}}
+    return replace(SpeedConfig(prompts=file, **values), methods="plain")
+
+
+def measure(
+    config: RegretConfig,
+    arms: Sequence[str],
+    selectors: Mapping[str, str],
+    target: Target,
+    head: Module | None,
+) -> dict[str, Any]:
+    """Decode the stream with every arm and selector, interleaved. arms, selectors: `methods_of`"""
+    names = list(dict.fromkeys([*arms, *selectors.values()]))
+    files = [_speed_config(config, file) for file in config.stream]
+    rows, others, warnings = [], [], []
+    for file in files:
+        used, more, left_out = evaluation_prompts(target, file, prompts_to_count(names, file))
+        rows.append([p.ids for p in used])
+        others += more
+        warnings += left_out
+    wanted = decoding(files[0])
+    partners, _ = load_partners(names, files[0], target, head, others, wanted)
+    methods = [build_method(name, target, wanted, partners) for name in names]
+    batches, answers = make_batches(target, [ids for of_file in rows for ids in of_file], files[0])
+    for method in methods[: len(arms)]:  # warm, without teaching the selectors anything
+        method.prepare(batches[0])
+        method.run(batches[0])
+    runs = run_interleaved(methods, batches)
+    seconds = {name: Timing(run).total_s.tolist() for name, run in runs.items()}
+    return {
+        **regret(seconds, arms, [len(of_file) for of_file in rows]),
+        "arms": arms,
+        "warnings": warnings,
+        "n_prompts": len(answers),
+        "equal": {
+            name: sum(r[0].tokens[0] == a for r, a in zip(run, answers, strict=True))
+            for name, run in runs.items()
+        },
+        "choices": {
+            policy: [r[0].report for r in runs[name]] for policy, name in selectors.items()
+        },
+    }
+
+
+def show(body: dict[str, Any]) -> str:
+    """One line per method, then the best arms."""
+    columns = ["method", "seconds", *(f"part {i}" for i in range(1, 1 + len(body["parts"]))),
+               "regret", "= plain"]  # fmt: skip
+    rows = [
+        [name, m["total_s"], *(part["seconds"][name] for part in body["parts"]),
+         f"{100 * m['regret_share']:+.1f} %", f"{body['equal'][name]}/{body['n_prompts']}"]
+        for name, m in body["methods"].items()
+    ]  # fmt: skip
+    best = ", ".join(part["best_arm"] for part in body["parts"])
+    return "\n".join([
+        table(columns, rows), "",
+        f"best fixed arm in hindsight: {body['best_arm']}; of each part: {best} "
+        f"({body['best_per_part_s']:.2f} s together)",
+        *(f"warning: {said}" for said in body["warnings"]),
+    ])  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter, StepStats
-from redrafter.evaluation.costs import synchronize
+from redrafter.costs import synchronize
 from redrafter.targets.model import Target, TargetOutput
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redrafter.contracts import InputError
+from redrafter.costs import CostMeter, CostTable
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.prompts import number_list
 from redrafter.evaluation.report import table
 from redrafter.evaluation.walk import walk

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 
 from redrafter.config import SpeedConfig
 from redrafter.contracts import StepStats
+from redrafter.costs import CostMeter, CostTable
 from redrafter.data.answers import generation_config
-from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.evaluation.figures import (
     Interval,
     acceptance,

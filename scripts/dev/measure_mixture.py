@@ -22,11 +22,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from redrafter.cli.args import parse
-from redrafter.cli.models import load_both, load_partners
 from redrafter.config import SpeedConfig, TableConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafting import planner
 from redrafter.evaluation.figures import bootstrap
+from redrafter.evaluation.models import load_both, load_partners
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.speed import decoding
 from redrafter.files import plain_values, provenance, write_json

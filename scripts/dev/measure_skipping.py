@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from transformers import GenerationConfig
 
+from redrafter.costs import CostMeter, CostTable
 from redrafter.data.prompts import load_prompts
 from redrafter.decode.noise import gumbel
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import LayerSkipping
-from redrafter.evaluation.costs import CostMeter, CostTable
 from redrafter.lookahead.draft_exit import DraftExit
 from redrafter.targets.model import Target, load_target
 from redrafter.targets.skipping import AttentionSkipping

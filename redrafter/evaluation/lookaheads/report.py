@@ -1,19 +1,22 @@
-"""Tables and pictures of `eval/lookahead.py`. A part is one drafter on one set of prompts at one
+"""Tables and pictures of `eval/lookahead.py`. A case is one drafter on one set of prompts at one
 temperature: what `lookaheads.summary` made of it, and where it was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redrafter.evaluation.pictures import new_figure
+from redrafter.evaluation.lookaheads.cases import Case
+from redrafter.evaluation.pictures import new_figure, save_figure
 from redrafter.evaluation.report import with_interval
+from redrafter.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Parts = Mapping[str, Mapping[str, Any]]  # title -> body
+Bodies = Mapping[str, Mapping[str, Any]]  # title -> body
 
 # -------------------------------------------------------------------------------------- tables
 
@@ -25,7 +28,7 @@ COLUMNS = (
 
 
 def markdown(title: str, body: Mapping[str, Any]) -> str:
-    """One part as a table with what has to be said of it."""
+    """One case as a table with what has to be said of it."""
     lines = [f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for label, m in body["methods"].items():
         mark = " (best static)" if label == body["best_static"] else ""
@@ -82,15 +85,15 @@ def says_best(body: Mapping[str, Any]) -> str:
     return said + (". By the clock too." if by_clock == best else f"; by the clock: {by_clock}.")
 
 
-def overview(parts: Parts) -> str:
-    """All parts in one table: the ratios to the best static length, by forward costs."""
+def overview(bodies: Bodies) -> str:
+    """All cases in one table: the ratios to the best static length, by forward costs."""
     labels = list(dict.fromkeys(
-        label for body in parts.values() for label, m in body["methods"].items()
+        label for body in bodies.values() for label, m in body["methods"].items()
         if m["static"] is None
     ))  # fmt: skip
     columns = ["", "best static", *labels]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for title, body in parts.items():
+    for title, body in bodies.items():
         cells = [title, body["best_static"]]
         for label in labels:
             m = body["methods"].get(label)
@@ -132,9 +135,9 @@ def steps_chart(title: str, body: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def lengths_chart(parts: Parts) -> Figure | None:
-    """Distribution of the oracle's lengths, a panel per part; None where no part has an oracle."""
-    known = {title: body for title, body in parts.items() if body["oracle"] is not None}
+def lengths_chart(bodies: Bodies) -> Figure | None:
+    """Distribution of the oracle's lengths, a panel per case; None where no case has an oracle."""
+    known = {title: body for title, body in bodies.items() if body["oracle"] is not None}
     if not known:
         return None
 
@@ -149,9 +152,9 @@ def lengths_chart(parts: Parts) -> Figure | None:
     return _grid(known, draw, "levels that the oracle drafts (dotted: mean)", "share of steps")
 
 
-def reliability_chart(parts: Parts) -> Figure | None:
+def reliability_chart(bodies: Bodies) -> Figure | None:
     """Predicted against observed, of every lookahead that predicts; None where none does."""
-    known = {title: body for title, body in parts.items() if body["reliability"]}
+    known = {title: body for title, body in bodies.items() if body["reliability"]}
     if not known:
         return None
 
@@ -167,18 +170,18 @@ def reliability_chart(parts: Parts) -> Figure | None:
     return _grid(known, draw, "predicted chance of acceptance", "observed")
 
 
-def ratio_chart(parts: Parts) -> Figure:
-    """A bar per lookahead and part: speed over the best static length, by forward costs; the
+def ratio_chart(bodies: Bodies) -> Figure:
+    """A bar per lookahead and case: speed over the best static length, by forward costs; the
     circle is the clock's."""
     labels = list(dict.fromkeys(
-        label for body in parts.values() for label, m in body["methods"].items()
+        label for body in bodies.values() for label, m in body["methods"].items()
         if m["static"] is None
     ))  # fmt: skip
-    figure = new_figure(7.5, 1.0 + len(parts) * (0.25 + 0.14 * len(labels)))
+    figure = new_figure(7.5, 1.0 + len(bodies) * (0.25 + 0.14 * len(labels)))
     axes = figure.subplots()
     height = 0.8 / max(1, len(labels))
     for i, label in enumerate(labels):
-        for y, body in enumerate(parts.values()):
+        for y, body in enumerate(bodies.values()):
             m = body["methods"].get(label)
             if m is None or m["cost_ratio"] is None:
                 continue
@@ -192,24 +195,45 @@ def ratio_chart(parts: Parts) -> Figure:
                 axes.plot([m["clock_ratio"]], [place], "o", color="black", fillstyle="none",
                           markersize=3)  # fmt: skip
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(parts)), list(parts))
-    axes.set_ylim(len(parts) - 0.5, -0.5)
+    axes.set_yticks(range(len(bodies)), list(bodies))
+    axes.set_ylim(len(bodies) - 0.5, -0.5)
     axes.set_xlabel("tokens per second / best static length (bars: forward costs; circles: clock)")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def _grid(parts: Parts, draw, x: str, y: str) -> Figure:
-    """A panel per part, at most four in a line."""
-    across = min(4, len(parts))
-    down = -(-len(parts) // across)
+def _grid(bodies: Bodies, draw, x: str, y: str) -> Figure:
+    """A panel per case, at most four in a line."""
+    across = min(4, len(bodies))
+    down = -(-len(bodies) // across)
     figure = new_figure(0.6 + 2.8 * across, 0.6 + 2.4 * down)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    for axes in panels[len(parts) :]:
+    for axes in panels[len(bodies) :]:
         axes.set_visible(False)
-    for axes, (title, body) in zip(panels, parts.items(), strict=False):
+    for axes, (title, body) in zip(panels, bodies.items(), strict=False):
         axes.set_title(title, fontsize="small")
         draw(axes, body)
     figure.supxlabel(x, fontsize="medium")
     figure.supylabel(y, fontsize="medium")
     return figure
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+def write_report(out: Path, cases: Sequence[Case], bodies: Bodies) -> None:
+    """OUT/table.md and the pictures of all cases; prints the table."""
+    tables = [overview(bodies), *(markdown(title, body) for title, body in bodies.items())]
+    text = "\n\n".join(tables) + "\n"
+    write_text(out / "table.md", text)
+    pictures = {
+        "ratio": ratio_chart(bodies),
+        "lengths": lengths_chart(bodies),
+        "reliability": reliability_chart(bodies),
+    }
+    for case in cases:
+        pictures[f"steps-{case.file.stem}"] = steps_chart(case.title, bodies[case.title])
+    for name, figure in pictures.items():
+        if figure is not None:
+            save_figure(figure, out / name)
+    print(text)

@@ -4,7 +4,7 @@ As evaluation/eval.py of hemingkx/Spec-Bench: one question at a time in the orde
 1, wall time from before the prefill to the last token, tokenising left out, the device synchronised
 before and after. Other than there, methods take turns within a question, so that a machine that
 slows down slows all of them down, and tokens are counted alike for all: those that were generated,
-an EOS included, none after it. Figures: `spec_figures.py`; files: `answer_files.py`.
+an EOS included, none after it. Figures: `figures.py`; files: `answer_files.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What evaluation commands load: the target, and what drafters are made from besides it."""
+"""What commands load: the target, and what drafters are made from besides it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch.nn import Module
+from transformers import GenerationConfig
+
 from redrafter import threads
+from redrafter.config import DraftingConfig
+from redrafter.data.prompts import Prompt
+from redrafter.drafters.bigram import BigramTable, count_bigrams
+from redrafter.drafters.build import Partners
+from redrafter.evaluation.methods import needed, plain_answers
+from redrafter.fetch import fetch
+from redrafter.heads.load import load_head
+from redrafter.partners import gather
+from redrafter.tables.bigrams import open_bigrams
+from redrafter.targets.model import Target, load_target
 
 _FEW = 8  # tokens that a step verifies, give or take
 
 
-def load_both(config: Any, measured: bool = False) -> tuple[Any, Any]:
-    """(Target, draft head or None) of an evaluation's configuration; sets torch's threads.
+def load_both(config: Any, measured: bool = False) -> tuple[Target, Module | None]:
+    """(Target, draft head or None) of a command's configuration; sets torch's threads.
 
+    config: with `target` and `threads`; `head` and `allow_other_target` where it has a head
     measured: where their number is not given, by what one forward of the target takes here. Not
         for what is gone on with after an interruption, which must compute as it began
     """
-    from redrafter.fetch import fetch
-    from redrafter.heads.load import load_head
-    from redrafter.targets.model import load_target
-
     threads.settle(config.threads)
     target = load_target(config.target)
     if measured and target.device.type == "cpu" and not threads.fixed(config.threads):
@@ -31,21 +42,19 @@ def load_both(config: Any, measured: bool = False) -> tuple[Any, Any]:
     return target, load_head(path, target, config.allow_other_target)
 
 
-def _one_step(target: Any, rows: int) -> None:
+def _one_step(target: Target, rows: int) -> None:
     """Forwards as decoding makes them: of one new token, and of a few that were drafted."""
-    import torch
-
     with torch.inference_mode():
         for new in (1, _FEW):
             ids = torch.zeros(rows, new, dtype=torch.long)
             target.project(target.backbone(input_ids=ids, use_cache=False).last_hidden_state)
 
 
-def load_draft(config: Any) -> Any:
-    """The draft model as a Target, None where none is given; it computes as the target does."""
-    from redrafter.fetch import fetch
-    from redrafter.targets.model import load_target
+def load_draft(config: Any) -> Target | None:
+    """The draft model, None where none is given; it computes as the target does.
 
+    config: with `target` and `draft`
+    """
     if config.draft is None:
         return None
     path = fetch(config.draft, "draft")
@@ -54,30 +63,25 @@ def load_draft(config: Any) -> Any:
     )
 
 
-def prompts_to_count(names: Sequence[str], config: Any) -> int:
+def prompts_to_count(names: Sequence[str], config: DraftingConfig) -> int:
     """How many prompts besides the evaluated ones the methods need: bigrams are counted on plain
     answers to them where no table is given."""
-    from redrafter.evaluation.methods import needed
-
     counts_here = "bigrams" in needed(names) and config.bigrams is None
     return config.bigram_prompts if counts_here else 0
 
 
 def load_partners(
     names: Sequence[str],
-    config: Any,
-    target: Any,
-    head: Any,
-    others: Sequence[Any],
-    generation_config: Any,
-) -> tuple[Any, str | None]:
+    config: DraftingConfig,
+    target: Target,
+    head: Module | None,
+    others: Sequence[Prompt],
+    generation_config: GenerationConfig,
+) -> tuple[Partners, str | None]:
     """(Partners of these methods, what their bigrams were counted on).
 
-    config: SpeedConfig or LosslessConfig; others: `prompts_to_count` prompts, not evaluated ones
+    others: `prompts_to_count` prompts, not evaluated ones
     """
-    from redrafter.evaluation.methods import needed
-    from redrafter.partners import gather
-
     wanted, counted_on = needed(names), None
     given = {"head": head, "probed": config.probed, "reference": config.reference}
     if "bigrams" in wanted:
@@ -90,14 +94,13 @@ def load_partners(
 
 
 def _bigrams(
-    config: Any, target: Any, width: int, others: Sequence[Any], generation_config: Any
-) -> Any:
-    """(BigramTable, what it was counted on)."""
-    from redrafter.drafters.bigram import count_bigrams
-    from redrafter.evaluation.methods import plain_answers
-    from redrafter.fetch import fetch
-    from redrafter.tables.bigrams import open_bigrams
-
+    config: DraftingConfig,
+    target: Target,
+    width: int,
+    others: Sequence[Prompt],
+    generation_config: GenerationConfig,
+) -> tuple[BigramTable, str]:
+    """(the table, what it was counted on)."""
     if config.bigrams is not None:
         path = config.bigrams if "://" in config.bigrams else fetch(config.bigrams, "bigrams")
         return open_bigrams(path, target, width)

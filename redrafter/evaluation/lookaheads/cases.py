@@ -1,4 +1,4 @@
-"""What `eval/lookahead.py` is asked for, part by part, and what of it cannot be."""
+"""What `eval/lookahead.py` is asked for, case by case, and what of it cannot be."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from typing import Any
 
 from redrafter.config import LookaheadEvalConfig, SpeedConfig
 from redrafter.contracts import InputError
+from redrafter.drafters.build import DRAFTERS, Partners
+from redrafter.drafters.options import parse_name
+from redrafter.drafting import parse_plan, planner
+from redrafter.evaluation.methods import needed, parse_methods
+from redrafter.files import digest_file, digest_json
+from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)
-class Part:
+class Case:
     """One drafter on one set of prompts at one temperature.
 
     lookaheads: name in tables -> method; speed: how they are decoded, and its `out`
@@ -29,7 +35,7 @@ class Part:
         return Path(self.speed.out)
 
 
-def parts_of(config: LookaheadEvalConfig) -> list[Part]:
+def cases_of(config: LookaheadEvalConfig) -> list[Case]:
     """Every drafter on every set at every temperature. Raises InputError naming a text that has a
     placeholder too many."""
     shared = {f.name for f in fields(SpeedConfig)} & {f.name for f in fields(LookaheadEvalConfig)}
@@ -53,7 +59,7 @@ def parts_of(config: LookaheadEvalConfig) -> list[Part]:
                     out=str(Path(config.out) / f"{key}-{set_name}-t{temperature:g}.json"),
                 )
                 title = f"{key}, {set_name}, T = {temperature:g}"
-                found.append(Part(title, drafter, lookaheads, speed))
+                found.append(Case(title, drafter, lookaheads, speed))
     return found
 
 
@@ -69,25 +75,20 @@ def fill(label: str, text: str, values: dict[str, str]) -> str:
     return re.sub(r"\{([^{}]*)\}", value, text)
 
 
-def costs_file(part: Part, config: LookaheadEvalConfig) -> str | None:
+def costs_file(case: Case, config: LookaheadEvalConfig) -> str | None:
     """Where its costs are read from; None where they are measured."""
     if config.costs is None:
         return None
-    return fill("costs", config.costs, {"temperature": f"{part.speed.temperature:g}"})
+    return fill("costs", config.costs, {"temperature": f"{case.speed.temperature:g}"})
 
 
-def names_of(part: Part) -> list[str]:
+def names_of(case: Case) -> list[str]:
     """Methods that can be named before anything is loaded; static lengths follow."""
-    return [part.drafter, *part.lookaheads.values()]
+    return [case.drafter, *case.lookaheads.values()]
 
 
 def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
     """Raises InputError for names that are none, or that cannot be compared here."""
-    from redrafter.drafters.build import DRAFTERS
-    from redrafter.drafters.options import parse_name
-    from redrafter.drafting import parse_plan
-    from redrafter.evaluation.methods import needed, parse_methods
-
     for key, drafter in config.drafters.items():
         try:
             if parse_name(drafter).kind not in DRAFTERS:
@@ -104,53 +105,45 @@ def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
         raise InputError("bigrams: give a table made by data/bigrams.py")
 
 
-def check_plans(part: Part, target: Any, partners: Any) -> None:
+def check_plans(case: Case, target: Target, partners: Partners) -> None:
     """Raises InputError, before anything is measured, for what fits no drafter or is missing."""
-    from redrafter.drafting import planner
-
-    for name in names_of(part):
+    for name in names_of(case):
         drafter = planner(name, target, partners)([[0]]).drafter
         if not drafter.drafts_alike:
             raise InputError(
-                f"drafters: {part.drafter!r} chooses among drafters step by step: what a level "
+                f"drafters: {case.drafter!r} chooses among drafters step by step: what a level "
                 "costs is not known; name the drafters one by one"
             )
 
 
-def check_same(part: Part, body: dict[str, Any], costs: str | None) -> None:
+def check_same(case: Case, body: dict[str, Any], costs: str | None) -> None:
     """What was measured is what is asked for: names in tables, classifiers and costs too."""
-    if body.get("lookaheads") != part.lookaheads or body.get("classifiers") != classifiers(part):
+    if body.get("lookaheads") != case.lookaheads or body.get("classifiers") != classifiers(case):
         raise InputError(
-            f"{part.file} was measured with lookaheads of other names, or with classifiers that "
+            f"{case.file} was measured with lookaheads of other names, or with classifiers that "
             "have changed since: remove it, or give another out"
         )
     if body.get("priced_by") != priced_by(costs):
         raise InputError(
-            f"{part.file} was priced by {body.get('priced_by') or 'costs of its own'}, not by "
+            f"{case.file} was priced by {body.get('priced_by') or 'costs of its own'}, not by "
             f"{priced_by(costs) or 'its own'}: remove it, or give another out"
         )
 
 
 def priced_by(costs: str | None) -> str | None:
     """Name and digest of a file of costs."""
-    from redrafter.files import digest_file
-
     return costs and f"{costs} ({digest_file(Path(costs))[:16]})"
 
 
-def classifiers(part: Part) -> dict[str, str]:
+def classifiers(case: Case) -> dict[str, str]:
     """Path of every folder that a lookahead is loaded from -> digest of its files."""
-    from redrafter.drafters.options import parse_name
-    from redrafter.drafting import parse_plan
-    from redrafter.files import digest_file, digest_json
-
     found = {}
-    for name in part.lookaheads.values():
+    for name in case.lookaheads.values():
         lookahead = parse_name(parse_plan(name).lookahead)
         options = (member.partition("=") for member in lookahead.members or ())
         path = next((value.strip() for key, _, value in options if key.strip() == "path"), None)
-        if lookahead.kind == "disco" and path is None and part.speed.head is not None:
-            path = f"{part.speed.head}/disco"
+        if lookahead.kind == "disco" and path is None and case.speed.head is not None:
+            path = f"{case.speed.head}/disco"
         if path is not None and Path(path).is_dir():
             files = sorted(p for p in Path(path).iterdir() if p.is_file())
             found[path] = digest_json({p.name: digest_file(p) for p in files})[:16]
