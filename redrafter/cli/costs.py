@@ -175,15 +175,12 @@ def plain_texts(config: CostsConfig, target: Any) -> tuple[list[list[int]], list
     """Prompts and the target's greedy answers."""
     from transformers import GenerationConfig
 
-    from redrafter.decode.plain import plain
+    from redrafter.decode.refill import refilled
     from redrafter.evaluation.prompts import evaluation_prompts
 
     prompts = [list(prompt.ids) for prompt in evaluation_prompts(target, config)[0]]
     greedy = GenerationConfig(max_new_tokens=config.max_new_tokens)
-    answers = []
-    for first in range(0, len(prompts), _PLAIN_ROWS):
-        answers += plain(target, prompts[first : first + _PLAIN_ROWS], greedy).tokens
-    return prompts, answers
+    return prompts, refilled(target, prompts, greedy, slots=_PLAIN_ROWS).tokens
 
 
 def show(costs) -> str:
