@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from redrafter.config import AnswersConfig, SourceConfig, TargetConfig
+from redrafter.cli.answers import main as answers_command
+from redrafter.config import AnswersConfig, DataConfig, SourceConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import answer_seed, generation_config
 from redrafter.data.build_rows import report
@@ -16,6 +17,7 @@ from redrafter.data.conversations import build_conversations, cut_turns
 from redrafter.decode.plain import plain
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.targets.model import load_target
+from redrafter.training.data import load_training_data
 
 NEW = 24
 HOW = AnswersConfig(temperatures=(0.0, 1.0), max_new_tokens=NEW, batch_size=5)
@@ -163,3 +165,24 @@ def test_what_is_left_out_is_accounted_for(target, write, tmp_path):
     assert store.manifest["input"] == counts["rows"] + counts["failed"] + counts["skipped"] == 15
     said = report(store)
     assert f"fills the context of {target.max_positions}" in said and "1 x duplicate" in said
+
+
+def test_the_command_and_a_training_take_them(target, tiny_target, write, tmp_path, capsys):
+    source = write([messages(turns) for turns in TURNS[:3]])
+    folder = ["--target.path", str(tiny_target), "--output_dir", str(tmp_path / "a")]
+    how = ["--answers.max_new_tokens", "8", "--answers.temperatures", "[0]"]
+    assert answers_command([*folder, *how, "--source.path", source.path]) == 0
+    said = capsys.readouterr().out
+    assert "6 given = 6 written" in said and "turns of 3 conversations" in said
+    with pytest.raises(SystemExit):
+        answers_command([*folder, *how])
+    assert "give either --prompts" in capsys.readouterr().err
+    config = TrainConfig(
+        target=TargetConfig(str(tiny_target)), output_dir=str(tmp_path / "run"),
+        data=DataConfig(
+            source=source, text="conversations",
+            answers=AnswersConfig(temperatures=(0.0,), max_new_tokens=8),
+        ),
+    )  # fmt: skip
+    (part,) = load_training_data(config, target).parts
+    assert len(part.starts) == 6

@@ -16,7 +16,7 @@ CONFIGS = {
     "sampled": settings(do_sample=True, temperature=1.3),
     "warped": settings(
         do_sample=True, temperature=1.5, top_k=12, top_p=0.9, repetition_penalty=1.3,
-        min_new_tokens=4,
+        min_length=16,
     ),
 }  # fmt: skip
 

@@ -58,9 +58,8 @@ def load_draft(config: Any) -> Target | None:
     if config.draft is None:
         return None
     path = fetch(config.draft, "draft")
-    return load_target(
-        replace(config.target, path=path, revision=None, base=None, device_map="none", shard="none")
-    )
+    own = {"path": path, "gguf_file": None, "revision": None, "base": None}
+    return load_target(replace(config.target, **own, device_map="none", shard="none"))
 
 
 def prompts_to_count(names: Sequence[str], config: DraftingConfig) -> int:
