@@ -133,6 +133,7 @@ MAY_IMPORT = {
     "evaluation": ALL,
     "hub": ALL,
     "planning": ALL,
+    "serve": BASE | {"heads"},  # loaded by engines, where no more than that is installed
     "cli": ALL | {"cli", "planning"},
 }
 
@@ -225,7 +226,8 @@ def test_console_script_has_every_launcher():
     assert all(found.values())
     scripts = [launches.search(path.read_text()) for path in (ROOT / "scripts").glob("*.py")]
     modules = {match[1] for match in [*found.values(), *scripts] if match}
-    assert modules == set(SUBCOMMANDS)
+    # It runs where vLLM is installed, and a clone is not: it has no launcher.
+    assert modules | {"vllm_serve"} == set(SUBCOMMANDS)
 
 
 # ---------------------------------------------------------------- contents

@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "static": "predict which fixed size of drafts pays best on this device (eval/static.py)",
     "convert_head": "write a head in Apple's layout, or Apple's in ours (scripts/convert_head.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
+    "vllm_serve": "serve a model with a head by vLLM, in vLLM's environment",
     "push": "publish a head with its card on the Hub (scripts/push_to_hub.py)",
 }
 

@@ -82,7 +82,7 @@ class Engine:
                 found[name] += getattr(metric, "value", 0)
         return found
 
-    def run(self, rows: list[list[int]], params: Any) -> tuple[list[list[int]], float, Counter[str]]:
+    def run(self, rows: list[list[int]], params: Any) -> tuple[list, float, Counter[str]]:
         """Texts, seconds, and what the metrics of drafts counted meanwhile."""
         before, clock = self.metrics(), time.perf_counter()
         prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
@@ -137,7 +137,8 @@ def head_greedy(args: argparse.Namespace, rows: dict, plain: list, greedy: Sampl
         near = all(abs(a - b) <= 0.01 * b for a, b in zip(theirs, ours, strict=True))
         say(f"accepted by position: vLLM {theirs}, redrafter's chain {ours}", near)
         drafts = counted["num_drafts"]
-        say(f"steps with a draft: vLLM {drafts}, redrafter {steps}", abs(drafts - steps) < 0.01 * steps)
+        near = abs(drafts - steps) <= 0.01 * steps
+        say(f"steps with a draft: vLLM {drafts}, redrafter {steps}", near)
         length = 1 + counted["num_accepted_tokens"] / max(1, drafts)
         say(f"mean acceptance length {length:.3f}, drafted {counted['num_draft_tokens']} tokens")
         law(engine, rows, drafted=engine.proposers()[0].drafts_sampled)
@@ -264,8 +265,10 @@ def main() -> int:
     rows = json.loads(Path(args.rows).read_text())
     args.depth = rows["depth"]
     parts = args.parts.split(",")
-    say(f"vLLM {vllm.__version__}, torch {torch.__version__}, {rows['model']}, "
-        f"{len(rows['prompts'])} prompts x {rows['new_tokens']} tokens, chains of {args.depth}")  # fmt: skip
+    say(
+        f"vLLM {vllm.__version__}, torch {torch.__version__}, {rows['model']}, "
+        f"{len(rows['prompts'])} prompts x {rows['new_tokens']} tokens, chains of {args.depth}"
+    )
     greedy = SamplingParams(temperature=0.0, max_tokens=rows["new_tokens"], ignore_eos=True)
     plain = speeds(args, rows, greedy) if "speeds" in parts else rows["texts"]
     if "head" in parts:

@@ -60,7 +60,8 @@ def law_of(target, prompt: list[int]) -> dict[str, float]:
     for _ in range(LAW_TOKENS):
         begun = list(law)
         found = {}
-        for start, p in zip(begun, next_law(target, [prompt + list(b) for b in begun]), strict=True):
+        laws = next_law(target, [prompt + list(b) for b in begun])
+        for start, p in zip(begun, laws, strict=True):
             for token in p.nonzero()[:, 0].tolist():
                 found[(*start, token)] = law[start] * float(p[token])
         law = found
