@@ -22,7 +22,7 @@ _VOCAB, _TOP_K, _ROWS = 6, 4, 4000
 _TEMPERATURES = (0.0, 0.6, 1.0, 1.7)
 # With 1000 rows per temperature a right sampler's total variation is 0.03 on average, and above
 # this less than once in a million; the fault above shows 0.65.
-_FAR = 0.12
+_FAR = 0.08
 
 
 def fault(device: torch.device) -> str | None:
@@ -35,12 +35,12 @@ def fault(device: torch.device) -> str | None:
     try:
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(0)
-            return _fault(device)
+            return _fault(device, None) or _fault(device, _TOP_K)
     except Exception as error:  # whatever a version that works otherwise raises
-        return f"its functions do not answer as known ({type(error).__name__}: {error})"
+        return f"its functions cannot be tested ({type(error).__name__}: {error})"
 
 
-def _fault(device: torch.device) -> str | None:
+def _fault(device: torch.device, top_k: int | None) -> str | None:
     logits = torch.linspace(1.5, -1.0, _VOCAB, device=device)
     temperature = torch.tensor(_TEMPERATURES, device=device).repeat(_ROWS // len(_TEMPERATURES))
     counts = torch.arange(_ROWS, device=device) % 3 % 2 + 1
@@ -48,8 +48,10 @@ def _fault(device: torch.device) -> str | None:
     drafts = (torch.arange(int(ends[-1]), device=device) % _VOCAB).to(torch.int32)
     settings = SimpleNamespace(
         temperature=temperature, all_greedy=False, all_random=False, generators={}, top_p=None,
-        top_k=torch.full((_ROWS,), _TOP_K, dtype=torch.int32, device=device),
+        top_k=None,
     )  # fmt: skip
+    if top_k is not None:
+        settings.top_k = torch.full((_ROWS,), top_k, dtype=torch.int32, device=device)
     warped = rejection_sampler.apply_sampling_constraints(
         logits.expand(len(drafts), -1).clone(), ends, settings
     )
@@ -60,22 +62,23 @@ def _fault(device: torch.device) -> str | None:
     for index, t in enumerate(_TEMPERATURES):
         first = made[index :: len(_TEMPERATURES), 0].long()
         share = torch.bincount(first.clamp(min=0), minlength=_VOCAB).double() / len(first)
-        distance = 0.5 * float((share - _exact(logits, t)).abs().sum())
+        distance = 0.5 * float((share - _exact(logits, t, top_k)).abs().sum())
         if distance > (_FAR if t > 0 else 0.0) or not torch.isfinite(share).all():
+            cut = "" if top_k is None else f" and top_k {top_k}"
             return (
-                f"at temperature {t} what it makes of rows with drafts is {distance:.2f} in total "
-                "variation from the model's distribution"
+                f"at temperature {t}{cut} what it makes of rows with drafts is {distance:.2f} in "
+                "total variation from the model's distribution"
             )
     return None
 
 
-def _exact(logits: Tensor, temperature: float) -> Tensor:
-    """(V,) float64: the law of a token at this temperature with the test's top_k."""
+def _exact(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """(V,) float64: the law of a token."""
     p = torch.zeros(_VOCAB, dtype=torch.float64, device=logits.device)
     if temperature == 0.0:
         p[logits.argmax()] = 1.0
         return p
-    kept = logits.topk(_TOP_K).indices
+    kept = logits.topk(top_k or _VOCAB).indices
     p[kept] = (logits[kept].double() / temperature).softmax(0)
     return p
 
