@@ -47,6 +47,8 @@ if ! .venv-vllm/bin/python -c 'import vllm' >/dev/null 2>&1; then
   .venv-vllm/bin/python -m pip install -q --no-deps -e .
 fi
 export PATH="$PWD/.venv-vllm/bin:$PATH" VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
+# Small models: one thread is no slower, and cores that others use too do not hold it up.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
 status=0
 python scripts/dev/vllm_real.py --model "$model" --head "$head" --rows "$work/rows.json" \
   ${PARTS:+--parts "$PARTS"} 2>&1 | tee "$work/real.log" | grep --line-buffered '^==' || status=1

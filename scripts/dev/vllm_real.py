@@ -127,7 +127,7 @@ def speeds(args: argparse.Namespace, rows: dict, greedy: SamplingParams) -> list
 
 
 def head_greedy(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
-    """Texts, counts against our own chain, speed; and what the unrepaired sampler is kept from."""
+    """Texts, counts against our own chain, speed."""
     speculative, extra = with_head(args)
     with Engine(args.model, speculative, extra) as engine:
         engine.run(rows["prompts"][:_BATCH], greedy)
@@ -145,8 +145,6 @@ def head_greedy(args: argparse.Namespace, rows: dict, plain: list, greedy: Sampl
         say(f"steps with a draft: vLLM {drafts}, redrafter {steps}", near)
         length = 1 + counted["num_accepted_tokens"] / max(1, drafts)
         say(f"mean acceptance length {length:.3f}, drafted {counted['num_draft_tokens']} tokens")
-        law(engine, rows, drafted=engine.drafter.drafts_sampled)
-        mixed(engine, rows, plain, greedy)
 
 
 def law(engine: Engine, rows: dict, drafted: bool) -> None:
@@ -250,22 +248,24 @@ def planted(args: argparse.Namespace, rows: dict, greedy: SamplingParams) -> Non
     say(f"planted off-by-one is found: {stopped[:160]}", "REDRAFTER_SERVE_CHECK" in stopped)
 
 
-def repaired(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
-    speculative, extra = with_head(args, redrafter_serve_repair=1)
+def laws(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """The sampler as it is, where it may lose the law and then nothing is drafted; and repaired."""
     original = rejection_sampler.expand_batch_to_tokens
-    try:
-        with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
-            law(engine, rows, drafted=True)
-            mixed(engine, rows, plain, greedy)
-    finally:
-        rejection_sampler.expand_batch_to_tokens = original
+    for repair in (0, 1):
+        speculative, extra = with_head(args, redrafter_serve_repair=repair)
+        try:
+            with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
+                law(engine, rows, drafted=engine.drafter.drafts_sampled)
+                mixed(engine, rows, plain, greedy)
+        finally:
+            rejection_sampler.expand_batch_to_tokens = original
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "head", "rows"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--parts", default="speeds,head,hard,planted,repaired")
+    parser.add_argument("--parts", default="speeds,head,hard,planted,laws")
     args = parser.parse_args()
     rows = json.loads(Path(args.rows).read_text())
     args.depth = rows["depth"]
@@ -282,8 +282,8 @@ def main() -> int:
         hard_cases(args, rows, plain, greedy)
     if "planted" in parts:
         planted(args, rows, greedy)
-    if "repaired" in parts:
-        repaired(args, rows, plain, greedy)
+    if "laws" in parts:
+        laws(args, rows, plain, greedy)
     say(f"{len(failed)} findings are wrong", not failed)
     return 1 if failed else 0
 
