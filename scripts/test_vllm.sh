@@ -6,7 +6,8 @@
 #   bash scripts/test_vllm.sh MODEL HEAD PROMPTS.jsonl     with these; rows with text or question
 #
 # The findings go to stdout, what the programs say to vllm-test/*.log. Ends with an error where a
-# finding is wrong. PARTS: what vllm_real.py does, N_PROMPTS: of the last rows of the file.
+# finding is wrong. In the environment: PARTS, what vllm_real.py does; N_PROMPTS, of the last rows of
+# the file (100); NEW_TOKENS of each answer (64).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=vllm-test
@@ -36,7 +37,7 @@ else
   exit 2
 fi
 OMP_NUM_THREADS=1 python scripts/dev/vllm_rows.py --model "$model" --head "$head" \
-  --prompts "$prompts" --n_prompts "${N_PROMPTS:-100}" --out "$work/rows.json"
+  --prompts "$prompts" --n_prompts "${N_PROMPTS:-100}" --new_tokens "${NEW_TOKENS:-64}" --out "$work/rows.json"
 
 if ! .venv-vllm/bin/python -c 'import vllm' >/dev/null 2>&1; then
   echo "installing vLLM into .venv-vllm (some minutes)" >&2
