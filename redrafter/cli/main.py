@@ -1,7 +1,7 @@
 """The console script: `redrafter SUBCOMMAND ...` runs the same `main` as the launcher of that name.
 
-For installations without the clone. Subcommands are imported only when asked for, so that
-`redrafter --help` answers at once.
+For installations without the clone; vllm_serve is for these alone. Subcommands are imported only
+when asked for, so that `redrafter --help` answers at once.
 """
 
 from __future__ import annotations
