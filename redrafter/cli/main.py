@@ -1,7 +1,7 @@
 """The console script: `redrafter SUBCOMMAND ...` runs the same `main` as the launcher of that name.
 
-For installations without the clone. Subcommands are imported only when asked for, so that
-`redrafter --help` answers at once.
+For installations without the clone; vllm_serve is for these alone. Subcommands are imported only
+when asked for, so that `redrafter --help` answers at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     "static": "predict which fixed size of drafts pays best on this device (eval/static.py)",
     "convert_head": "write a head in Apple's layout, or Apple's in ours (scripts/convert_head.py)",
     "costs": "measure what forwards of 1..N tokens cost on this device (eval/costs.py)",
+    "vllm_serve": "serve a model with a head by vLLM, in vLLM's environment",
     "push": "publish a head with its card on the Hub (scripts/push_to_hub.py)",
 }
 

@@ -1,0 +1,300 @@
+"""The head in a real vLLM, held against plain vLLM and this library's own chain; see test_vllm.sh.
+
+    python scripts/dev/vllm_real.py --model MODEL --head HEAD --rows rows.json
+
+Runs all engines in this process, one after the other, so that the parts of one can be looked at.
+Every line is a finding; the exit status is 1 if one of them is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.v1.sample import rejection_sampler
+
+from redrafter.serve.vllm import ReDrafterProposer
+from redrafter.serve.vllm_sampling import fault
+
+_DRAWS, _BATCH, _LAW_BATCH = 4000, 8, 64
+PROPOSER = "redrafter.serve.vllm.ReDrafterProposer"
+failed: list[str] = []
+
+
+def say(what: str, right: bool | None = None) -> None:
+    """One finding; None: only reported."""
+    mark = {True: "ok    ", False: "WRONG ", None: "      "}[right]
+    print(f"== {mark}{what}", flush=True)
+    if right is False:
+        failed.append(what)
+
+
+class Engine:
+    """One vLLM in this process, with or without a drafter; gone when left."""
+
+    def __init__(self, model: str, speculative: dict | None, extra: dict | None = None, **options):
+        if extra is not None:
+            options["additional_config"] = extra
+        if speculative is not None:
+            options["speculative_config"] = speculative
+        options = {"max_num_seqs": _BATCH, **options}
+        self.llm = LLM(
+            model=model, dtype="float32", max_model_len=256, enforce_eager=True, seed=0,
+            disable_log_stats=False, **options,
+        )  # fmt: skip
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        guard = getattr(self.drafter, "guard", None)
+        if guard is not None:
+            guard.remove()
+        del self.llm
+        gc.collect()
+
+    @property
+    def drafter(self) -> Any:
+        """The proposer of the runner; None where nothing drafts."""
+        return self.llm.collective_rpc(
+            lambda worker: getattr(worker.model_runner, "drafter", None)
+        )[0]  # fmt: skip
+
+    def metrics(self) -> Counter[str]:
+        """`vllm:spec_decode_*` so far; per position as NAME.0, NAME.1, ..."""
+        found: Counter[str] = Counter()
+        for metric in self.llm.get_metrics():
+            name = metric.name.removeprefix("vllm:spec_decode_")
+            if name != metric.name:
+                for index, value in enumerate(getattr(metric, "values", [])):
+                    found[f"{name}.{index}"] += value
+                found[name] += getattr(metric, "value", 0)
+        return found
+
+    def run(self, rows: list[list[int]], params: Any) -> tuple[list, float, Counter[str]]:
+        """Texts, seconds, and what the metrics of drafts counted meanwhile."""
+        before, clock = self.metrics(), time.perf_counter()
+        prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - clock
+        after = self.metrics()
+        after.subtract(before)
+        return [list(o.outputs[0].token_ids) for o in outputs], seconds, after
+
+
+def differing(texts: list[list[int]], others: list[list[int]]) -> int:
+    return sum(a != b for a, b in zip(texts, others, strict=True))
+
+
+def with_head(args: argparse.Namespace, **extra: Any) -> tuple[dict, dict]:
+    speculative = {
+        "method": "custom_class", "model": PROPOSER, "num_speculative_tokens": args.depth
+    }  # fmt: skip
+    return speculative, {"redrafter_head": args.head, **extra}
+
+
+def plain_texts(args: argparse.Namespace, rows: dict, greedy: SamplingParams) -> list[list[int]]:
+    """Plain vLLM's greedy texts, which are to be ours, and its tokens per second."""
+    with Engine(args.model, None) as engine:
+        engine.run(rows["prompts"][:_BATCH], greedy)  # the first steps set things up
+        plain, seconds, _ = engine.run(rows["prompts"], greedy)
+    say(f"plain: {sum(map(len, plain)) / seconds:.1f} tokens/s")
+    wrong = differing(plain, rows["texts"])
+    say(f"plain vLLM and redrafter's own text: {wrong} of {len(plain)} rows differ", wrong == 0)
+    return plain
+
+
+def ngram(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """vLLM's own drafter in this run. Last: it loads llvmlite, and with that in the process
+    vLLM 0.32 makes no further engine on a CPU (AttributeError: _lib_fn_wrapper)."""
+    speculative = {"method": "ngram", "num_speculative_tokens": args.depth}
+    speculative |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    with Engine(args.model, speculative) as engine:
+        engine.run(rows["prompts"][:_BATCH], greedy)
+        texts, seconds, _ = engine.run(rows["prompts"], greedy)
+    rate = sum(map(len, texts)) / seconds
+    say(f"ngram: {rate:.1f} tokens/s, {differing(texts, plain)} rows differ")
+
+
+def head_greedy(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """Texts, counts against our own chain, speed."""
+    speculative, extra = with_head(args)
+    with Engine(args.model, speculative, extra) as engine:
+        engine.run(rows["prompts"][:_BATCH], greedy)
+        texts, seconds, counted = engine.run(rows["prompts"], greedy)
+        wrong = differing(texts, plain)
+        n = sum(map(len, texts))
+        say(f"head: {n / seconds:.1f} tokens/s")
+        say(f"head: {wrong} of {len(plain)} rows differ from plain at batch {_BATCH}", wrong == 0)
+        ours, steps = rows["accepted"], rows["steps"]
+        theirs = [counted[f"num_accepted_tokens_per_pos.{i}"] for i in range(args.depth)]
+        near = all(abs(a - b) <= 0.01 * b for a, b in zip(theirs, ours, strict=True))
+        say(f"accepted by position: vLLM {theirs}, redrafter's chain {ours}", near)
+        drafts = counted["num_drafts"]
+        near = abs(drafts - steps) <= 0.01 * steps
+        say(f"steps with a draft: vLLM {drafts}, redrafter {steps}", near)
+        length = 1 + counted["num_accepted_tokens"] / max(1, drafts)
+        say(f"mean acceptance length {length:.3f}, drafted {counted['num_draft_tokens']} tokens")
+
+
+def law(engine: Engine, rows: dict, drafted: bool) -> None:
+    """4000 draws at temperature 1: inside the band of the exact sampler; drafts only if allowed."""
+    cells = list(rows["law"]["cells"])
+    exact = torch.tensor(list(rows["law"]["cells"].values()), dtype=torch.float64)
+    wanted = len(cells[0].split())
+    params = SamplingParams(
+        temperature=1.0, top_k=rows["law"]["top_k"], max_tokens=wanted, ignore_eos=True
+    )
+    texts, _, counted = engine.run([rows["law"]["prompt"]] * _DRAWS, params)
+    place = {cell: i for i, cell in enumerate(cells)}
+    found = [place.get(" ".join(map(str, text)), len(cells)) for text in texts]
+    share = torch.bincount(torch.tensor(found), minlength=len(cells) + 1).double() / len(texts)
+    distance = 0.5 * float((share[:-1] - exact).abs().sum() + share[-1])
+    torch.manual_seed(0)
+    draws = torch.multinomial(exact.expand(2000, -1), _DRAWS, replacement=True)
+    simulated = torch.stack([torch.bincount(d, minlength=len(cells)) for d in draws]).double()
+    band = float((0.5 * (simulated / _DRAWS - exact).abs().sum(1)).quantile(0.99))
+    n = counted["num_draft_tokens"]
+    name = "repaired" if fault(torch.device("cpu")) is None else "as it is"
+    say(
+        f"law at temperature 1, sampler {name}: total variation {distance:.4f} of {_DRAWS} draws "
+        f"over {len(cells)} cells, exact sampler's 99 % band {band:.4f}", distance <= band
+    )  # fmt: skip
+    say(f"drafted there: {n} tokens", (n > 0) == drafted)
+
+
+def mixed(engine: Engine, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """Greedy rows beside sampled ones that join while drafts are verified: no text changes."""
+    sampled = SamplingParams(temperature=1.0, max_tokens=5, ignore_eos=True)
+    prompts, params, n = [], [], min(24, len(plain))
+    for i, row in enumerate(rows["prompts"][:n]):
+        prompts += [row, rows["law"]["prompt"]]
+        params += [greedy, sampled if i % 3 == 0 else greedy]
+    texts, _, _ = engine.run(prompts, params)
+    wrong = differing(texts[::2], plain[:n])
+    say(f"greedy rows in batches that also sample: {wrong} of {n} differ", wrong == 0)
+
+
+def hard_cases(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """Chunked prefill, preemption, prefix caching on and off, aborted requests; states checked."""
+    speculative, extra = with_head(args, redrafter_serve_check=1)
+    prompts, wanted = rows["prompts"][:32], plain[:32]
+    for cached in (True, False):
+        with Engine(
+            args.model, speculative, extra, enable_prefix_caching=cached,
+            enable_chunked_prefill=True, max_num_batched_tokens=48, num_gpu_blocks_override=9,
+        ) as engine:  # fmt: skip
+            proposer = engine.drafter
+            wrong = differing(engine.run(prompts, greedy)[0], wanted)
+            again = differing(engine.run(prompts, greedy)[0], wanted)
+            preempted = sum(
+                m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions"
+            )
+            name = f"chunked prefill of 48, 9 blocks, prefix caching {'on' if cached else 'off'}"
+            both = f"{wrong} and, again, {again} of {len(prompts)} rows differ"
+            say(f"{name}: {both}", wrong + again == 0)
+            say(f"  {preempted} preemptions", preempted > 0)
+            checked, missing = proposer.counts["checked"], proposer.counts["without_state"]
+            say(f"  {checked} states checked, {missing} rows without a state", checked > 100)
+            if cached:
+                aborted(engine, prompts, wanted, greedy)
+
+
+def aborted(engine: Engine, prompts: list, wanted: list, greedy: SamplingParams) -> None:
+    core, done = engine.llm.llm_engine, {}
+    for i, row in enumerate(prompts[:16]):
+        core.add_request(f"a{i}", TokensPrompt(prompt_token_ids=row), greedy)
+    steps = 0
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                done[int(output.request_id[1:].split("-")[0])] = list(output.outputs[0].token_ids)
+        steps += 1
+        if steps in (4, 9):
+            core.abort_request([f"a{steps - 3}", f"a{steps}"])
+    kept = [i for i in done if len(done[i]) == len(wanted[i])]
+    wrong = sum(done[i] != wanted[i] for i in kept)
+    say(f"  aborted requests beside {len(kept)} others: {wrong} differ", wrong == 0 < len(kept))
+
+
+def planted(args: argparse.Namespace, rows: dict, greedy: SamplingParams) -> None:
+    """The state one position too early: the check must stop the engine."""
+    find = ReDrafterProposer._find
+
+    def off_by_one(self, kept, wanted, lengths):
+        hidden, index, usable = find(self, kept, wanted, lengths)
+        return hidden, (index - 1).clamp(min=0), usable
+
+    speculative, extra = with_head(args, redrafter_serve_check=1)
+    ReDrafterProposer._find = off_by_one
+    stopped = ""
+    try:
+        with Engine(args.model, speculative, extra) as engine:
+            engine.run(rows["prompts"][:_BATCH], greedy)
+    except Exception as error:
+        stopped = f"{type(error).__name__}: {error}"
+    finally:
+        ReDrafterProposer._find = find
+    say(f"planted off-by-one is found: {stopped[:160]}", "REDRAFTER_SERVE_CHECK" in stopped)
+
+
+def laws(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """The sampler as it is, where it may lose the law and then nothing is drafted; and repaired."""
+    original = rejection_sampler.expand_batch_to_tokens
+    for repair in (0, 1):
+        speculative, extra = with_head(args, redrafter_serve_repair=repair)
+        try:
+            with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
+                law(engine, rows, drafted=engine.drafter.drafts_sampled)
+                mixed(engine, rows, plain, greedy)
+        finally:
+            rejection_sampler.expand_batch_to_tokens = original
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("model", "head", "rows"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--parts", default="plain,head,hard,planted,laws,ngram")
+    args = parser.parse_args()
+    rows = json.loads(Path(args.rows).read_text())
+    args.depth = rows["depth"]
+    parts = args.parts.split(",")
+    say(
+        f"vLLM {vllm.__version__}, torch {torch.__version__}, {rows['model']}, "
+        f"{len(rows['prompts'])} prompts x {rows['new_tokens']} tokens, chains of {args.depth}"
+    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=rows["new_tokens"], ignore_eos=True)
+    plain = plain_texts(args, rows, greedy) if "plain" in parts else rows["texts"]
+    if "head" in parts:
+        head_greedy(args, rows, plain, greedy)
+    if "hard" in parts:
+        hard_cases(args, rows, plain, greedy)
+    if "planted" in parts:
+        planted(args, rows, greedy)
+    if "laws" in parts:
+        laws(args, rows, plain, greedy)
+    if "ngram" in parts:
+        ngram(args, rows, plain, greedy)
+    say(f"{len(failed)} findings are wrong", not failed)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    sys.exit(main())
