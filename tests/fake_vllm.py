@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from redrafter.target.model import Target
+from redrafter.targets.model import Target
 
 VERSION = "0.32.0+stand.in"
 PADDING = 3  # rows that graphs of fixed sizes add behind a batch

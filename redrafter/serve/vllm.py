@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from redrafter.contracts import InputError
-from redrafter.heads.recurrent import load_head
+from redrafter.heads.load import load_head
 from redrafter.serve.chain import check_depth, draft_chain
 
 try:

@@ -17,7 +17,7 @@ from redrafter.heads.reading import weight_files
 
 
 class EngineTarget:
-    """The embeddings and the lm_head of vLLM's model, as `redrafter.target.Target` gives them.
+    """The embeddings and the lm_head of vLLM's model, as `redrafter.targets.Target` gives them.
 
     model: vLLM's module, loaded, in one process (no tensor or pipeline parallelism)
     config: its `vllm.config.ModelConfig`
