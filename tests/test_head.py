@@ -31,7 +31,7 @@ class FakeTarget:
     def fingerprint(self):
         return self._fingerprint
 
-    def parts(self):
+    def digests(self):
         return WeightDigests(self._fingerprint)
 
     def probe(self):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "kill_pipeline.py"
+SCRIPT = ROOT / "scripts" / "dev" / "kill_pipeline.py"
 
 # Receipts written before their shards: a kill between the two leaves what looks finished.
 _EARLY_RECEIPTS = """

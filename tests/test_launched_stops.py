@@ -19,6 +19,19 @@ from redrafter.training import checkpoint
 from redrafter.training.faults import Interruption
 
 STEPS = 4000
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A shell starts what is in the background with SIGINT ignored, and so would be what is tried
+    here; nohup does the same to SIGHUP."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 SETTINGS = {
     "data.source.format": "text", "data.source.n_rows": 24, "data.source.holdout_rows": 8,
     "data.answers.max_new_tokens": 24, "data.buffer_rows": 10, "optim.steps": STEPS,

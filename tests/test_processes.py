@@ -40,7 +40,7 @@ from redrafter.targets.devices import pick_device
 from redrafter.targets.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "kill_processes.py"
+SCRIPT = ROOT / "scripts" / "dev" / "kill_processes.py"
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from redrafter.config import LossConfig
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts/dev"
 DEPTH = 5
 #: tensors of logits that live at once: (cross-entropy, any other loss)
 LOGITS = (4, 7)

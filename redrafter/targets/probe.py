@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from redrafter.contracts import InputError
-from redrafter.processes import everyone
 from redrafter.targets.adapters import probe_tokens
 from redrafter.targets.cache import RowCache
 
@@ -68,7 +67,7 @@ def check_target(target: Any) -> None:
 
 def _any(target: Any, flag: bool) -> bool:
     """Of all processes that share the weights: what depends on it makes forwards, together."""
-    return any(everyone(flag)) if target.sharded else flag
+    return target.backbone.any_of(flag) if target.sharded else flag
 
 
 @contextmanager

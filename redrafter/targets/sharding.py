@@ -57,7 +57,12 @@ class ShardedBackbone:
 
     def _say(self, works: bool) -> bool:
         """Whether any process makes a forward now."""
-        return any(everyone(works))
+        return self.any_of(works)
+
+    @staticmethod
+    def any_of(flag: bool) -> bool:
+        """Whether any process says so; collective."""
+        return any(everyone(flag))
 
     @staticmethod
     @contextmanager
