@@ -71,6 +71,10 @@ def test_a_documented_line_is_taken(path, words, monkeypatch):
     if started is None:
         return
     module = import_module(f"redrafter.cli.{started[0]}")
+    monkeypatch.chdir(ROOT)
+    if not hasattr(module, "parse"):  # what runs beside vLLM reads its options by itself
+        assert module.main([*started[1], "--dry-run"]) == 0
+        return
 
     def parse(*given, inner=args.parse, **options):
         options.pop("refuse", None)  # of a folder that is not there
@@ -82,7 +86,6 @@ def test_a_documented_line_is_taken(path, words, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(module, "parse", parse)
-    monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
         module.main([OWN_NAME.sub("quickstart", word) for word in started[1]])
 

@@ -446,7 +446,7 @@ def test_a_stopped_run_goes_on(tiny_target, made, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(Asker, "one", counted)
     stop, args = 4 + 3 * 4 + 2, command(tiny_target, tmp_path)  # warm-up, three and a half
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         cli.main(args)
     journal = tmp_path / "out/journal.jsonl"
     kept = journal.read_bytes()
