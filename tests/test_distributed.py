@@ -108,7 +108,8 @@ def test_data_parallel_then_zero_1(one, argv, folder):
         ["--multi_gpu", "--num_processes", "2"], "train/redrafter.py", argv("ddp"),
         ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    assert told.count(f"{folder / 'ddp'} holds the head of step") == 1, "one process says how it ended"
+    last = f"{folder / 'ddp'} holds the head of step"
+    assert told.count(last) == 1, "one process says how it ended"
     check_agrees(folder / "ddp", one)
     assert not any(torch.equal(a, b) for a, b in zip(
         tensors(folder / "ddp", "model").values(), tensors(one, "model").values(), strict=True
