@@ -29,6 +29,7 @@ threads.wait_asleep()  # torch reads it when it is imported
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redrafter.bars import Bar
@@ -166,8 +167,8 @@ def both_logits(
     """At each position of a batch whose next token is supervised: the draft model's logits and
     log p of the target, both (S, V), and that next token (S,)."""
     tokens, _ = right_padded(rows, chosen)
-    as_tokens = Rows(rows.supervised.long(), rows.supervised, rows.offsets)
-    learned = right_padded(as_tokens, chosen)[0][:, 1:].bool()  # padding is never supervised
+    masks = [rows.supervised[rows.offsets[r] : rows.offsets[r + 1]] for r in chosen]
+    learned = pad_sequence(masks, batch_first=True)[:, 1:]  # padding is never supervised
     tokens, learned = tokens.to(target.device), learned.to(target.device)
     with torch.no_grad():
         states = target.states(tokens[:, :-1])[learned]
