@@ -24,6 +24,7 @@ from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import Plan
 from redrafter.evaluation import models
+from redrafter.evaluation.lookaheads import experiment
 from redrafter.evaluation.lookaheads.cases import cases_of, check, names_of
 from redrafter.evaluation.lookaheads.report import overview, says_best
 from redrafter.evaluation.lookaheads.steps import (
@@ -33,7 +34,7 @@ from redrafter.evaluation.lookaheads.steps import (
     plain_steps,
     replayed_steps,
 )
-from redrafter.evaluation.lookaheads.summary import Measured, experiment, reliability, summary
+from redrafter.evaluation.lookaheads.summary import Measured, reliability, summary
 from redrafter.evaluation.methods import check_partners
 from redrafter.evaluation.runs import PromptBatch, TimedRun
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco

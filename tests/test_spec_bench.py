@@ -14,6 +14,7 @@ from redrafter.config import SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.runs import Method, PromptBatch, TimedRun
+from redrafter.evaluation.spec_bench import experiment
 from redrafter.evaluation.spec_bench.answer_files import (
     compare,
     compare_files,
@@ -22,7 +23,7 @@ from redrafter.evaluation.spec_bench.answer_files import (
     tasks_of,
 )
 from redrafter.evaluation.spec_bench.questions import open_questions
-from redrafter.evaluation.spec_bench.run import Asker, experiment, run_questions
+from redrafter.evaluation.spec_bench.run import Asker, run_questions
 from redrafter.files import read_packed
 from redrafter.targets.model import load_target
 
