@@ -20,7 +20,7 @@ from models import VOCAB, prompts, tiny
 import redrafter.serve
 from redrafter.cli import vllm_serve
 from redrafter.config import TreeConfig
-from redrafter.contracts import InputError, Sequences, Truth
+from redrafter.contracts import InputError, RowState, Truth
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
 from redrafter.heads.recurrent import RecurrentHead
@@ -185,7 +185,7 @@ def own_chain(head, target, prompt: list[int]) -> list[int]:
     ids = torch.cat((torch.tensor([prompt]), first), 1)
     length = torch.tensor([ids.shape[1]])
     drafter = RecurrentDrafter(head, target, TreeConfig(width=1, depth=DEPTH))
-    drafter.begin(Sequences(ids, length, length - 1, torch.ones(1, dtype=torch.bool)))
+    drafter.begin(RowState(ids, length, length - 1, torch.ones(1, dtype=torch.bool)))
     drafter.observe(Truth(first, torch.ones(1, dtype=torch.long), hidden))
     drafter.start()
     for level in range(1, DEPTH + 1):

@@ -10,7 +10,7 @@ from redrafter.cli.args import parse
 from redrafter.config import PlanConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.heads.load import load_head
-from redrafter.planning.items import Ground
+from redrafter.planning.items import PlanBuilder
 from redrafter.planning.meta import MetaTarget
 from redrafter.planning.world import World
 from redrafter.targets.model import load_target
@@ -102,12 +102,12 @@ def test_a_plan_counts_the_part_of_a_process():
     target = MetaTarget(TargetConfig(path, device="cpu", dtype="bfloat16", shard="zero3"))
     vocabulary = 2 * 128256 * 8192 * 2
     for n in (4, 8):
-        items = Ground("job", target, World(n, n, "zero3"), PlanConfig(), 0).items
+        items = PlanBuilder("job", target, World(n, n, "zero3"), PlanConfig(), 0).items
         held, gathered = (item.n_bytes for item in items[1:])
         assert held == vocabulary + (target.weight_bytes - vocabulary) // n
         assert 0 < gathered < 0.01 * target.weight_bytes
     with pytest.raises(InputError, match=r"plan_for\.sharding zero3"):
-        Ground("job", target, World(4, 4, "ddp"), PlanConfig(), 0)
+        PlanBuilder("job", target, World(4, 4, "ddp"), PlanConfig(), 0)
 
 
 # ------------------------------------------------------------------ device_map

@@ -14,13 +14,13 @@ from redrafter.cli.args import parse
 from redrafter.cli.verify import main, with_head
 from redrafter.config import TrainConfig
 from redrafter.contracts import InputError
+from redrafter.export import verify_decode
 from redrafter.export.complete import complete
 from redrafter.export.golden import FACTS, NUMBERS, read_facts, read_golden, write_golden
 from redrafter.export.rounding import rounding
 from redrafter.export.texts import template_fault, tokenizer_fault
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.hub import replay_decode
 from redrafter.targets.model import Target
 from redrafter.training.loop import Training
 
@@ -249,7 +249,7 @@ def compared(twins, change):
     assert how["tokens"][1][5] == a
     change(golden, how)
     with torch.inference_mode():
-        return replay_decode.check_decodes(head, target, golden, 1e-6)
+        return verify_decode.check_decodes(head, target, golden, 1e-6)
 
 
 def test_a_tie_is_no_fault(twins):
@@ -325,7 +325,7 @@ def test_drafts_that_are_ties():
         return torch.tensor(tokens), torch.tensor(parents), torch.tensor(scores)
 
     then = tree([9, 1, 2, 3], [0.0, -1.0, -2.0, -1.5])
-    fault = replay_decode._draft_fault
+    fault = verify_decode._draft_fault
     assert fault(then, tree([9, 1, 4, 3], [0.0, -1.0, -2.0001, -1.5]), 1e-3) is None
     apart = fault(then, tree([9, 1, 4, 3], [0.0, -1.0, -2.1, -1.5]), 1e-3)
     assert apart.startswith("at level 1 other tokens were drafted, with scores 1.0e-01 apart")
