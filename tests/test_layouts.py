@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from redrafter.cli.convert_head import main
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
+from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.export.layouts import convert
@@ -204,6 +205,31 @@ def test_a_converted_head_remembers_its_target_and_its_training(tmp_path, saved_
     assert (tmp_path / "back" / "custom_generate" / "generate.py").is_file()
     with pytest.raises(InputError, match="trained for another target"):
         load_head(tmp_path / "back", tiny("qwen3"))
+
+
+def test_a_head_stored_in_half_precision_computes_as_its_target_does(tmp_path, double, capsys):
+    torch.manual_seed(3)
+    head = RecurrentHead.for_target(double, draft_ids=torch.arange(0, 48, 2))
+    head.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", "redrafter", tmp_path / "small", double, "bfloat16")
+    size = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("ours", "small")]
+    assert size[1] < 0.6 * size[0]
+    assert {p.dtype for p in load_head(tmp_path / "small").parameters()} == {torch.bfloat16}
+    ours, small = (load_head(tmp_path / n, double) for n in ("ours", "small"))
+    for (name, was), now in zip(ours.named_parameters(), small.parameters(), strict=True):
+        assert now.dtype == torch.float32, name
+        assert torch.equal(now, was.bfloat16().float()), name
+    rows = prompts((9, 3, 14))
+    made = speculative(double, rows, settings(eos_token_id=-1),
+                       drafter=RecurrentDrafter(small, double, TreeConfig(4, 4)))  # fmt: skip
+    assert made.tokens == plain(double, rows, settings(eos_token_id=-1)).tokens
+
+    with torch.no_grad():
+        head.lm_head[0].linear.weight[0, 0] = 1e6
+    head.save_pretrained(tmp_path / "wide")
+    with pytest.raises(InputError, match="beyond the range of float16: take bfloat16"):
+        convert(tmp_path / "wide", "redrafter", tmp_path / "out", double, "float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_converted_is_said_before_anything_is_written(tmp_path, double, capsys):

@@ -15,6 +15,8 @@ folded in, and the target's lm_head, where the head draws on it (head.output tar
 state: such heads are refused.
 
   python scripts/convert_head.py --head runs/head --to apple --out runs/head-apple
+  python scripts/convert_head.py --head runs/head --to redrafter --dtype bfloat16 --out runs/small \
+      --target.path MODEL
   python scripts/convert_head.py --head APPLE --to redrafter --out runs/head --target.path MODEL
 
 Reading needs no conversion: --head of every command takes Apple's folders too, and IBM's and
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.targets.model import load_target
 
     target = None if config.target is None else load_target(config.target)
-    head = convert(fetch(config.head, "head"), config.to, config.out, target)
+    head = convert(fetch(config.head, "head"), config.to, config.out, target, config.dtype)
     print(f"{config.out}: a head in the layout {config.to}")
     if config.to == "redrafter":
         whose = head.config.target_name or "no target (give --target.path to record one)"

@@ -13,6 +13,7 @@ from importlib import import_module
 SUBCOMMANDS = {
     "chat": "talk to a model with a draft head or any drafter (scripts/chat.py)",
     "prepare": "read text as rows of tokens (data/prepare.py)",
+    "instructions": "let a chat model write prompts itself (data/instructions.py)",
     "answers": "let the model answer prompts (data/answers.py)",
     "states": "store its hidden states of rows (data/states.py)",
     "check_store": "check that a store is what was written (data/check.py)",

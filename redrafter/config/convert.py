@@ -19,6 +19,9 @@ class ConvertConfig:
     converter read; `redrafter` is this library's."""
     out: str
     """Folder to write; it must not exist, or be empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Numbers to store its weights in; none leaves them. A head in half precision is half the file,
+    and computes in float32 for a target that does."""
     target: TargetConfig | None = None
     """The target that the head was trained for: its sizes and fingerprint are compared with what
     the head says, and `redrafter` records them (Apple's layout has no place for them)."""

@@ -114,6 +114,39 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class InstructionsConfig:
+    """`data/instructions.py`: prompts that a chat model writes itself."""
+
+    target: TargetConfig
+    """The target; its chat template says where a user's words stand."""
+    output_dir: str
+    """Folder for the prompts; the same command goes on after an interruption."""
+    n: int = 1000
+    """Instructions to write; those left out are counted among them."""
+    temperature: float = 0.8
+    """They are drawn at; more is more various, and less sensible from a small model."""
+    max_new_tokens: int = 128
+    """What is longer is left out, in tokens."""
+    min_words: int = 3
+    """What is shorter is left out."""
+    batch_size: int = 64
+    """Rows per forward; changes the speed, not the instructions."""
+    shard_prompts: int = 1024
+    """Instructions per shard; what an interruption can lose."""
+    seed: int = 0
+    """Fixes every instruction."""
+    threads: int | None = None
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "n", "max_new_tokens", "min_words", "batch_size", "shard_prompts")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature: {self.temperature} must be above 0, or all instructions are one"
+            )
+
+
+@dataclass(frozen=True)
 class MakeAnswersConfig:
     """`data/answers.py`: let the target answer prompts."""
 

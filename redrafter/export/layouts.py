@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redrafter.contracts import InputError
 from redrafter.export.complete import complete
 from redrafter.files import new_folder, provenance, write_json
@@ -15,9 +17,12 @@ from redrafter.heads.owner import belong_to
 from redrafter.heads.recurrent import RecurrentHead
 
 
-def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> RecurrentHead:
+def convert(
+    head: str | Path, to: str, out: str | Path, target: Any = None, dtype: str | None = None
+) -> RecurrentHead:
     """Write the head of a folder in the layout `to` ("apple" or "redrafter") as the folder `out`.
 
+    dtype: of the weights that are written; None leaves them
     target: the one it was trained for; "redrafter" records it, so that another one is refused
         later, and adds what every export carries
     Returns the head. Raises InputError, before anything is written, where the head does not fit the
@@ -32,6 +37,10 @@ def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> R
             f"{head}: this head draws on the target's lm_head, and Apple's layout has it in the "
             "head: give --target.path"
         )
+    stored = next(load_recurrent(head).parameters()).dtype
+    read = read.to(stored if dtype is None else getattr(torch, dtype))
+    if not all(bool(p.isfinite().all()) for p in read.parameters()):
+        raise InputError(f"dtype: {head} has weights beyond the range of {dtype}: take bfloat16")
     with new_folder(out) as part:
         if to == "apple":
             save_apple(read, part)

@@ -67,9 +67,16 @@ def load_own(
 def _given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
     if target is not None:
         check_target(head, target, path, allow_other_target)
-        head = head.to(target.device).bind(target)
+        head = _computable(head.to(target.device), target).bind(target)
     head.name_or_path = str(path)  # what was trained for it may lie beside it
     return head.eval()
+
+
+def _computable(head: Any, target: Any) -> Any:
+    """A head that is stored in half precision for a target that computes in float32 or wider does
+    so too: the same numbers, and most CPUs have no half-precision products."""
+    widths = [x.dtype.itemsize for x in (next(head.parameters()), target.lm_head_weight)]
+    return head.float() if widths[0] < 4 <= widths[1] else head
 
 
 def load_recurrent(

@@ -21,6 +21,7 @@ from redrafter.planning.tracing import Piece, Trace, storage_bytes, traced
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.loop import make_optimizer
+from redrafter.training.normalizers import projects_columns
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"
@@ -70,9 +71,11 @@ class _Labelled(nn.Module):
             return self.head(context, embeddings)
 
 
-def meta_batch(target: Target, loss: LossConfig, positions: int, depth: int, k: int = 0) -> Batch:
+def meta_batch(
+    target: Target, loss: LossConfig, positions: int, depth: int, k: int = 0, pruned: bool = False
+) -> Batch:
     """As `Feed` makes it, every position supervised, on the target's device. k: stored probable
-    tokens per position, for the teacher `top_k`."""
+    tokens per position, for the teacher `top_k`; pruned: for a head with some of the tokens."""
     grid, device = (positions, depth), target.device
 
     def floats(*shape: int, dtype: torch.dtype = target.dtype) -> Tensor:
@@ -88,6 +91,8 @@ def meta_batch(target: Target, loss: LossConfig, positions: int, depth: int, k: 
     teacher = needed_teacher(loss)
     if teacher == "states":
         batch.teacher = floats(*grid, target.hidden_size)
+        if pruned and projects_columns(target):
+            batch.teacher_log_z = floats(*grid, dtype=torch.float32)
     elif teacher == "top_k":
         batch.teacher_ids = ids(*grid, k)
         batch.teacher_log_p = floats(*grid, k, dtype=torch.float32)
@@ -103,7 +108,8 @@ def step_memory(
 ) -> StepMemory:
     """One optimiser step: every micro-batch forward and back, then the clipping."""
     positions = optim.batch_positions * optim.accumulation
-    batch = meta_batch(target, loss, positions, optim.depth, k)
+    pruned = head.config.draft_vocab_size is not None
+    batch = meta_batch(target, loss, positions, optim.depth, k, pruned)
     head.train()
     peaks: dict[str, tuple[int, dict[int, Piece]]] = {LOGITS: (0, {}), BACKWARD: (0, {})}
     with traced() as trace:

@@ -95,7 +95,8 @@ def step_seconds(
 ) -> float:
     """Of an optimiser step, on random numbers."""
     optimizer = make_optimizer(head, optim)
-    batch = meta_batch(target, loss, optim.batch_positions * optim.accumulation, optim.depth, k)
+    positions, pruned = optim.batch_positions * optim.accumulation, head.config.draft_vocab_size
+    batch = meta_batch(target, loss, positions, optim.depth, k, pruned is not None)
     batch.context.normal_()
     batch.tokens.random_(target.vocab_size)
     batch.labels.random_(head.draft_vocab_size)

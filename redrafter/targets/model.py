@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
@@ -155,9 +155,16 @@ class Target:
         scale = getattr(self.config, "embedding_multiplier", 1.0)
         return e if scale == 1.0 else e * scale
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap."""
-        logits = self.lm_head(hidden)
+    def project(self, hidden: Tensor, columns: Tensor | None = None) -> Tensor:
+        """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap.
+
+        columns: (Vd,) int64, those of an lm_head that is a plain `nn.Linear`; None: all
+        """
+        if columns is None:
+            logits = self.lm_head(hidden)
+        else:
+            bias = None if self.lm_head.bias is None else self.lm_head.bias[columns]
+            logits = nn.functional.linear(hidden, self.lm_head.weight[columns], bias)
         # Skipped where neutral: a pass over (N, V) costs as much as a small matrix product.
         if self._logit_scale != 1.0:
             logits = logits * self._logit_scale

@@ -29,6 +29,7 @@ from redrafter.contracts import InputError
 from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order, generator
 from redrafter.data.states import decoded
 from redrafter.targets.model import Target
+from redrafter.training.normalizers import Normalizers, projects_columns
 
 Labels = Literal["tokens", "greedy", "local"]
 Teacher = Literal["states", "top_k"]
@@ -43,6 +44,8 @@ class Batch:
     mask: (P, K) bool, False where that lies past the row's end, is not supervised, or lies behind
         something that is not
     teacher: (P, K, H) or None, h_{t+1} .. h_{t+K}: what the target predicts the same tokens from
+    teacher_log_z: (P, K) or None, log of the sum of exp(logits) of those predictions, for
+        a head that has some of their columns only (`normalizers.py`)
     teacher_ids, teacher_log_p: (P, K, k) or None, the k most probable of those predictions
     """
 
@@ -51,6 +54,7 @@ class Batch:
     labels: Tensor
     mask: Tensor
     teacher: Tensor | None = None
+    teacher_log_z: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_log_p: Tensor | None = None
 
@@ -62,7 +66,7 @@ class Batch:
     def _fields(self) -> list[Tensor | None]:
         return [
             self.context, self.tokens, self.labels, self.mask,
-            self.teacher, self.teacher_ids, self.teacher_log_p,
+            self.teacher, self.teacher_log_z, self.teacher_ids, self.teacher_log_p,
         ]  # fmt: skip
 
 
@@ -115,6 +119,8 @@ class Feed:
         if draft_ids is not None:
             self._to_draft = torch.full((target.vocab_size,), -1)
             self._to_draft[draft_ids.cpu()] = torch.arange(len(draft_ids))
+        pruned = draft_ids is not None and teacher == "states" and projects_columns(target)
+        self._normalizers = Normalizers(target) if pruned else None
         self._epochs: dict[int, _Epoch] = {}
         self._first_step = [0]  # of each epoch known so far
         self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None
@@ -174,13 +180,14 @@ class Feed:
         kept = own.clone()
         kept[0] |= not bool(own.any())  # there must be columns, even if nothing is used of them
         sizes, pieces = [len(r) for r in rows], []
-        for part, r, k, o in zip(
-            self.parts, rows, kept.split(sizes), own.split(sizes), strict=True
+        for number, (part, r, k, o) in enumerate(
+            zip(self.parts, rows, kept.split(sizes), own.split(sizes), strict=True)
         ):
             if bool(k.any()):
                 piece = part.load(r[k], place)
-                o[k] &= piece.pop("there")  # in `own`, of which it is a view
-                pieces.append(piece)
+                there = piece.pop("there")
+                o[k] &= there  # in `own`, of which it is a view
+                pieces.append({**piece, "keys": _keys(number, r[k][there])})
         columns, starts = self._with_starts(pieces[0] if len(pieces) == 1 else _joined(pieces))
         mine = own.repeat_interleave(counts)
         order = torch.randperm(len(mine), generator=generator(self.seed, *place))
@@ -189,9 +196,9 @@ class Feed:
         return columns, place_of[order]
 
     def _with_starts(self, columns: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Columns of rows, with `end` (where each position's row ends) for offsets; and their
-        starts, ascending."""
-        offsets = columns.pop("offsets")
+        """Columns of rows, with `end` (where each position's row ends); and their starts,
+        ascending."""
+        offsets = columns["offsets"]
         columns["end"] = torch.repeat_interleave(offsets[1:], offsets[1:] - offsets[:-1])
         return columns, starts_of(columns["supervised"], columns["end"], self.labels)
 
@@ -203,6 +210,7 @@ class Feed:
             found = ahead[1].result() if ahead is not None else None
             if found is None or ahead[0] != place:
                 found = self._load(place, epoch.buffers[number])
+            self._normalize(found[0])
             self._loaded = (place, *found)
             self.wait_s += time.perf_counter() - clock
             if self._pool is not None:
@@ -212,6 +220,11 @@ class Feed:
                     after, buffer = (epoch.number + 1, 0), self._epoch(epoch.number + 1).buffers[0]
                 self._next = (after, self._pool.submit(self._load, after, buffer))
         return self._loaded[1:]
+
+    def _normalize(self, columns: dict[str, Tensor]) -> None:
+        if self._normalizers is not None:
+            keys = columns["keys"]
+            columns["teacher_log_z"] = self._normalizers.of(columns, columns["offsets"], keys)
 
     def end(self, step: int) -> list[str]:
         """No step from `step` on will be asked for. Returns what the user should know."""
@@ -239,8 +252,9 @@ class Feed:
         part, (rank, world) = self.parts[0], self.share
         rows = torch.arange(rank, part.n_rows, world)
         piece = part.load(rows if len(rows) else torch.zeros(1).long(), (0, 0))
-        piece.pop("there")
+        piece["keys"] = _keys(0, rows[piece.pop("there")] if len(rows) else torch.zeros(1).long())
         columns, starts = self._with_starts(piece)
+        self._normalize(columns)
         starts = starts if len(rows) else starts[:0]
         return [self._to_device(self._gather(columns, s)) for s in starts.split(positions)]
 
@@ -273,6 +287,8 @@ class Feed:
         batch = Batch(decoded(columns, t, dtype), tokens, labels, mask)
         if self.teacher == "states":
             batch.teacher = decoded(columns, seen, dtype)
+            if self._normalizers is not None:
+                batch.teacher_log_z = columns["teacher_log_z"][seen]
         elif self.teacher == "top_k":
             batch.teacher_ids = columns["teacher_ids"][seen].long()
             batch.teacher_log_p = columns["teacher_log_p"][seen]
@@ -286,6 +302,11 @@ def owners(counts: Tensor, n: int) -> Tensor:
     found = torch.empty(len(counts), dtype=torch.long)
     found[counts.argsort(descending=True, stable=True)] = deal[: len(counts)]
     return found
+
+
+def _keys(part: int, rows: Tensor) -> Tensor:
+    """(R, 2) int64, which part each row is of, and its number there."""
+    return torch.stack((torch.full_like(rows, part), rows), dim=1)
 
 
 def starts_of(supervised: Tensor, end: Tensor, labels: Labels) -> Tensor:

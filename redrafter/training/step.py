@@ -59,14 +59,12 @@ def batch_loss(
     depth = torch.arange(n_depths, device=batch.mask.device).expand_as(batch.mask)[batch.mask]
     weight = depth_weights(config, n_depths, batch.mask.device)[depth] / denominator
     labels = batch.labels[batch.mask]
-    teacher = teacher_of(batch, target)
+    teacher = teacher_of(batch, target, getattr(head, "draft_ids", None))
     weights = loss_weights(config)
-    draft_ids = getattr(head, "draft_ids", None)
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         logits = wide(logits)
         log_p = None if teacher is None else teacher(rows)
-        log_p = log_p if draft_ids is None or log_p is None else log_p[:, draft_ids]
         each = mixed(weights, logits, labels[rows], log_p)
         with torch.no_grad():
             hit = (logits.argmax(-1) == labels[rows]).double()
@@ -99,17 +97,28 @@ def wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def teacher_of(batch: Batch, target: Target) -> Callable[[slice], Tensor] | None:
-    """Gives log p of the target at temperature 1, (m, V), for some of the supervised tokens.
+def teacher_of(
+    batch: Batch, target: Target, draft_ids: Tensor | None
+) -> Callable[[slice], Tensor] | None:
+    """Gives log p of the target at temperature 1, (m, Vd), for some of the supervised tokens.
 
-    A pruned vocabulary takes columns of it as they are, without dividing by their sum.
+    draft_ids: (Vd,) int64, a pruned vocabulary, which takes columns as they are, without dividing
+        by their sum; None: all V
     """
+    kept = slice(None) if draft_ids is None else draft_ids
+    if batch.teacher_log_z is not None:
+        hidden, log_z = batch.teacher[batch.mask], batch.teacher_log_z[batch.mask]
+        return torch.no_grad()(
+            lambda rows: wide(target.project(hidden[rows], draft_ids)) - log_z[rows, None]
+        )
     if batch.teacher is not None:
         hidden = batch.teacher[batch.mask]
-        return torch.no_grad()(lambda rows: wide(target.project(hidden[rows])).log_softmax(-1))
+        return torch.no_grad()(
+            lambda rows: wide(target.project(hidden[rows])).log_softmax(-1)[:, kept]
+        )
     if batch.teacher_ids is not None:
         ids, log_p = batch.teacher_ids[batch.mask], batch.teacher_log_p[batch.mask]
-        return lambda rows: top_k_log_p(ids[rows], log_p[rows], target.vocab_size)
+        return lambda rows: top_k_log_p(ids[rows], log_p[rows], target.vocab_size)[:, kept]
     return None
 
 

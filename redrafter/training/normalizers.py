@@ -1,0 +1,57 @@
+"""What turns some of the target's logits into log-probabilities without the others.
+
+A head with a pruned vocabulary compares itself with log p of the Vd columns that it has. They are
+logits less log Z, the logarithm of the sum over all V columns, and that is one number per position
+of the text: made once per row, it spares every depth of every step the projection onto V columns
+(at V = 49k and Vd = 4k most of a training step). Source: ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from redrafter.data.states import decoded
+from redrafter.targets.model import Target
+
+_CHUNK = 256  # positions projected onto V columns at a time
+
+
+def projects_columns(target: Target) -> bool:
+    """Whether `Target.project` can give some columns only: of a plain matrix that is all here."""
+    return type(target.lm_head) is nn.Linear and not target.sharded
+
+
+class Normalizers:
+    """log Z of the positions that labels are predicted from, by row. A row's numbers are a function
+    of that row alone, whatever was asked for before, so a resumed run finds the same."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.dtype = torch.promote_types(target.dtype, torch.float32)
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, columns: dict[str, Tensor], offsets: Tensor, keys: Tensor) -> Tensor:
+        """(S,) float32 (float64 of such a target), zero where nothing that is supervised follows.
+
+        columns: flat, of R rows; offsets: (R + 1,); keys: (R, 2) int64, what tells rows apart
+        """
+        found = torch.zeros(int(offsets[-1]), dtype=self.dtype)
+        bounds = offsets.tolist()
+        for row, key in enumerate(map(tuple, keys.tolist())):
+            begin, end = bounds[row], bounds[row + 1]
+            at = begin + columns["supervised"][begin + 1 : end].nonzero()[:, 0]
+            if key not in self._known:
+                self._known[key] = self._made(columns, at)
+            found[at] = self._known[key]
+        return found
+
+    @torch.no_grad()
+    def _made(self, columns: dict[str, Tensor], at: Tensor) -> Tensor:
+        target = self.target
+        pieces = [
+            target.project(decoded(columns, part, target.dtype).to(target.device))
+            .to(self.dtype).logsumexp(-1).cpu()
+            for part in at.split(_CHUNK)
+        ]  # fmt: skip
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype)

@@ -1,0 +1,67 @@
+"""log Z of the target's predictions, by which a pruned head learns without the pruned columns."""
+
+import torch
+from torch import nn
+
+from redrafter.targets.model import load_target
+from redrafter.training.normalizers import Normalizers, projects_columns
+
+
+class Capped:
+    """A target of 3 numbers and 11 tokens."""
+
+    sharded, dtype, device = False, torch.float64, torch.device("cpu")
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.lm_head = nn.Linear(3, 11, bias=True, dtype=self.dtype)
+        self.asked = 0
+
+    def project(self, hidden):
+        self.asked += len(hidden)
+        return torch.tanh(self.lm_head(hidden) / 2.0) * 2.0
+
+
+def columns_of(lengths, supervised):
+    torch.manual_seed(1)
+    n = sum(lengths)
+    states = torch.randn(n, 3, dtype=torch.float64)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    return {"states": states, "supervised": torch.tensor(supervised, dtype=torch.bool)}, offsets
+
+
+def test_one_number_for_every_position_that_a_label_follows():
+    target = Capped()
+    columns, offsets = columns_of([4, 3], [0, 0, 1, 1, 1, 0, 1])
+    found = Normalizers(target).of(columns, offsets, torch.tensor([[0, 7], [0, 2]]))
+    wanted = target.project(columns["states"]).logsumexp(-1)
+    follows = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)  # never past a row's end
+    torch.testing.assert_close(found[follows], wanted[follows])
+    assert not found[~follows].any()
+
+
+def test_a_row_is_projected_once_and_its_numbers_do_not_depend_on_its_neighbours():
+    target = Capped()
+    columns, offsets = columns_of([4, 3], [1] * 7)
+    normalizers = Normalizers(target)
+    first = normalizers.of(columns, offsets, torch.tensor([[0, 7], [1, 7]]))
+    assert target.asked == 5
+    other = {name: torch.cat((c[4:], c[:4])) for name, c in columns.items()}
+    again = normalizers.of(other, torch.tensor([0, 3, 7]), torch.tensor([[1, 7], [0, 7]]))
+    alone = {name: c[4:] for name, c in columns.items()}
+    fresh = Normalizers(target).of(alone, torch.tensor([0, 3]), torch.tensor([[1, 7]]))
+    assert target.asked == 5 + 2
+    assert torch.equal(again, torch.cat((first[4:], first[:4])))
+    assert torch.equal(fresh, first[4:])
+
+
+def test_only_a_plain_matrix_gives_some_of_its_columns(tiny_target):
+    target = load_target(str(tiny_target))
+    assert projects_columns(target)
+    hidden = torch.randn(2, target.hidden_size, dtype=target.dtype)
+    some = torch.tensor([3, 1, 40])
+    torch.testing.assert_close(target.project(hidden, some), target.project(hidden)[:, some])
+
+    other = Capped()
+    other.lm_head = nn.Sequential(other.lm_head)
+    assert not projects_columns(other)
