@@ -41,7 +41,9 @@ class TargetConfig:
     device: str = "auto"
     """`auto` takes an accelerator if there is one; else e.g. `cpu`, `cuda:0`."""
     dtype: DType = "auto"
-    """`auto` is float32 on a CPU and the checkpoint's own dtype elsewhere."""
+    """`auto` is the checkpoint's own dtype on an accelerator, and float32 on a CPU; bfloat16 for a
+    bfloat16 checkpoint on a CPU with matrix units for it (AMX, AVX512-BF16) where a measurement at
+    load finds them faster, which is said."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel; `auto` lets transformers choose between sdpa and eager."""
     revision: str | None = None

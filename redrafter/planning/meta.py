@@ -19,6 +19,7 @@ from redrafter.planning.tracing import storage_bytes
 from redrafter.targets.devices import pick_device
 from redrafter.targets.model import Target, check_path, load_model_config
 from redrafter.targets.offload import bytes_by_place, layers_to_places, place_of
+from redrafter.targets.precision import auto_dtype
 from redrafter.targets.sharding import AHEAD_ELEMENTS
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -30,11 +31,11 @@ class MetaTarget(Target):
     def __init__(self, config: TargetConfig):
         model_config = load_model_config(config)
         self.real_device = pick_device(config.device)
-        # As `load_target` chooses.
-        name = config.dtype
-        if name == "auto" and self.real_device.type == "cpu":
-            name = "float32"
-        dtype = getattr(model_config, "dtype", None) if name == "auto" else getattr(torch, name)
+        if config.dtype == "auto":  # as `load_target` chooses
+            dtype = auto_dtype(self.real_device, lambda: model_config)
+            dtype = dtype or getattr(model_config, "dtype", None)
+        else:
+            dtype = getattr(torch, config.dtype)
         kwargs = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         with torch.device("meta"):
             try:

@@ -28,6 +28,7 @@ from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
 from redrafter.targets.offload import check_alone, load_in_places, reader
 from redrafter.targets.paths import OWN_CODE, check_path, said
+from redrafter.targets.precision import auto_dtype
 from redrafter.targets.probe import check_target
 from redrafter.targets.sharding import ShardedBackbone, check_launch, load_split
 from redrafter.targets.text import load_tokenizer
@@ -288,15 +289,16 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     path = check_path(whole)
     device = pick_device(config.device)
     dtype = config.dtype
-    if dtype == "auto":  # half precision has no fast path on most CPUs
-        dtype = "float32" if device.type == "cpu" else "auto"
+    if dtype == "auto":
+        dtype = auto_dtype(device, lambda: load_model_config(config)) or "auto"
     kwargs: dict[str, Any] = dict(OWN_CODE)
     if config.attention != "auto":
         kwargs["attn_implementation"] = config.attention
     shard, mapped = config.shard != "none", config.device_map != "none"
     if shard or mapped:
         shape = load_model_config(config)
-        known = (shape.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, shape.dtype)
+        known = known or torch.float32
         check_launch(adapter is not None, known) if shard else check_alone(adapter is not None)
     try:
         if shard:

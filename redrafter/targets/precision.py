@@ -1,0 +1,82 @@
+"""What `target.dtype auto` computes in.
+
+On a CPU that is float32, for most have no fast products in half precision. Those with matrix units
+for bfloat16 (AMX, AVX512-BF16) are the exception that makes drafting pay: there, verifying 17
+tokens costs little more than reading the weights, of which bfloat16 has half. Whether it is so is
+measured, not believed: some such units are slower than plain float32 at these sizes, or emulated.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from redrafter.processes import launched
+
+ROWS = 17  # of a 4x4 tree: what drafting verifies at once
+#: part of float32's time below which bfloat16 is taken: far from 1, so that a noisy clock decides
+#: nothing, and the same machine decides alike every time
+DECISIVE = 0.75
+_MOST = 4096  # rows and columns of the measured matrix
+
+
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def auto_dtype(
+    device: torch.device, config: Callable[[], Any], told: bool = True
+) -> torch.dtype | None:
+    """The dtype to compute in; None: the checkpoint's own.
+
+    config: gives the model's configuration, asked for only where it matters
+    told: say on stderr what was chosen where the CPU has matrix units
+    Several processes, which might measure differently, take float32 on CPUs.
+    """
+    if device.type != "cpu":
+        return None
+    if launched() > 1 or not has_matrix_units():
+        return torch.float32
+    whole = config()
+    shape = whole.get_text_config()
+    # Weights of another dtype would be rounded, and the target would be another one.
+    if (getattr(whole, "dtype", None) or getattr(shape, "dtype", None)) != torch.bfloat16:
+        return torch.float32
+    hidden = getattr(shape, "hidden_size", 1024)
+    inner = getattr(shape, "intermediate_size", None)
+    ratio = measured_ratio(hidden, inner if isinstance(inner, int) else 4 * hidden)
+    chosen = torch.bfloat16 if ratio < DECISIVE else torch.float32
+    if told:
+        print(
+            f"target.dtype auto: {str(chosen).removeprefix('torch.')}, as this CPU multiplies "
+            f"{ROWS} rows in bfloat16 in {ratio:.2f} of float32's time (it pays below "
+            f"{DECISIVE:g}); set target.dtype to have one on every machine",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return chosen
+
+
+def measured_ratio(hidden: int, inner: int) -> float:
+    """Time of a product of 17 rows with a layer's matrix, bfloat16 over float32; medians of
+    interleaved calls, tens of milliseconds in all."""
+    shape = (min(inner, _MOST), min(hidden, _MOST))
+    pairs = [
+        (torch.randn(ROWS, shape[1], dtype=dtype), torch.randn(*shape, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    times: list[list[float]] = [[], []]
+    with torch.inference_mode():
+        for turn in range(8):
+            for found, (rows, matrix) in zip(times, pairs, strict=True):
+                begin = time.perf_counter()
+                F.linear(rows, matrix)
+                if turn:  # the first one sets up
+                    found.append(time.perf_counter() - begin)
+    half, full = (sorted(found)[len(found) // 2] for found in times)
+    return half / full
