@@ -21,7 +21,7 @@ from redrafter.planning.tracing import Piece, Trace, storage_bytes, traced
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.loop import make_optimizer
-from redrafter.training.normalizers import projects_columns
+from redrafter.training.normalizers import CHUNK, log_normalizer, projects_columns
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"
@@ -129,6 +129,14 @@ def step_memory(
         parameter.grad = None
     moments = [_sorted_out(at_peak, own) for _, at_peak in peaks.values()]
     return StepMemory(batch_bytes(batch), total, *moments)
+
+
+def normalizer_bytes(target: Target) -> int:
+    """What making log Z of a pruned head's rows takes at once (`training/normalizers.py`)."""
+    hidden = torch.zeros(CHUNK, target.hidden_size, dtype=target.dtype, device=target.device)
+    with traced() as trace:
+        log_normalizer(target, hidden)
+    return trace.peak_bytes
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from redrafter.planning.memory import (
     averages_per_element,
     batch_bytes,
     meta_batch,
+    normalizer_bytes,
     step_memory,
 )
 from redrafter.planning.meta import MetaTarget, borrowed_copy_bytes, meta_head
@@ -39,6 +40,8 @@ from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_s
 from redrafter.planning.world import Shares, shares, world_of
 from redrafter.targets.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
+from redrafter.training.normalizers import projects_columns
+from redrafter.training.step import needed_teacher
 
 # Bytes per token of a buffer beside its columns: where the row ends, and a start, int64 each.
 _PER_POSITION = 16
@@ -194,6 +197,10 @@ class TrainingPlan:
                      remedy="lower loss.chunk_rows, or set head.draft_vocab_size"),
                 Item("backward pass", moment.backward, remedy=lower),
             )  # fmt: skip
+        pruned = self.head.config.draft_vocab_size is not None
+        if pruned and needed_teacher(config.loss) == "states" and projects_columns(self.target):
+            every = Item("logits of all tokens", normalizer_bytes(self.target))
+            self.builder.phase("normalizers", *common, every)
         self.builder.phase(
             "update", *common, Item("gradients", own.gradients, remedy=zero),
             Item("gradients in float32 (DeepSpeed)", own.update),

@@ -11,15 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from redrafter.bars import Bar
 from redrafter.data.states import decoded
+from redrafter.processes import is_main
 from redrafter.targets.model import Target
 
-_CHUNK = 256  # positions projected onto V columns at a time
+CHUNK = 256  # positions projected onto V columns at a time
 
 
 def projects_columns(target: Target) -> bool:
     """Whether `Target.project` can give some columns only: of a plain matrix that is all here."""
     return type(target.lm_head) is nn.Linear and not target.sharded
+
+
+@torch.no_grad()
+def log_normalizer(target: Target, hidden: Tensor) -> Tensor:
+    """(n, H) hidden states -> (n,) log Z, in float32 or wider."""
+    logits = target.project(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1)
 
 
 class Normalizers:
@@ -37,21 +46,23 @@ class Normalizers:
         columns: flat, of R rows; offsets: (R + 1,); keys: (R, 2) int64, what tells rows apart
         """
         found = torch.zeros(int(offsets[-1]), dtype=self.dtype)
-        bounds = offsets.tolist()
-        for row, key in enumerate(map(tuple, keys.tolist())):
-            begin, end = bounds[row], bounds[row + 1]
-            at = begin + columns["supervised"][begin + 1 : end].nonzero()[:, 0]
-            if key not in self._known:
-                self._known[key] = self._made(columns, at)
-            found[at] = self._known[key]
+        bounds, rows = offsets.tolist(), [tuple(key) for key in keys.tolist()]
+        new = sum(key not in self._known for key in rows)
+        with Bar(total=new, desc="normalizers of rows", unit="row",
+                 disable=not (new and is_main())) as bar:  # fmt: skip
+            for row, key in enumerate(rows):
+                begin, end = bounds[row], bounds[row + 1]
+                at = begin + columns["supervised"][begin + 1 : end].nonzero()[:, 0]
+                if key not in self._known:
+                    self._known[key] = self._made(columns, at)
+                    bar.update(1)
+                found[at] = self._known[key]
         return found
 
-    @torch.no_grad()
     def _made(self, columns: dict[str, Tensor], at: Tensor) -> Tensor:
         target = self.target
         pieces = [
-            target.project(decoded(columns, part, target.dtype).to(target.device))
-            .to(self.dtype).logsumexp(-1).cpu()
-            for part in at.split(_CHUNK)
-        ]  # fmt: skip
+            log_normalizer(target, decoded(columns, part, target.dtype).to(target.device)).cpu()
+            for part in at.split(CHUNK)
+        ]
         return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype)

@@ -79,6 +79,33 @@ def make_wide(folder: Path) -> None:
     build_states(target, texts, StatesConfig(), folder / "states", progress=False)
 
 
+def make_gemma(folder: Path) -> None:
+    """Random weights in the shape of Gemma 3 270M: a tied vocabulary of 262,144, windows."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    from redrafter.config import StatesConfig
+    from redrafter.data.build_rows import write_rows
+    from redrafter.data.rows import TokenRow
+    from redrafter.data.states import build_states
+    from redrafter.targets.model import load_target
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
+        max_position_embeddings=32_768, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder / "gemma")
+    rows = [
+        TokenRow(tuple(torch.randint(config.vocab_size, (128,)).tolist()), (True,) * 128, i)
+        for i in range(16)
+    ]
+    texts = write_rows(lambda: rows, "texts", folder / "gemma-texts", {"made": "random"})
+    target = load_target(str(folder / "gemma"))
+    build_states(target, texts, StatesConfig(), folder / "gemma-states", progress=False)
+
+
 def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
     """name -> (job, its arguments)"""
     wide = f"--target.path={folder}/target"
@@ -98,6 +125,11 @@ def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, list[s
         "wide-probe": ("probe", [wide, f"--out={folder}/out/probed.safetensors",
                                  "--batch_size=2048"]),
     }  # fmt: skip
+    found["gemma-pruned"] = ("train", [
+        f"--target.path={folder}/gemma", out, f'--data.stores=["{folder}/gemma-states"]',
+        "--eval.prompts=0", *_QUIET, *_STEPS, "--head.draft_vocab_size=8192",
+        "--head.output=target", "--loss.kl=0.5", "--loss.cross_entropy=0.5",
+    ])  # fmt: skip
     if args.target:
         name = Path(args.target).name
         own = [
@@ -167,10 +199,12 @@ def main(argv: list[str] | None = None) -> int:
         folder, found = Path(name), {}
         known = cases(folder, args)
         asked = args.cases.split(",") if args.cases else list(known)
-        if any(case.startswith("wide") for case in asked):
+        for name, make in (("wide", make_wide), ("gemma", make_gemma)):
+            if not any(case.startswith(name) for case in asked):
+                continue
             # In a process of its own: the kernel counts a parent's memory as its children's, up to
             # the moment that they are another program.
-            maker = multiprocessing.get_context("spawn").Process(target=make_wide, args=(folder,))
+            maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
             maker.start()
             maker.join()
             if maker.exitcode:
