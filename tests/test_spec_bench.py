@@ -327,6 +327,15 @@ def test_every_method_has_its_own_history(target, tmp_path):
         assert turns[1]["tokens"] == said and turns[1]["prompt_tokens"] == len(method.asked[1])
 
 
+@pytest.mark.parametrize(("begin", "n", "step", "rows"), [
+    (0, None, 3, [0, 3, 6]), (1, 2, 3, [1, 4]), (0, 3, 1, [0, 1, 2]), (6, None, 5, [6]),
+])  # fmt: skip
+def test_every_so_many_th_question(target, tmp_path, begin, n, step, rows):
+    write(tmp_path / "q.jsonl", [{"question_id": i, "turns": [f"x = {i}"]} for i in range(7)])
+    config = settings(tmp_path, question_begin=begin, n_questions=n, question_step=step)
+    assert [question.row for question in open_questions(target, config)[1]] == rows
+
+
 def test_chat_templates(target, tmp_path):
     write(tmp_path / "q.jsonl", [{"messages": [
         {"role": "system", "content": "short"}, {"role": "user", "content": "one"},

@@ -32,6 +32,8 @@ class SpecBenchConfig(DraftingConfig):
     """Rows to leave out at the front, e.g. those that the head was trained on."""
     n_questions: int | None = None
     """Rows to take behind them; none takes all."""
+    question_step: int = 1
+    """Take every so many-th row: 24 of Spec-Bench's 480 questions are 20, of all categories."""
     category: str | None = None
     """Of rows that name none; none takes the name of their format."""
     chat_template: str | None = None
@@ -64,5 +66,5 @@ class SpecBenchConfig(DraftingConfig):
     """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "n_questions", "max_new_tokens", "repeats")
+        at_least(1, self, "n_questions", "question_step", "max_new_tokens", "repeats")
         at_least(0, self, "question_begin", "warmups", "temperature")

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from redrafter.bars import Bar
 from redrafter.data.states import decoded
 from redrafter.processes import is_main
 from redrafter.targets.model import Target
 
-CHUNK = 256  # positions projected onto V columns at a time
+#: positions projected onto V columns at a time, always as many: products of one shape need the same
+#: memory again and again, of many shapes an allocator's heap grows to several GB
+CHUNK = 64
 
 
 def projects_columns(target: Target) -> bool:
@@ -61,8 +64,10 @@ class Normalizers:
 
     def _made(self, columns: dict[str, Tensor], at: Tensor) -> Tensor:
         target = self.target
-        pieces = [
-            log_normalizer(target, decoded(columns, part, target.dtype).to(target.device)).cpu()
-            for part in at.split(CHUNK)
-        ]
-        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=self.dtype)
+        found = torch.empty(len(at), dtype=self.dtype)
+        for first in range(0, len(at), CHUNK):
+            part = at[first : first + CHUNK]
+            hidden = F.pad(decoded(columns, part, target.dtype), (0, 0, 0, CHUNK - len(part)))
+            log_z = log_normalizer(target, hidden.to(target.device))
+            found[first : first + CHUNK] = log_z[: len(part)].cpu()
+        return found

@@ -33,7 +33,10 @@ from redrafter.targets.identity import text_identity
 from redrafter.targets.model import Target
 
 # What changes no answer and no figure of a question, so that a run may go on under another one.
-_FREE = ("out", "question_begin", "n_questions", "repeats", "warmups", "compat", "model_id")
+_FREE = (
+    "out", "question_begin", "n_questions", "question_step",
+    "repeats", "warmups", "compat", "model_id",
+)  # fmt: skip
 
 
 def methods_of(config: SpecBenchConfig) -> list[str]:

@@ -103,7 +103,7 @@ def open_questions(
     given = SourceConfig(
         path=config.questions, format=config.format, prompt_column=config.prompt_column,
         split=config.split, subset=config.subset, revision=config.revision,
-        n_rows=config.n_questions and config.question_begin + config.n_questions,
+        n_rows=_rows_needed(config),
     )  # fmt: skip
     tokenizer = tokenizer_of(target, config.questions)
     source = read_source(given)
@@ -121,12 +121,19 @@ def open_questions(
     day = day_of(tokenizer, begun)
     renderer = Renderer(tokenizer, given, day)
     every = list(_questions(source, renderer, config.category or form))
-    if not (kept := every[config.question_begin :]):
+    if not (kept := every[config.question_begin :: config.question_step]):
         raise InputError(
             f"question_begin: {config.question_begin} leaves out all {len(every)} rows of "
             f"{config.questions}; lower it"
         )
     return Chat(renderer, room, config.long_prompts, day), kept, source.digest
+
+
+def _rows_needed(config: SpecBenchConfig) -> int | None:
+    """Rows of the source up to the last one that is taken; None: all."""
+    if config.n_questions is None:
+        return None
+    return config.question_begin + (config.n_questions - 1) * config.question_step + 1
 
 
 def _questions(source: Source, renderer: Renderer, default: str) -> Iterable[Question]:
