@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ from redrafter.targets.devices import pick_device
 from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
 from redrafter.targets.offload import check_alone, load_in_places, reader
+from redrafter.targets.passed import check_once, files_of
 from redrafter.targets.paths import OWN_CODE, check_path, said
 from redrafter.targets.probe import check_target
 from redrafter.targets.sharding import ShardedBackbone, check_launch, load_split
@@ -58,6 +61,7 @@ class Target:
     parts: what it was made from, where an adapter has been merged (`load_target` does that)
     backbone: of a model that several processes hold in parts (see `redrafter.targets.sharding`)
     tokenizer_error: why there is no tokenizer, for whoever needs text (`redrafter.targets.text`)
+    check: raises InputError where its logits, computed as decoding does, are not the model's
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Target:
         parts: WeightDigests | None = None,
         backbone: ShardedBackbone | None = None,
         tokenizer_error: InputError | None = None,
+        check: Callable[[Any], None] = check_target,
     ):
         model = plain_model(model)
         self.model = model.eval().requires_grad_(False)
@@ -117,7 +122,7 @@ class Target:
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         choose_experts(model, self.dtype)
         self._no_mask = torch.empty(1, 1, 1, 0)
-        self._check()
+        check(self)
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
         """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
@@ -125,10 +130,6 @@ class Target:
         if not kinds:
             return {"full_attention": None} if window is None else {"sliding_attention": window}
         return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
-
-    def _check(self) -> None:
-        """Raises InputError where its logits, computed as decoding does, are not the model's."""
-        check_target(self)
 
     def together(self) -> AbstractContextManager[None]:
         """Processes that share the target's weights all enter this where each of them makes as many
@@ -287,6 +288,8 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     if config.attention != "auto":
         kwargs["attn_implementation"] = config.attention
     shard, mapped = config.shard != "none", config.device_map != "none"
+    files = [None if mapped else files_of(path, whole.revision)]
+    files += [] if adapter is None else [files_of(str(adapter.folder))]
     if shard or mapped:
         shape = load_model_config(config)
         known = (shape.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -316,7 +319,8 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
-    return Target(model, name=config.path, parts=parts, **_tokenizer(config))
+    check = partial(check_once, files=files)
+    return Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
 
 
 def _named_by(adapter: Adapter | None) -> str:
