@@ -143,9 +143,7 @@ class Target:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        eos = eos if eos is not None else self.config.eos_token_id
-        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        return _eos_of(self.model.generation_config, self.config)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., H), as the first layer sees it.
@@ -355,6 +353,26 @@ def load_model_config(config: TargetConfig) -> Any:
     if adapter is not None and adapter.vocab_rows is not None:
         found.get_text_config().vocab_size = adapter.vocab_rows
     return found
+
+
+def load_eos(config: TargetConfig, model_config: Any) -> set[int]:
+    """The tokens that end a target's texts, without its weights. model_config: its configuration"""
+    from transformers import GenerationConfig
+
+    adapter = find_adapter(config)
+    whole = config if adapter is None else adapter.base_config(config)
+    try:
+        settings = GenerationConfig.from_pretrained(check_path(whole), revision=whole.revision)
+    except OSError:  # a model need not have any
+        settings = None
+    return _eos_of(settings, model_config.get_text_config())
+
+
+def _eos_of(settings: Any, config: Any) -> set[int]:
+    """settings: a generation configuration, which comes first; config: the model's"""
+    given = (getattr(c, "eos_token_id", None) for c in (settings, config))
+    eos = next((found for found in given if found is not None), None)
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 def context_of(config: Any) -> int | None:
