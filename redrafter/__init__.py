@@ -28,11 +28,14 @@ _PUBLIC = {
     "plain": "redrafter.decode.plain",
     "speculative": "redrafter.decode.speculative",
     "generate": "redrafter.generation",
-    "load_plan": "redrafter.generation",
-    "Partners": "redrafter.drafters.build",
+    "load_strategy": "redrafter.generation",
+    "Resources": "redrafter.drafters.build",
     "TextStream": "redrafter.targets.text",
     "load_head": "redrafter.heads.load",
 }
+
+#: names of earlier versions -> what they are called now
+_RENAMED = {"load_plan": "load_strategy", "Partners": "Resources"}
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -40,7 +43,8 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'redrafter' has no attribute {name!r}")
+    now = f"; it is called {_RENAMED[name]} now" if name in _RENAMED else ""
+    raise AttributeError(f"module 'redrafter' has no attribute {name!r}{now}")
 
 
 def __dir__():

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from redrafter.contracts import Drafter, InputError, Lookahead
 from redrafter.decode.ratio import Rule
 from redrafter.drafters import build
-from redrafter.drafters.build import Partners
+from redrafter.drafters.build import Resources
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
 from redrafter.fetch import fetch
 from redrafter.lookahead.confidence import ConfidenceLookahead
@@ -141,8 +141,8 @@ LOOKAHEADS: dict[str, Callable[..., Lookahead]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Arguments of `speculative`."""
+class Strategy:
+    """How the loop is to draft: arguments of `speculative`."""
 
     drafter: Drafter
     rule: Rule = "seeded"
@@ -150,7 +150,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PlanName:
+class StrategyName:
     """A name taken apart. drafter: what is left for `build_drafter`; lookahead: text or None"""
 
     drafter: str
@@ -158,7 +158,7 @@ class PlanName:
     lookahead: str | None = None
 
 
-def parse_plan(name: str) -> PlanName:
+def parse_strategy(name: str) -> StrategyName:
     """Raises InputError, before anything is built, naming what is wrong with any part."""
     kept, found = [], {}
     for part in split_list(name, ":"):
@@ -169,55 +169,57 @@ def parse_plan(name: str) -> PlanName:
             raise InputError(f"{name!r}: {key} is set twice")
         else:
             found[key] = value
-    plan = PlanName(":".join(kept), **found)
-    if plan.rule not in RULES:
-        raise InputError(f"{name!r}: rule {plan.rule!r} is not one of {', '.join(RULES)}")
-    if plan.lookahead is not None:
-        make, _ = _lookahead(name, plan.lookahead)
-        if make is oracle and plan.rule != "seeded":
+    strategy = StrategyName(":".join(kept), **found)
+    if strategy.rule not in RULES:
+        raise InputError(f"{name!r}: rule {strategy.rule!r} is not one of {', '.join(RULES)}")
+    if strategy.lookahead is not None:
+        make, _ = _lookahead(name, strategy.lookahead)
+        if make is oracle and strategy.rule != "seeded":
             raise InputError(
-                f"{name!r}: by rule {plan.rule} the text depends on what is drafted, and no oracle "
-                "foresees it: leave out the rule"
+                f"{name!r}: by rule {strategy.rule} the text depends on what is drafted, and no "
+                "oracle foresees it: leave out the rule"
             )
-    build.needs(plan.drafter)
-    return plan
+    build.needs(strategy.drafter)
+    return strategy
 
 
-def build_plan(name: str, target: Target, partners: Partners) -> Plan:
-    """The plan of a name. Raises InputError naming what is wrong with it or missing."""
-    plan = parse_plan(name)
-    drafter = build.build_drafter(plan.drafter, target, partners)
+def build_strategy(name: str, target: Target, resources: Resources) -> Strategy:
+    """The strategy of a name. Raises InputError naming what is wrong with it or missing."""
+    strategy = parse_strategy(name)
+    drafter = build.build_drafter(strategy.drafter, target, resources)
     lookahead = None
-    if plan.lookahead is not None:
-        make, options = _lookahead(name, plan.lookahead)
+    if strategy.lookahead is not None:
+        make, options = _lookahead(name, strategy.lookahead)
         lookahead = make(drafter, **options)
         if isinstance(lookahead, DiscoLookahead):
             check_target(lookahead.config, target.fingerprint())
-    return Plan(drafter, plan.rule, lookahead)
+    return Strategy(drafter, strategy.rule, lookahead)
 
 
-def planner(name: str, target: Target, partners: Partners) -> Callable[[list[list[int]]], Plan]:
-    """Of the texts of a batch (per row, prompt and plain answer), the plan of a name.
+def strategy_maker(
+    name: str, target: Target, resources: Resources
+) -> Callable[[list[list[int]]], Strategy]:
+    """Of the texts of a batch (per row, prompt and plain answer), the strategy of a name.
 
-    It is one plan for all batches, so that what a drafter has learned stays, unless the drafter
-    knows the texts. Raises as `build_plan` does, at once.
+    It is one strategy for all batches, so that what a drafter has learned stays, unless the drafter
+    knows the texts. Raises as `build_strategy` does, at once.
     """
-    first = build_plan(name, target, replace(partners, texts=[[0]]))
-    if "texts" not in build.needs(parse_plan(name).drafter):
+    first = build_strategy(name, target, replace(resources, texts=[[0]]))
+    if "texts" not in build.needs(parse_strategy(name).drafter):
         return lambda texts: first
-    return lambda texts: build_plan(name, target, replace(partners, texts=texts))
+    return lambda texts: build_strategy(name, target, replace(resources, texts=texts))
 
 
-def foreseen(plan: Plan, decode: Callable[[Lookahead], Any]) -> Plan:
-    """The plan itself, or, of an oracle, with what it must know of a batch.
+def foreseen(strategy: Strategy, decode: Callable[[Lookahead], Any]) -> Strategy:
+    """The strategy itself, or, of an oracle, with what it must know of a batch.
 
-    decode: decodes the batch once with the plan's drafter and rule and the lookahead given
+    decode: decodes the batch once with the strategy's drafter and rule and the lookahead given
     """
-    if not isinstance(plan.lookahead, OracleLookahead):
-        return plan
+    if not isinstance(strategy.lookahead, OracleLookahead):
+        return strategy
     seen = FullDepth()
     decode(seen)
-    return replace(plan, lookahead=OracleLookahead(seen.depths, plan.lookahead.strict))
+    return replace(strategy, lookahead=OracleLookahead(seen.depths, strategy.lookahead.strict))
 
 
 def _lookahead(name: str, text: str) -> tuple[Callable[..., Lookahead], dict]:
@@ -232,7 +234,7 @@ def _lookahead(name: str, text: str) -> tuple[Callable[..., Lookahead], dict]:
     return make, options_of(name, parsed.members or (), make)
 
 
-def describe_plans() -> str:
+def describe_strategies() -> str:
     """For help texts."""
     lines = [f"  rule=RULE   {', '.join(RULES)}"]
     for name, make in LOOKAHEADS.items():

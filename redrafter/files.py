@@ -31,6 +31,8 @@ _MACHINE = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
 #: no single file takes longer to write
 _ABANDONED_S = 24 * 3600.0
 _PACKAGES = ("redrafter", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+#: names another cache folder than ~/.cache/redrafter
+CACHE = "REDRAFTER_CACHE"
 
 
 def _umask() -> int:
@@ -110,6 +112,13 @@ def write_tensors(
 def _part(path: Path) -> Path:
     """Where this process writes what becomes `path`; see `remove_leftovers`."""
     return path.with_name(f".{path.name}.{os.getpid()}@{_MACHINE}.part")
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again; it may not exist yet."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redrafter"
 
 
 def write_config(path: str | Path, config: Any) -> None:

@@ -22,12 +22,12 @@ from redrafter.decode.plain import plain
 from redrafter.decode.request import FIELDS, Prompts, as_rows, nearest
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import BigramTable
-from redrafter.drafters.build import MISSING, Partners, needs
+from redrafter.drafters.build import MISSING, Resources, needs
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import ReferenceTexts
-from redrafter.drafting import Plan, build_plan, foreseen, parse_plan
+from redrafter.drafting import Strategy, build_strategy, foreseen, parse_strategy
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.partners import gather
+from redrafter.resources import gather
 from redrafter.targets.model import Target
 from redrafter.targets.text import continuation, encode, tokenizer_of
 
@@ -42,6 +42,7 @@ _ELSEWHERE = {
     "lookahead": "write it into the name, draft='head:4x4:lookahead=static(depth=2)'",
     "rule": "write it into the name, draft='multi:children=[2]:rule=ratio'",
     "generation_config": "give its fields, or call redrafter.speculative",
+    "partners": "they are called resources now",
     "attention_mask": "give prompt as the tokenizer returned it, both in one",
 }
 
@@ -52,13 +53,13 @@ def generate(
     head: RecurrentHead | str | Path | None = None,
     *,
     messages: Messages | None = None,
-    draft: str | Drafter | Plan | None = None,
+    draft: str | Drafter | Strategy | None = None,
     tree: TreeConfig | None = None,
     draft_model: Target | str | Path | None = None,
     bigrams: BigramTable | str | Path | None = None,
     probed: BigramTable | str | Path | None = None,
     reference: ReferenceTexts | str | Path | None = None,
-    partners: Partners | None = None,
+    resources: Resources | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seeds: int | Sequence[int] = 0,
@@ -74,12 +75,12 @@ def generate(
     messages: a conversation or several, of {"role": ..., "content": ...}, instead of prompt; the
         target's chat template makes text of them, up to where the assistant begins
     draft: what drafts: a name that `--methods` knows (`head:4x4`, `suffix:16x1`, `mix(...)`, with
-        `lookahead=` and `rule=`; eval/speed.py --help lists them), a Drafter, or what `load_plan`
-        built of a name, which saves doing so in every call. None: `head`, if there is one. `plain`,
-        or neither: one token per forward
+        `lookahead=` and `rule=`; eval/speed.py --help lists them), a Drafter, or what
+        `load_strategy` built of a name, which saves doing so in every call. None: `head`, if there
+        is one. `plain`, or neither: one token per forward
     head: a trained head, its folder or Hub id; tree: of a head whose name has no size
     draft_model, bigrams, probed, reference: what else names ask for, as objects or paths
-    partners: the same in one; what is given by itself comes first
+    resources: the same in one; what is given by itself comes first
     temperature: 0 is greedy
     seeds: one for all rows or one each; a row's text depends on its own alone
     streamer: of transformers' kind, for one row, see `redrafter.TextStream`
@@ -96,12 +97,12 @@ def generate(
     if isinstance(draft, str) and "texts" in _needs(draft):
         answers = plain(target, rows, config, **common).tokens
         texts = [row + answer for row, answer in zip(rows, answers, strict=True)]
-        partners = replace(partners or Partners(), texts=texts)
-    plan = load_plan(
+        resources = replace(resources or Resources(), texts=texts)
+    strategy = load_strategy(
         target, draft, head=head, tree=tree, draft_model=draft_model, bigrams=bigrams,
-        probed=probed, reference=reference, partners=partners, batch_size=len(rows),
+        probed=probed, reference=reference, resources=resources, batch_size=len(rows),
     )  # fmt: skip
-    result = _decoded(target, rows, config, plan, streamer, common)
+    result = _decoded(target, rows, config, strategy, streamer, common)
     if target.tokenizer is not None:
         pairs = zip(rows, result.tokens, strict=True)
         result.extra["texts"] = [continuation(target.tokenizer, *pair) for pair in pairs]
@@ -112,26 +113,26 @@ def _decoded(
     target: Target,
     rows: list[list[int]],
     config: GenerationConfig,
-    plan: Plan | None,
+    strategy: Strategy | None,
     streamer: Any,
     common: dict[str, Any],
 ) -> Generation:
-    """By the loop that a plan is for. common: what both loops take besides."""
-    if plan is None:
+    """By the loop that a strategy is for. common: what both loops take besides."""
+    if strategy is None:
         return plain(target, rows, config, streamer=streamer, **common)
 
     def decode(lookahead: Lookahead | None, streamer: Any = None) -> Generation:
         return speculative(
-            target, rows, config, drafter=plan.drafter, rule=plan.rule, lookahead=lookahead,
+            target, rows, config, drafter=strategy.drafter, rule=strategy.rule, lookahead=lookahead,
             streamer=streamer, **common,
         )  # fmt: skip
 
-    return decode(foreseen(plan, decode).lookahead, streamer)
+    return decode(foreseen(strategy, decode).lookahead, streamer)
 
 
-def load_plan(
+def load_strategy(
     target: Target,
-    draft: str | Drafter | Plan | None = None,
+    draft: str | Drafter | Strategy | None = None,
     *,
     head: RecurrentHead | str | Path | None = None,
     tree: TreeConfig | None = None,
@@ -139,57 +140,58 @@ def load_plan(
     bigrams: BigramTable | str | Path | None = None,
     probed: BigramTable | str | Path | None = None,
     reference: ReferenceTexts | str | Path | None = None,
-    partners: Partners | None = None,
+    resources: Resources | None = None,
     batch_size: int = 1,
-) -> Plan | None:
+) -> Strategy | None:
     """What `generate` would draft with, for as many generations as you like; its arguments.
 
     batch_size: rows at a time, for names with `budget=true`, which measure what drafting costs
-    Returns a Plan, whose drafter, rule and lookahead `speculative` takes; None is plain decoding.
+    Returns a Strategy, whose drafter, rule and lookahead `speculative` takes; None is plain
+    decoding.
     Raises InputError naming what is wrong with a name or missing for it.
     """
     given = {"head": head, "draft": draft_model, "bigrams": bigrams, "probed": probed,
              "reference": reference}  # fmt: skip
-    if isinstance(draft, (Drafter, Plan)):
+    if isinstance(draft, (Drafter, Strategy)):
         named = {**given, "tree": tree}
         if names := [_spelt(name) for name, value in named.items() if value is not None]:
             raise InputError(f"{', '.join(names)}: for names of drafters; draft is an object")
-        return draft if isinstance(draft, Plan) else Plan(draft)
+        return draft if isinstance(draft, Strategy) else Strategy(draft)
     if draft == "plain" or (draft is None and head is None):
         return None
-    partners = partners or Partners()
+    resources = resources or Resources()
     given = {
-        name: getattr(partners, name) if value is None else value for name, value in given.items()
+        name: getattr(resources, name) if value is None else value for name, value in given.items()
     }
     if draft is None:
         found = gather({"head": 1}, target, given)
-        return Plan(RecurrentDrafter(found.head, target, tree))
+        return Strategy(RecurrentDrafter(found.head, target, tree))
     wanted = _needs(draft)
     for name in wanted:
         if name in given and given[name] is None:
             what = MISSING[name].removeprefix(f"--{name}, ")
             raise InputError(f"draft: {draft!r} needs {_spelt(name)}=..., {what}")
-    found = gather(wanted, target, given, tree or partners.tree, batch_size)
-    price = partners.price or found.price
-    return build_plan(draft, target, replace(found, price=price, texts=partners.texts))
+    found = gather(wanted, target, given, tree or resources.tree, batch_size)
+    price = resources.price or found.price
+    return build_strategy(draft, target, replace(found, price=price, texts=resources.texts))
 
 
-def _spelt(partner: str) -> str:
+def _spelt(resource: str) -> str:
     """As an argument: `draft` is what drafts."""
-    return "draft_model" if partner == "draft" else partner
+    return "draft_model" if resource == "draft" else resource
 
 
 def _needs(draft: Any) -> dict[str, int]:
-    """The partners of a name, see `drafters.build.needs`."""
+    """The resources of a name, see `drafters.build.needs`."""
     if not isinstance(draft, str):
         raise InputError(
             f"draft: a {type(draft).__name__} is neither a name such as 'head:4x4', a Drafter nor "
-            "a Plan"
+            "a Strategy"
         )
     if draft == "plain":
         return {}
     try:
-        return needs(parse_plan(draft).drafter)
+        return needs(parse_strategy(draft).drafter)
     except InputError as error:
         raise InputError(f"draft: {error}") from None
 

@@ -105,10 +105,27 @@ GPT_OSS = (
     "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+# No token ends a turn: the one that begins the next does.
+GLM4 = (
+    "<s>{% for m in messages %}{% if m.role == 'tool' %}<|observation|>\n{{ m.content }}"
+    "{% else %}<|{{ m.role }}|>{% for c in m.tool_calls | default([]) %}"
+    "{{ c.function.name ~ '\n' }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% if m.content %}{{ '\n' }}{{ m.content | trim }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# As before, with thoughts that are dropped once a user goes on.
+GLM45 = (
+    "<s>{% set ns = namespace(last=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}<think>"
+    "{% if loop.index0 > ns.last %}{{ m.reasoning_content }}{% endif %}</think>\n{% endif %}"
+    "{{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>", "<turn>",
     "<end>", "<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>", "<tool_call>",
     "</tool_call>", "<|A|>", "<|U|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>",
+    "<|observation|>",
 ]  # fmt: skip
 
 
@@ -131,8 +148,11 @@ def tokenizer_of(template, bos=False, eos=False):
 
 
 def renderer(template, **settings):
-    bos, eos = settings.pop("bos", False), settings.pop("eos", False)
-    return Renderer(tokenizer_of(template, bos, eos), SourceConfig("rows.jsonl", **settings))
+    """stops: tokens that end the target's texts (None: nobody knows)"""
+    bos, eos, stops = (settings.pop(name, None) for name in ("bos", "eos", "stops"))
+    tokenizer = tokenizer_of(template, bool(bos), bool(eos))
+    ids = None if stops is None else tokenizer.convert_tokens_to_ids(list(stops))
+    return Renderer(tokenizer, SourceConfig("rows.jsonl", **settings), eos=ids)
 
 
 def shown(template, messages, tools=None, **settings):

@@ -21,6 +21,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory) -> None:
+    """What commands keep for later runs (`redrafter.files.cache_folder`) is not the user's own."""
+    os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory, worker_id) -> Path:
     """Folder of a small trained Llama with tokenizer, chat template and prompt files.

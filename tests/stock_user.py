@@ -301,6 +301,15 @@ def overflow(user: User) -> list[str]:
     return found
 
 
+def models_own(user: User) -> dict:
+    """A penalty in the model's own generation configuration, for a padded batch."""
+    settings = user.model.generation_config
+    settings.repetition_penalty = 1.4
+    found = both(user, 4, dict)
+    settings.repetition_penalty = None
+    return found
+
+
 def main() -> None:
     model, head, other, out = map(Path, sys.argv[1:])
     sys.meta_path.insert(0, Refuse())
@@ -316,6 +325,7 @@ def main() -> None:
                        for name, make in CASES.items() if make()[0] == 1}  # fmt: skip
     found["alone"] = [user.plain([row], **CASES["logits_processor"]()[1])[0, len(row):].tolist()
                       for row in user.prompts[:4]]  # fmt: skip
+    found["models_own"] = models_own(user)
     found["sampled"] = sampled(user)
     found["streamed"] = streamed(user)
     found["result"] = result(user)

@@ -12,7 +12,7 @@ from redrafter.contracts import Drafter, InputError, TokenTree
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import count_bigrams
 from redrafter.drafters.budget import NodeBudget
-from redrafter.drafters.build import DRAFTERS, Kind, Partners, build_drafter, describe_kinds, needs
+from redrafter.drafters.build import DRAFTERS, Kind, Resources, build_drafter, describe_kinds, needs
 from redrafter.drafters.options import describe, options_of, parse_name, split_list
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.heads.recurrent import RecurrentHead
@@ -51,11 +51,11 @@ EXAMPLES = {
 
 
 @pytest.fixture(scope="module")
-def partners():
+def resources():
     target, rows = tiny("llama"), prompts()
     torch.manual_seed(0)
     answers, _ = alone(target, rows, settings())
-    return Partners(
+    return Resources(
         head=RecurrentHead.for_target(target),
         draft=target,
         bigrams=count_bigrams(answers, VOCAB, 10),
@@ -68,9 +68,9 @@ def partners():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_name_sets_its_options_and_drafts_exactly(name, partners):
+def test_a_name_sets_its_options_and_drafts_exactly(name, resources):
     target, rows = tiny("llama"), prompts()
-    drafter = build_drafter(name, target, partners)
+    drafter = build_drafter(name, target, resources)
     for key, value in EXAMPLES[name].items():
         assert getattr(drafter, key) == value, key
     config = settings(do_sample=True)
@@ -94,9 +94,9 @@ def test_every_kind_has_an_example_and_is_described():
     assert max(map(len, shown.splitlines())) <= 100
 
 
-def test_heads_take_the_configured_tree_unless_told(partners):
+def test_heads_take_the_configured_tree_unless_told(resources):
     def tree(name, **default):
-        configured = dataclasses.replace(partners, tree=TreeConfig(**default))
+        configured = dataclasses.replace(resources, tree=TreeConfig(**default))
         return build_drafter(name, tiny("llama"), configured).shape
 
     default = dict(width=2, depth=3, shape="best", nodes=5, seeded=False)
@@ -108,11 +108,11 @@ def test_heads_take_the_configured_tree_unless_told(partners):
     assert tree("head:shape=beams:width=8") == TreeConfig(8, 4, "beams")
 
 
-def test_warm_recycling_begins_with_the_bigrams(partners):
+def test_warm_recycling_begins_with_the_bigrams(resources):
     target = tiny("llama")
-    warm = build_drafter("recycling:warm=true", target, partners)
-    assert warm.warm is partners.bigrams
-    cold = build_drafter("recycling", target, partners)
+    warm = build_drafter("recycling:warm=true", target, resources)
+    assert warm.warm is resources.bigrams
+    cold = build_drafter("recycling", target, resources)
     assert bool(warm.said.any()) and not bool(cold.said.any())
 
 
@@ -147,16 +147,16 @@ class Mix(Drafter):
     def tree(self) -> TokenTree: ...
 
 
-def mix(target, partners, members, **options) -> Mix:
+def mix(target, resources, members, **options) -> Mix:
     """Made of others."""
     return Mix(members, **options)
 
 
-def test_a_kind_made_of_others(partners, monkeypatch):
+def test_a_kind_made_of_others(resources, monkeypatch):
     monkeypatch.setitem(DRAFTERS, "mix", Kind(mix, members=True))
     target = tiny("llama")
     name = "mix(suffix:8x2,mix(bigram:3x2,model:1x2):nodes=3):nodes=17"
-    made = build_drafter(name, target, partners)
+    made = build_drafter(name, target, resources)
     assert list(made.members) == ["suffix:8x2", "mix(bigram:3x2,model:1x2):nodes=3"]
     assert made.nodes == 17 and made.max_depth == 8
     inner = list(made.members.values())[1]
@@ -164,7 +164,7 @@ def test_a_kind_made_of_others(partners, monkeypatch):
     assert needs(name) == {"bigrams": 3, "draft": 1}, "of members' members too"
     assert needs("mix(bigram:3x2,bigram:5x2,head)") == {"bigrams": 5, "head": 1}
     with pytest.raises(InputError, match="needs --draft"):
-        build_drafter(name, target, dataclasses.replace(partners, draft=None))
+        build_drafter(name, target, dataclasses.replace(resources, draft=None))
     for bad, said in (
         ("mix", "name the drafters"), ("mix()", "name the drafters"),
         ("mix(suffix,suffix)", "twice"), ("mix(suffix,warp)", "'warp' is unknown"),
@@ -176,11 +176,11 @@ def test_a_kind_made_of_others(partners, monkeypatch):
 
 
 class Made:
-    def __init__(self, depth: int = 2, state: Partners | None = None, table: dict | None = None):
+    def __init__(self, depth: int = 2, state: Resources | None = None, table: dict | None = None):
         self.depth = depth
 
 
-def made(target, partners, **options) -> Made:
+def made(target, resources, **options) -> Made:
     return Made(**options)
 
 
@@ -221,13 +221,13 @@ def test_bad_names_say_what_is_wrong_before_anything_is_built(name, said):
     assert said in str(error.value)
 
 
-def test_values_that_do_not_fit_are_named_when_built(partners):
+def test_values_that_do_not_fit_are_named_when_built(resources):
     for name, said in (
         ("head:4x4:levels:3", "nodes 3"), ("head:4x4:best", "nodes"), ("suffix:depth=0", "depth 0"),
         ("bigram:11x2", "width 11"), ("recycling:children=3/9999", "level 2"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
-            build_drafter(name, tiny("llama"), partners)
+            build_drafter(name, tiny("llama"), resources)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_values_that_do_not_fit_are_named_when_built(partners):
     [("head", "--head"), ("model", "--draft"), ("bigram", "--bigrams"), ("replay", "texts"),
      ("recycling:warm=true", "--bigrams")],
 )  # fmt: skip
-def test_a_missing_partner_is_named(name, said):
+def test_a_missing_resource_is_named(name, said):
     with pytest.raises(InputError, match=f"'{name}' needs .*{said}"):
-        build_drafter(name, tiny("llama"), Partners())
-    assert set(build.MISSING) == {f.name for f in dataclasses.fields(Partners)} - {"tree"}
+        build_drafter(name, tiny("llama"), Resources())
+    assert set(build.MISSING) == {f.name for f in dataclasses.fields(Resources)} - {"tree"}

@@ -1,11 +1,15 @@
 """What is learned under the kinds of chat templates there are: masks written by hand."""
 
+import warnings
+
 import pytest
 from chat_kinds import (
     CHATML,
     DEEPSEEK_31,
     GEMMA,
     GEMMA4,
+    GLM4,
+    GLM45,
     GPT_OSS,
     HEAD,
     LLAMA3,
@@ -104,6 +108,71 @@ def test_what_is_learned_follows_what_the_server_was_sent(kind):
     prompt = made.prompt({"messages": messages[:-1]}, "f:1")
     ids, mask = made.texts({"messages": messages}, "f:1")[-1]
     assert ids[: len(prompt)] == prompt and mask[len(prompt)] and not mask[len(prompt) - 1]
+
+
+# ---------------------------------------------------------------- turns without an end
+
+CALLS = [user("hi"), {"role": "assistant", "tool_calls": [{"function": {"name": "look",
+         "arguments": {"at": "x"}}}]}, {"role": "tool", "content": "7"}, said("yo")]  # fmt: skip
+THOUGHT = [user("hi"), said("yo", reasoning_content="what"), user("no"),
+           said("go", reasoning_content="so")]  # fmt: skip
+ENDLESS = {
+    "answers": (GLM4, TALK, [
+        "<s><|user|>\nhi<|assistant|>⟦\nyo<|user|>⟧\nno<|assistant|>⟦\ngo<|user|>⟧"]),
+    "a call": (GLM4, CALLS[:2], [
+        '<s><|user|>\nhi<|assistant|>⟦look\n{"at": "x"}<|observation|>⟧']),
+    "a call and its answer": (GLM4, CALLS, [
+        '<s><|user|>\nhi<|assistant|>⟦look\n{"at": "x"}<|observation|>⟧\n7'
+        "<|assistant|>⟦\nyo<|user|>⟧"]),
+    "thoughts that are dropped": (GLM45, THOUGHT, [
+        "<s><|user|>\nhi\n<|assistant|>\n⟦<think>what</think>\nyo\n<|user|>⟧",
+        "<s><|user|>\nhi\n<|assistant|>\n<think></think>\nyo\n<|user|>\nno\n<|assistant|>\n"
+        "⟦<think>so</think>\ngo\n<|user|>⟧"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_the_next_turns_token_ends_an_answer_where_the_targets_texts_end_with_it(kind):
+    template, messages, wanted = ENDLESS[kind]
+    stops = ("</s>", "<|user|>", "<|observation|>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shown(template, messages, stops=stops) == wanted
+        assert shown(template, messages, stops=stops, supervise="last") == [only_last(wanted[-1])]
+        # Where nobody knows what ends the target's texts, nothing is said and nothing put in.
+        assert "<|user|>⟧" not in "".join(shown(template, messages))
+
+
+@pytest.mark.parametrize(("template", "stops", "why"), [
+    (GLM4, ["</s>"], r"'<\|user\|>', which follows it, is not among the target's eos_token_id"),
+    (GLM4, [], r"'<\|user\|>', which follows it"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+     "{% if add_generation_prompt %}assistant: {% endif %}", ["</s>"], "no special token follows"),
+])  # fmt: skip
+def test_an_answer_without_an_end_is_told_of_once(template, stops, why):
+    made = renderer(template, stops=stops)
+    with pytest.warns(UserWarning, match=why) as found:
+        for _ in range(2):
+            ((ids, mask),) = made.texts({"messages": TALK}, "f:1")
+    assert len(found) == 1 and "learned of when to stop" in str(found[0].message)
+    assert mask[-1] or made.tokenizer.decode(ids[-1]) == "\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_that_end_their_turns_are_as_before(kind):
+    template, messages, wanted = KINDS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shown(template, messages, stops=["</s>", "<|user|>", "<|end|>"]) == wanted
+
+
+def test_tags_say_that_no_end_is_learned():
+    content = "{{ m.content | trim }}"
+    tagged = GLM4.replace(content, "{% if m.role == 'assistant' %}{% generation %}" + content
+                          + "{% endgeneration %}{% else %}" + content + "{% endif %}")  # fmt: skip
+    assert shown(tagged, TALK, stops=["<|user|>"]) == [
+        "<s><|user|>\nhi<|assistant|>\n⟦yo⟧<|user|>\nno<|assistant|>\n⟦go⟧"
+    ]
 
 
 # ---------------------------------------------------------------- tags and special tokens

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from chat_kinds import (
     CHATML,
+    GLM4,
     HEAD,
     LLAMA3,
     MISTRAL,
@@ -26,7 +27,9 @@ from chat_kinds import (
     tokenizer_of,
     user,
 )  # fmt: skip
+from transformers import AutoConfig, GenerationConfig
 
+from redrafter.cli import prepare
 from redrafter.config import PlanConfig, SourceConfig, SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.data import chat
@@ -414,3 +417,35 @@ def test_messages_without_a_template_may_bring_theirs():
         "\ncd</s>", "cd</s>",
     )  # fmt: skip
     assert made.tokenizer.decode(made.prompt(row, "r")) == "<s>ab"
+
+
+# ---------------------------------------------------------------- what ends the target's texts
+
+
+def glm(folder, in_generation_config, in_config=None):
+    """A target's folder of GLM's kind, without weights."""
+    tokenizer = tokenizer_of(GLM4)
+    tokenizer.save_pretrained(folder)
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), eos_token_id=in_config)
+    config.save_pretrained(folder)
+    if in_generation_config is not None:
+        GenerationConfig(eos_token_id=in_generation_config).save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_prepare_learns_the_end_that_the_targets_configuration_names(tmp_path, where):
+    ids = tokenizer_of(GLM4).convert_tokens_to_ids(["</s>", "<|user|>"])
+    in_config = where == "config.json"
+    tokenizer = glm(tmp_path / "target", None if in_config else ids, ids if in_config else None)
+    source = rows_file(tmp_path)
+    args = ["--target.path", str(tmp_path / "target"), "--source.path", source.path, "--keep",
+            "texts", "--output_dir", str(tmp_path / "store")]  # fmt: skip
+    assert prepare.main(args) == 0
+    rows = Store(tmp_path / "store").rows([0])
+    assert tokenizer.decode(rows.ids(0)) == "<s><|user|>\nq0<|assistant|>\nyo<|user|>"
+    assert tokenizer.decode(rows.tokens[rows.supervised].tolist()) == "\nyo<|user|>"
+    # Where it is named afterwards, or no longer, the store is another one.
+    GenerationConfig(eos_token_id=ids[0]).save_pretrained(tmp_path / "target")
+    with pytest.warns(UserWarning, match="learned of when to stop"), pytest.raises(SystemExit):
+        prepare.main(args)

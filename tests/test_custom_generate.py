@@ -132,6 +132,12 @@ def test_argument_is_honoured_in_a_padded_batch(found, name):
         assert case["ours"] != found["greedy"]["4"]["plain"][0]
 
 
+def test_the_models_own_configuration_is_honoured_in_a_padded_batch(found):
+    made = found["models_own"]
+    assert made["ours"] == made["plain"] == found["padded"]["repetition_penalty"]["ours"]
+    assert made["ours"] != found["greedy"]["4"]["plain"][0] and made["ours_warned"] == []
+
+
 def unpadded(made, rows, lengths=None):
     """New tokens per row, up to a length or what was filled in behind an EOS."""
     width = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""The trained lookahead: its decisions in the loop and replayed on records, in float64; training;
+"""The trained lookahead: its decisions in the loop and simulated on records, in float64; training;
 files."""
 
 import functools
@@ -48,7 +48,7 @@ from redrafter.records.fit import (
     survival_loss,
 )
 from redrafter.records.make import walk_texts
-from redrafter.records.policies import Prices, Records, oracle, replay, static
+from redrafter.records.policies import Prices, Records, oracle, simulate, static
 
 K = 4
 MODES = {"greedy": {}, "sampled": dict(do_sample=True, temperature=0.8, top_k=0)}
@@ -101,8 +101,8 @@ def counted(target, drafter, rows, config, lookahead):
     return found
 
 
-def replayed(records, policy, **more):
-    done = replay(records, policy, no_prices(records), **more)
+def simulated(records, policy, **more):
+    done = simulate(records, policy, no_prices(records), **more)
     return list(zip(done.steps.tolist(), done.tokens.tolist(), done.drafted.tolist(), strict=True))
 
 
@@ -128,7 +128,7 @@ def network_for(drafter, target, hidden=8, seed=0, names=None, **more) -> Disco:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["model", "head", "suffix"])
 @pytest.mark.parametrize("how", ["level", "step", "threshold", "idle", "few", "sure", "context"])
-def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
+def test_simulated_decisions_are_those_of_the_loop(kind, mode, how):
     """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
     names = drafter.feature_names
@@ -150,10 +150,10 @@ def test_replayed_decisions_are_those_of_the_loop(kind, mode, how):
     made = counted(target, drafter, rows, config, look)
     records = Records.of(texts, config.max_new_tokens)
     records.features = records.features[..., [drafter.feature_names.index(n) for n in names]]
-    said = replayed(records, policy_of(look()), looks=drafter.early_features)
+    said = simulated(records, policy_of(look()), looks=drafter.early_features)
     if how == "idle" and kind == "suffix":
         found = []
-        replay(records, lambda m: found.append(policy_of(look())(m)) or found[-1],
+        simulate(records, lambda m: found.append(policy_of(look())(m)) or found[-1],
                no_prices(records), looks=True)  # fmt: skip
         levels = set(torch.cat(found).tolist())
         assert -1 in levels and levels - {-1}, "sometimes it looks"
@@ -289,8 +289,8 @@ def test_training_finds_what_can_be_known():
     assert abs(float(own.mean()) - float(right.float().mean())) < 0.03
 
     chosen, done = choose(network, held, PRICES, early_features=False)
-    fixed = max(replay(held, static(k), PRICES).rate() for k in range(K + 1))
-    best = replay(held, oracle, PRICES).rate()
+    fixed = max(simulate(held, static(k), PRICES).rate() for k in range(K + 1))
+    best = simulate(held, oracle, PRICES).rate()
     assert fixed * 1.02 < done["level"].rate() < best
     assert done["level"].rate() >= max(done["threshold"].rate(), done["step"].rate())
     assert chosen.rate > 0 and chosen.first_rate >= 0 and 0 < chosen.threshold < 1
@@ -317,8 +317,8 @@ def test_what_a_level_adds():
     got = added_s(records, prices, early_features=False)
     assert got.tolist() == pytest.approx([0.3 + 0.1 + 0.5, 0.2 + 0.25, 0.3 + 1.0, 0.4 + 0.1])
     assert added_s(records, prices, early_features=True)[0] == pytest.approx(0.1 + 0.5)
-    moved = replay(records, static(0), prices, looks=True).seconds
-    still = replay(records, static(0), prices).seconds
+    moved = simulate(records, static(0), prices, looks=True).seconds
+    still = simulate(records, static(0), prices).seconds
     assert float(moved - still) == pytest.approx(40 * 0.3)
 
 

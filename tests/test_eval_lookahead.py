@@ -17,12 +17,12 @@ from redrafter.cli.args import parse
 from redrafter.config import LookaheadEvalConfig, TargetConfig
 from redrafter.contracts import InputError, Lookahead
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.drafting import Plan
+from redrafter.drafting import Strategy
 from redrafter.evaluation import models
 from redrafter.evaluation.lookaheads import experiment
 from redrafter.evaluation.lookaheads.cases import cases_of, check, names_of
@@ -32,11 +32,11 @@ from redrafter.evaluation.lookaheads.steps import (
     count_steps,
     judge,
     plain_steps,
-    replayed_steps,
+    simulated_steps,
 )
 from redrafter.evaluation.lookaheads.summary import Measured, reliability, summary
-from redrafter.evaluation.methods import check_partners
-from redrafter.evaluation.runs import PromptBatch, TimedRun
+from redrafter.evaluation.methods import check_resources
+from redrafter.evaluation.runs import PromptBatch, TimedCall
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
 from redrafter.lookahead.oracle import OracleLookahead
 from redrafter.lookahead.static import StaticLookahead
@@ -62,8 +62,8 @@ def asked(tiny_target, tmp_path_factory):
     model.save_pretrained(folder / "draft")
     AutoTokenizer.from_pretrained(tiny_target).save_pretrained(folder / "draft")
     target = load_target(TargetConfig(str(tiny_target)))
-    partners = Partners(draft=load_target(TargetConfig(str(folder / "draft"))))
-    drafter = build_drafter("model:1x3", target, partners)
+    resources = Resources(draft=load_target(TargetConfig(str(folder / "draft"))))
+    drafter = build_drafter("model:1x3", target, resources)
     for t in (0, 1):  # classifiers that have learned nothing
         save_disco(folder / f"disco/model-a-{t}", Disco(DiscoConfig(
             drafter.identity(), target.fingerprint(), drafter.feature_names, 3, hidden=4,
@@ -282,7 +282,7 @@ def test_configurations_are_read_as_they_are(path):
     cases = cases_of(config)
     names = [name for case in cases for name in names_of(case)]
     check(names, config)
-    check_partners(names, cases[0].speed)
+    check_resources(names, cases[0].speed)
     ours = {label for case in cases for label in case.lookaheads}
     assert ours == set(config.lookaheads), "no label is always another's"
 
@@ -321,7 +321,7 @@ def made_up(length, steps, clock_s=1.0, name="x"):
     for row in steps:
         tokens = [0] * (1 + sum(e for _, e in row))
         seconds = {"total": 0.5 + clock_s, "prefill": 0.5, "lookahead": 0.1 * clock_s}
-        runs.append([TimedRun([tokens], seconds)])
+        runs.append([TimedCall([tokens], seconds)])
     return Measured(name, length, rows, runs)
 
 
@@ -429,7 +429,7 @@ class Guess(Lookahead):
 
 @pytest.fixture(scope="module")
 def replayed():
-    """A target, batches of one row, and a plan for each: half of what is drafted is right."""
+    """A target, batches of one row, and a strategy for each: half of what is drafted is right."""
     target, config = tiny("llama"), settings(eos_token_id=-1)
     rows = prompts((9, 3, 14, 8, 5, 6, 7, 11))
     texts = [[*row, *speculative(target, [row], config).tokens[0]] for row in rows]
@@ -438,7 +438,7 @@ def replayed():
     def make(texts, lookahead=None):
         seed = 1 + len(texts[0])  # another one in every batch
         drafter = ReplayDrafter(texts, target.vocab_size, 4, 1, 0.6, seed=seed)
-        return Plan(drafter, lookahead=lookahead)
+        return Strategy(drafter, lookahead=lookahead)
 
     return target, config, batches, make
 
@@ -449,9 +449,9 @@ def test_steps_are_what_the_loop_counts(replayed):
     found = count_steps(target, lambda texts: make(texts, lookahead), config, batches)
     assert found != plain_steps([b.texts[0][len(b.prompts[0]) :] for b in batches])
     for batch, steps in zip(batches, found, strict=True):
-        plan = make(batch.texts)
+        strategy = make(batch.texts)
         alone = speculative(
-            target, batch.prompts, config, drafter=plan.drafter, lookahead=Guess()
+            target, batch.prompts, config, drafter=strategy.drafter, lookahead=Guess()
         ).stats
         assert len(steps) == alone.steps[0] and sum(s.emitted for s in steps) == alone.emitted[0]
         assert sum(s.nodes for s in steps) == alone.nodes_verified
@@ -469,7 +469,7 @@ def test_steps_are_what_the_loop_counts(replayed):
 
 @pytest.mark.parametrize("kind", ["model", "suffix"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_replayed_steps_are_the_counted_ones(kind, temperature):
+def test_simulated_steps_are_the_counted_ones(kind, temperature):
     """What is not timed need not be decoded: every field of every step, static and the oracle."""
     target, depth = tiny("llama"), 3
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
@@ -483,13 +483,14 @@ def test_replayed_steps_are_the_counted_ones(kind, temperature):
     assert kind == "suffix" or any(int(t.accepted.max()) for t in texts)
     for levels in range(1, depth + 1):
         counted = count_steps(
-            target, lambda _, k=levels: Plan(drafter, lookahead=StaticLookahead(k)), config, batches
+            target, lambda _, k=levels: Strategy(drafter, lookahead=StaticLookahead(k)), config,
+            batches,
         )
-        assert counted == replayed_steps(records, drafter, static(levels))
+        assert counted == simulated_steps(records, drafter, static(levels))
     counted = count_steps(
-        target, lambda _: Plan(drafter, lookahead=OracleLookahead()), config, batches
+        target, lambda _: Strategy(drafter, lookahead=OracleLookahead()), config, batches
     )
-    assert counted == replayed_steps(records, drafter, oracle)
+    assert counted == simulated_steps(records, drafter, oracle)
 
 
 def test_predictions_are_judged_by_drafting_on(replayed):

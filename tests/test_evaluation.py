@@ -26,7 +26,7 @@ from redrafter.data.answers import generation_config
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.drafting import build_plan
+from redrafter.drafting import build_strategy
 from redrafter.evaluation.figures import (
     acceptance,
     bootstrap,
@@ -39,9 +39,9 @@ from redrafter.evaluation.figures import (
 from redrafter.evaluation.methods import (
     Loop,
     Method,
-    Partners,
     PromptBatch,
-    TimedRun,
+    Resources,
+    TimedCall,
     build_method,
     parse_methods,
 )
@@ -162,7 +162,7 @@ class Clockwork(Method):
             stats.drafted_at, stats.accepted_at = [], []
         verify = 0.9 * new * self.token_s
         seconds = {"prefill": 1.0, "draft": 0.0, "verify": verify, "forward": verify}
-        return TimedRun([row], {**seconds, "total": 1.0 + new * self.token_s}, stats, [3] * steps)
+        return TimedCall([row], {**seconds, "total": 1.0 + new * self.token_s}, stats, [3] * steps)
 
     def _run(self, batch): ...
 
@@ -231,9 +231,9 @@ def test_method_names():
 def test_plans_reach_the_loop(monkeypatch):
     target = tiny("llama")
     name = "suffix:8x1:lookahead=static(depth=2):rule=ratio"
-    plan = build_plan(f"{name}:factor=3", target, Partners())
-    assert isinstance(plan.drafter, SuffixDrafter) and plan.drafter.factor == 3.0
-    assert plan.lookahead.depth == 2 and plan.rule == "ratio"
+    strategy = build_strategy(f"{name}:factor=3", target, Resources())
+    assert isinstance(strategy.drafter, SuffixDrafter) and strategy.drafter.factor == 3.0
+    assert strategy.lookahead.depth == 2 and strategy.rule == "ratio"
     config = generation_config(1.0, 6)
     given = {}
     real = methods.speculative
@@ -243,15 +243,15 @@ def test_plans_reach_the_loop(monkeypatch):
         return real(*args, **options)
 
     monkeypatch.setattr(methods, "speculative", spy)
-    loop = build_method(name, target, config, Partners())
+    loop = build_method(name, target, config, Resources())
     batch = PromptBatch([[1, 2, 1, 2]], [0], [[1, 2, 1, 2]])
     loop.prepare(batch)
     assert loop.run(batch).nodes and max(loop.run(batch).nodes) == 3, "two levels and the root"
     assert given["rule"] == "ratio" and given["lookahead"].depth == 2 and loop.law_only
-    assert loop.stops_early and not build_method("suffix", target, config, Partners()).stops_early
-    assert not build_method(name, target, generation_config(0.0, 6), Partners()).law_only
+    assert loop.stops_early and not build_method("suffix", target, config, Resources()).stops_early
+    assert not build_method(name, target, generation_config(0.0, 6), Resources()).law_only
     with pytest.raises(InputError, match="depth 0"):
-        build_plan("suffix:lookahead=static(depth=0)", target, Partners())
+        build_strategy("suffix:lookahead=static(depth=0)", target, Resources())
 
 
 def test_number_lists_name_their_option():

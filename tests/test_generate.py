@@ -11,11 +11,12 @@ import pytest
 import torch
 from models import prompts, settings, tiny
 from test_build import EXAMPLES
-from test_build import partners as partners  # the fixture
+from test_build import resources as resources  # the fixture
 from test_text import TEMPLATE, sentencepiece_like
 from transformers import BatchEncoding, GenerationConfig, TextStreamer
 
-from redrafter import TextStream, generate, load_plan
+import redrafter
+from redrafter import TextStream, generate, load_strategy
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode import request, warp
@@ -25,7 +26,7 @@ from redrafter.drafters.bigram import save_bigrams
 from redrafter.drafters.build import DRAFTERS
 from redrafter.drafters.options import parse_name
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.drafting import LOOKAHEADS, Plan
+from redrafter.drafting import LOOKAHEADS, Strategy
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.lookahead.static import StaticLookahead
 from redrafter.targets.model import Target
@@ -57,10 +58,10 @@ def wanted(rows, temperature=0.0, **more) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_every_drafter_goes_by_its_name(name, partners):
+def test_every_drafter_goes_by_its_name(name, resources):
     for temperature in (0.0, 1.0):
         made = generate(
-            tiny("llama"), prompts(), draft=name, partners=partners, temperature=temperature,
+            tiny("llama"), prompts(), draft=name, resources=resources, temperature=temperature,
             seeds=range(4), **FREE,
         )  # fmt: skip
         assert made.tokens == wanted(prompts(), temperature, seeds=range(4))
@@ -71,13 +72,13 @@ def test_every_kind_is_among_them():
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_lookaheads_and_rules_stand_in_the_name(look, partners):
+def test_lookaheads_and_rules_stand_in_the_name(look, resources):
     any_drafter = ("model:1x3", "suffix:6x1", "multi:children=[2,2]:rule=ratio")
     fits = {"exit": ("skip:3",), "confidence": ("model:1x3",), "roc": ("model:1x3",),
             "oracle": any_drafter[:2]}  # fmt: skip
     for name in fits.get(look, any_drafter):
         name = f"{name}:lookahead={LOOKS[look]}"
-        made = generate(tiny("llama"), prompts(), draft=name, partners=partners, **FREE)
+        made = generate(tiny("llama"), prompts(), draft=name, resources=resources, **FREE)
         assert made.tokens == wanted(prompts())
 
 
@@ -93,9 +94,9 @@ def test_what_knows_the_answer_is_told_it():
 
 def test_what_a_budget_needs_is_measured():
     head = RecurrentHead.for_target(tiny("llama"))
-    plan = load_plan(tiny("llama"), "head:2x2:budget=true", head=head)
-    assert plan.drafter.budget is not None
-    assert generate(tiny("llama"), prompts(), draft=plan, **FREE).tokens == wanted(prompts())
+    strategy = load_strategy(tiny("llama"), "head:2x2:budget=true", head=head)
+    assert strategy.drafter.budget is not None
+    assert generate(tiny("llama"), prompts(), draft=strategy, **FREE).tokens == wanted(prompts())
 
 
 def test_nothing_drafts_by_any_of_its_names():
@@ -103,7 +104,7 @@ def test_nothing_drafts_by_any_of_its_names():
         made = generate(tiny("llama"), prompts(), draft=draft, **FREE)
         assert made.tokens == wanted(prompts())
         assert "drafter" not in made.extra
-    assert load_plan(tiny("llama")) is load_plan(tiny("llama"), "plain") is None
+    assert load_strategy(tiny("llama")) is load_strategy(tiny("llama"), "plain") is None
 
 
 def test_a_head_alone_drafts_with_its_tree(tmp_path):
@@ -111,23 +112,23 @@ def test_a_head_alone_drafts_with_its_tree(tmp_path):
     made = generate(tiny("llama"), prompts(), head, tree=TreeConfig(2, 3), **FREE)
     assert made.tokens == wanted(prompts())
     assert len(made.stats.drafted_at) == 3
-    assert load_plan(tiny("llama"), head=head).drafter.max_depth == TreeConfig.depth
-    named = load_plan(tiny("llama"), "head", head=head, tree=TreeConfig(2, 3)).drafter
+    assert load_strategy(tiny("llama"), head=head).drafter.max_depth == TreeConfig.depth
+    named = load_strategy(tiny("llama"), "head", head=head, tree=TreeConfig(2, 3)).drafter
     assert (named.width, named.max_depth) == (2, 3)
 
 
 def test_objects_draft_too():
     drafter = SuffixDrafter(6, 1)
-    plan = Plan(drafter, lookahead=StaticLookahead(2))
-    for draft in (drafter, plan):
+    strategy = Strategy(drafter, lookahead=StaticLookahead(2))
+    for draft in (drafter, strategy):
         made = generate(tiny("llama"), prompts(), draft=draft, **FREE)
         assert made.tokens == wanted(prompts())
     assert len([n for n in made.stats.drafted_at if n]) <= 2
 
 
-def test_partners_may_be_paths(partners, tmp_path):
+def test_resources_may_be_paths(resources, tmp_path):
     table = tmp_path / "bigrams.safetensors"
-    save_bigrams(table, partners.bigrams, {"kind": "bigrams"})
+    save_bigrams(table, resources.bigrams, {"kind": "bigrams"})
     made = generate(tiny("llama"), prompts(), draft="bigram:2x3", bigrams=table, **FREE)
     assert made.tokens == wanted(prompts())
     with pytest.raises(InputError, match="bigrams: a int is neither"):
@@ -156,7 +157,7 @@ def test_names_that_cannot_draft(draft, said):
         generate(tiny("llama"), prompts(), draft=draft, **FREE)
 
 
-def test_an_object_takes_no_partners():
+def test_an_object_takes_no_resources():
     with pytest.raises(InputError, match="tree: for names"):
         generate(tiny("llama"), [1], draft=SuffixDrafter(), tree=TreeConfig())
 
@@ -257,6 +258,7 @@ def test_text_needs_a_tokenizer():
         ({"do_sample": True}, "temperature says it"),
         ({"max_length": 9}, "give max_new_tokens"),
         ({"lookahead": "static"}, "write it into the name"),
+        ({"partners": None}, "partners: they are called resources now"),
         ({"output_scores": True}, "output_scores: nothing here reads it"),
         ({"num_beams": 4}, "num_beams=4 is not supported"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 is not a whole number above 0"),
@@ -272,6 +274,13 @@ def test_text_needs_a_tokenizer():
 def test_options_that_nobody_reads_are_refused(options, said):
     with pytest.raises(InputError, match=said):
         generate(tiny("llama"), [1, 2], **options)
+
+
+def test_names_of_earlier_versions_say_what_they_are_called_now():
+    for name, now in (("load_plan", "load_strategy"), ("Partners", "Resources")):
+        with pytest.raises(AttributeError, match=f"'{name}'; it is called {now} now"):
+            getattr(redrafter, name)
+        assert now in redrafter.__all__ and name not in dir(redrafter)
 
 
 def test_options_reach_the_loop():

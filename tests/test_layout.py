@@ -137,10 +137,11 @@ MAY_IMPORT = {
     "records": MAKING | {"drafters", "lookahead"},
     "costs": BASE | {"targets", "decode", "drafters", "data"},
     # What a name is made from may lie in a folder, and be priced: above what they are made by.
-    "partners": BASE | {"fetch", "targets", "heads", "drafters", "tables", "costs"},
+    "resources": BASE | {"fetch", "targets", "heads", "drafters", "tables", "costs"},
     "evaluation": MAKING | {"fetch", "threads", "heads", "drafters", "lookahead", "drafting"}
-    | {"tables", "records", "costs", "partners"},
-    "generation": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "partners"},
+    | {"tables", "records", "costs", "resources"},
+    "generation": BASE
+    | {"targets", "heads", "decode", "drafters", "drafting", "data", "resources"},
     "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
     "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete
     "hub": BASE | {"heads", "evaluation", "export"},

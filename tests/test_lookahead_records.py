@@ -1,10 +1,10 @@
-"""Records of a drafter, and lengths replayed on them, against the loop that they speak of."""
+"""Records of a drafter, and lengths simulated on them, against the loop that they speak of."""
 
 
 import pytest
 import torch
 from models import prompts, settings, tiny
-from test_disco import DRAFTERS, MODES, K, counted, replayed, walked
+from test_disco import DRAFTERS, MODES, K, counted, simulated, walked
 
 from redrafter.contracts import InputError, Lookahead
 from redrafter.decode.noise import gumbel
@@ -22,12 +22,12 @@ from redrafter.records.policies import Records, oracle, static
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", DRAFTERS)
-def test_replayed_lengths_are_those_of_decoding(kind, mode):
+def test_simulated_lengths_are_those_of_decoding(kind, mode):
     target, drafter, rows, config, texts = walked(kind, mode)
     records = Records.of(texts, config.max_new_tokens)
     for levels in range(K + 1):
         made = counted(target, drafter, rows, config, lambda k=levels: StaticLookahead(k))
-        said = replayed(records, static(levels))
+        said = simulated(records, static(levels))
         assert made == said
     full = FullDepth()
     speculative(target, rows, config, seeds=range(len(rows)), drafter=drafter, lookahead=full)
@@ -35,7 +35,7 @@ def test_replayed_lengths_are_those_of_decoding(kind, mode):
         target, rows, config, seeds=range(len(rows)), drafter=drafter,
         lookahead=OracleLookahead(full.depths),
     )  # fmt: skip
-    assert made.stats.steps == [steps for steps, _, _ in replayed(records, oracle)]
+    assert made.stats.steps == [steps for steps, _, _ in simulated(records, oracle)]
     if kind == "model":
         assert {int(a) for t in texts for a in t.accepted} == set(range(K + 1))
 

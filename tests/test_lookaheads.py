@@ -15,7 +15,7 @@ from redrafter.contracts import InputError, Lookahead, NoDraft
 from redrafter.costs import CostMeter
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
-from redrafter.drafters.build import DRAFTERS, Partners
+from redrafter.drafters.build import DRAFTERS, Resources
 from redrafter.drafters.dummy import DummyDrafter
 from redrafter.drafters.frontier import ModelFrontier
 from redrafter.drafters.lookup import PromptLookup
@@ -29,7 +29,7 @@ from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.drafting import LOOKAHEADS, Plan, build_plan, foreseen, parse_plan
+from redrafter.drafting import LOOKAHEADS, Strategy, build_strategy, foreseen, parse_strategy
 from redrafter.evaluation.acceptance import Counter
 from redrafter.evaluation.lossless import check_mode, references
 from redrafter.evaluation.methods import PromptBatch, build_method
@@ -167,11 +167,11 @@ def test_text_is_plain_decoding(kind, look):
         if look == "oracle":
             lookahead.strict = base not in MOODY
             first = []
-            plan = foreseen(
-                Plan(drafter, lookahead=lookahead),
+            strategy = foreseen(
+                Strategy(drafter, lookahead=lookahead),
                 lambda full, d=drafter, f=first, go=decode: f.append(go(drafter=d, lookahead=full)),
             )
-            lookahead = plan.lookahead
+            lookahead = strategy.lookahead
         noted = Noted(lookahead)
         got = decode(drafter=drafter, lookahead=noted)
         assert (got.tokens, got.finish) == want
@@ -254,12 +254,12 @@ def test_drafters_of_several_depths_are_priced_with_noise_of_their_own():
 def test_the_oracle_by_name():
     """Two batches through the timed method, then all prompts through the lossless check."""
     target, texts, config, want, *_ = case("t0.7")
-    partners = Partners(draft=close_draft(target, 0.1))
+    resources = Resources(draft=close_draft(target, 0.1))
     names = [f"model:1x4{part}" for part in ("", ":lookahead=oracle")]
     batches = [PromptBatch(texts[i : i + 2], [i, i + 1], texts[i : i + 2]) for i in (0, 2)]
     stats = []
     for name in names:
-        loop = build_method(name, target, config, partners)
+        loop = build_method(name, target, config, resources)
         assert loop.stops_early == (name != names[0])
         for i, batch in enumerate(batches):
             loop.prepare(batch)
@@ -269,31 +269,31 @@ def test_the_oracle_by_name():
     for full, best in zip(stats[:2], stats[2:], strict=True):
         assert best.steps == full.steps and best.accepted_at == full.accepted_at
         assert best.forwards == full.forwards and sum(best.drafted_at) < sum(full.drafted_at)
-    plan = build_plan(names[1], target, partners)
+    strategy = build_strategy(names[1], target, resources)
     plain_of = references(target, texts, config)
-    result = check_mode(target, lambda _: plan, texts, config, plain_of, (1, 4))
+    result = check_mode(target, lambda _: strategy, texts, config, plain_of, (1, 4))
     assert result.rows_equal == result.rows_compared == 8 and not result.unexplained
 
 
 def test_where_no_oracle_can_be():
     target, texts, config, _, longer, _ = case("greedy")
     with pytest.raises(InputError, match="by rule ratio the text depends"):
-        parse_plan("multi:rule=ratio:lookahead=oracle")
-    plan = build_plan("lookup:4x2:lookahead=oracle", target, Partners())
+        parse_strategy("multi:rule=ratio:lookahead=oracle")
+    strategy = build_strategy("lookup:4x2:lookahead=oracle", target, Resources())
     with pytest.raises(InputError, match="FullDepth first"):
-        speculative(target, texts, config, drafter=plan.drafter, lookahead=plan.lookahead)
+        speculative(target, texts, config, drafter=strategy.drafter, lookahead=strategy.lookahead)
     # One that draws anew in every run: what it drafts is no longer what was seen.
     drafter = ReplayDrafter(longer, VOCAB, 4, 1, 0.5, False, 0)
     for strict in (True, False):
-        plan = Plan(drafter, lookahead=OracleLookahead(strict=strict))
+        strategy = Strategy(drafter, lookahead=OracleLookahead(strict=strict))
         decode = functools.partial(speculative, target, texts, config, drafter=drafter)
-        plan = foreseen(plan, lambda full, go=decode: go(lookahead=full))
+        strategy = foreseen(strategy, lambda full, go=decode: go(lookahead=full))
         if strict:
             with pytest.raises(InputError, match="depend on what it drafted before"):
-                decode(lookahead=plan.lookahead)
+                decode(lookahead=strategy.lookahead)
         else:
-            decode(lookahead=plan.lookahead)
-            assert plan.lookahead.unknown_steps > 0
+            decode(lookahead=strategy.lookahead)
+            assert strategy.lookahead.unknown_steps > 0
 
 
 # ---------------------------------------------------------------- the law under a ratio rule

@@ -8,7 +8,7 @@ from models import EOS, alone, prompts, settings, tiny
 
 import redrafter.evaluation.lossless as lossless
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
-from redrafter.drafting import Plan
+from redrafter.drafting import Strategy
 from redrafter.targets.model import Target, TargetOutput
 
 
@@ -33,7 +33,7 @@ def check(target, config, **options):
     drafter = CountedBigrams(count_bigrams(known, target.vocab_size, 3), width=3, depth=3)
     plain_of = lossless.references(target, rows, config)
     return lossless.check_mode(
-        target, lambda texts: Plan(drafter), rows, config, plain_of, (1, 4), **options
+        target, lambda texts: Strategy(drafter), rows, config, plain_of, (1, 4), **options
     )
 
 
@@ -79,7 +79,7 @@ def test_drafters_that_watch_forwards_are_let():
 
     drafter = Watching(count_bigrams(rows, target.vocab_size, 1), 1, 1)
     plain_of = lossless.references(target, rows, settings())
-    lossless.check_mode(target, lambda texts: Plan(drafter), rows, settings(), plain_of, (1,))
+    lossless.check_mode(target, lambda texts: Strategy(drafter), rows, settings(), plain_of, (1,))
     assert watched[0] and len(watched) > 1 and not any(watched[1:])
 
 

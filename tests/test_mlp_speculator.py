@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.load import load_head, load_recurrent
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
@@ -212,10 +212,10 @@ SAMPLED = dict(do_sample=True, temperature=0.8)
 )
 def test_text_is_plain_decoding(family, options):
     target, rows, config = tiny(family), prompts(), settings(**options)
-    partners = Partners(head=planted(target, plain_texts(target, rows, config, range(4))))
+    resources = Resources(head=planted(target, plain_texts(target, rows, config, range(4))))
     names = ["head:1x3", "head:3x3", "head:2x3:beams", "head:3x2:best:5",
              "multi:source=head:children=[3,2]:how=seeded"]  # fmt: skip
-    drafters = {name: build_drafter(name, target, partners) for name in names}
+    drafters = {name: build_drafter(name, target, resources) for name in names}
     check(target, rows, config, drafters)
     free = settings(**options, eos_token_id=-1)
     for name, drafter in drafters.items():
@@ -230,18 +230,18 @@ def test_any_weights_leave_the_text_alone(tmp_path, case):
     config = settings(do_sample=True, temperature=1.3, top_k=9)
     head = load_head(save(tmp_path, CASES[case], their_weights(CASES[case])), target)
     depth = CASES[case]["n_predict"]
-    partners = Partners(head=head)
+    resources = Resources(head=head)
     names = [f"head:1x{depth}", f"head:3x{depth}"]
-    check(target, rows, config, {name: build_drafter(name, target, partners) for name in names})
+    check(target, rows, config, {name: build_drafter(name, target, resources) for name in names})
 
 
 def test_it_drafts_no_further_than_it_was_trained(tmp_path):
     target = tiny("llama")
     head = load_head(save(tmp_path, IBM, their_weights(IBM)), target)
     with pytest.raises(InputError, match="drafts 3 tokens ahead at most: name it head:2x3"):
-        build_drafter("head:2x4", target, Partners(head=head))
+        build_drafter("head:2x4", target, Resources(head=head))
     assert RecurrentDrafter(head, target).max_depth == 3, "what nobody chose is what it can do"
-    multi = build_drafter("multi:source=head:children=[2,1,1,1]:how=top", target, Partners(head))
+    multi = build_drafter("multi:source=head:children=[2,1,1,1]:how=top", target, Resources(head))
     made = speculative(target, prompts(), settings(eos_token_id=-1), drafter=multi)
     assert made.stats.drafted_at[2] > 0
     assert made.stats.drafted_at[3:] in ([], [0])

@@ -239,6 +239,25 @@ def test_states_and_decoding_take_what_real_ones_take(both):
         assert found[0].working == pytest.approx(found[1].working, rel=0.02)
 
 
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("which", [0, 1])
+def test_decoding_is_planned_by_one_step_of_the_shipped_loop(both, which, drafted, monkeypatch):
+    """On tensors with and without content alike: the prompts, then the step that ends the rows."""
+    target, seen = both[which], []
+    head = meta_head(HeadConfig(), target) if which == 0 else RecurrentHead.for_target(target)
+    drafter = RecurrentDrafter(head.eval(), target, TreeConfig(3, 3)) if drafted else None
+    forward = target.forward
+
+    def watched(tokens, positions, masks, cache, keep=None):
+        seen.append((tokens.shape[1], max(cache.lengths), cache.width))
+        return forward(tokens, positions, masks, cache, keep)
+
+    monkeypatch.setattr(target, "forward", watched)
+    memory.decode_memory(target, 6, 40, 20, 1.0, drafter)
+    n = drafter.max_nodes if drafted else 1
+    assert seen == [(40, 0, 40), (n, 58, 58 + n)]
+
+
 def test_more_positions_and_wider_chunks_take_more(both):
     meta, _ = both
     head = meta_head(HeadConfig(), meta)

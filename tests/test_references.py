@@ -7,7 +7,7 @@ import pytest
 from models import prompts, settings, tiny
 
 from redrafter.contracts import InputError
-from redrafter.evaluation.methods import Loop, Partners, PromptBatch, build_method, plain_answers
+from redrafter.evaluation.methods import Loop, PromptBatch, Resources, build_method, plain_answers
 from redrafter.evaluation.references import ForwardCounter
 from redrafter.targets.model import Target
 
@@ -16,7 +16,7 @@ NAMES = ("hf-lookup", "hf-lookup:3", "hf-assistant", "hf-exit:1")
 
 def method(name, config, draft=None, family="llama"):
     target = tiny(family)
-    return build_method(name, target, config, Partners(draft=draft or twin(family)))
+    return build_method(name, target, config, Resources(draft=draft or twin(family)))
 
 
 @functools.cache

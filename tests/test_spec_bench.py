@@ -13,7 +13,7 @@ from redrafter.cli import spec_bench as cli
 from redrafter.config import SpecBenchConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.evaluation.journal import Journal
-from redrafter.evaluation.runs import Method, PromptBatch, TimedRun
+from redrafter.evaluation.runs import Method, PromptBatch, TimedCall
 from redrafter.evaluation.spec_bench import experiment
 from redrafter.evaluation.spec_bench.answer_files import (
     compare,
@@ -280,7 +280,7 @@ class Scripted(Method):
 
     def _run(self, batch):
         self.asked.append(batch.prompts[0])
-        return TimedRun([self.answers[len(self.asked) - 1]], {})
+        return TimedCall([self.answers[len(self.asked) - 1]], {})
 
 
 def test_a_difference_reaches_the_result(tiny_target, tmp_path, monkeypatch):
@@ -518,7 +518,7 @@ def test_methods_take_turns_and_warm_up(target, tmp_path):
     class Noted(Scripted):
         def _run(self, batch):
             order.append(self.name[0])
-            return TimedRun([[7, 8]], {})
+            return TimedCall([[7, 8]], {})
 
     config = settings(tmp_path, warmups=2, repeats=2)
     chat, questions, _ = open_questions(target, config)
@@ -546,7 +546,7 @@ def test_seconds_are_of_decoding_alone(target, tmp_path, monkeypatch):
 
         def _run(self, batch):
             clock[0] += 3
-            return TimedRun([[7, 8]], {})
+            return TimedCall([[7, 8]], {})
 
     render = chat.renderer.conversation
 

@@ -48,7 +48,7 @@ def head(target, depth, width):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("make", "width"), [(model, 1), (model, 3), (head, 2)])
-def test_replayed_steps_are_those_of_decoding(make, width, mode):
+def test_simulated_steps_are_those_of_decoding(make, width, mode):
     target, rows = tiny("llama"), prompts((9, 3, 14, 8, 5, 11), seed=1)
     config, seeds = settings(eos_token_id=[5], **MODES[mode]), list(range(len(rows)))
     deep = make(target, DEPTH, width)

@@ -15,7 +15,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.evaluation import prompt_sets
 from redrafter.evaluation.acceptance import Counter, Watcher
-from redrafter.evaluation.methods import check_partners, parse_methods
+from redrafter.evaluation.methods import check_resources, parse_methods
 from redrafter.evaluation.prompt_sets import settings as sets_of
 from redrafter.evaluation.regret import regret as regret_of
 
@@ -198,4 +198,4 @@ def test_configurations_are_read_as_they_are(path):
     config = parse(TableConfig, [f"--config={path}"], "eval/table.py")
     names = parse_methods(",".join(config.methods))
     for part in sets_of(config).values():
-        check_partners(names, part)
+        check_resources(names, part)

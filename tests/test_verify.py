@@ -214,7 +214,8 @@ def test_a_verification_that_is_wrong(head, check, monkeypatch):
         return out
 
     monkeypatch.setattr(Target, "forward", planted)
-    monkeypatch.setattr(Target, "_check", lambda self: None)  # which finds it when it is loaded
+    # which finds it when it is loaded
+    monkeypatch.setattr("redrafter.targets.model.check_once", lambda target, files: None)
     status, found, last = check(head)
     assert (status, last) == (1, f"{head} differs first in: text")
     assert found["text"][1].startswith("greedy, prompt 0, new token 1: 7 (")

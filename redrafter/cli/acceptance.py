@@ -21,12 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone=True,
     )
     from redrafter.evaluation.acceptance import measure, show
-    from redrafter.evaluation.methods import check_partners, drafting_methods
+    from redrafter.evaluation.methods import check_resources, drafting_methods
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.report import write_result
 
     names = drafting_methods(config.methods, "drafts nothing of ours")
-    check_partners(names, config)
+    check_resources(names, config)
     target, head = load_both(config, measured=True)
     body = measure(config, names, target, head)
     print(show(body, config))

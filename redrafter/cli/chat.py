@@ -36,30 +36,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not getattr(tokenizer, "chat_template", None):
         note = "has no chat template: messages stand one below the other"
         print(f"warning: the tokenizer of {target.name} {note}", file=sys.stderr)
-    from redrafter.generation import load_plan
+    from redrafter.generation import load_strategy
 
-    plan = load_plan(
+    strategy = load_strategy(
         target, config.drafter, head=head, tree=config.tree,
         draft_model=load_draft(config) if "draft" in wanted else None,
         bigrams=config.bigrams, probed=config.probed, reference=config.reference,
     )  # fmt: skip
     try:
-        converse(target, plan, config, lines_of_user(), _write)
+        converse(target, strategy, config, lines_of_user(), _write)
     except KeyboardInterrupt:  # between answers
         print()
     return 0
 
 
 def check_drafter(config: ChatConfig) -> dict[str, int]:
-    """The partners that the drafter needs. Raises InputError, before anything is loaded, for a name
-    that is none and for a partner that is not given."""
+    """The resources that the drafter needs. Raises InputError, before anything is loaded, for a
+    name that is none and for a resource that is not given."""
     from redrafter.drafters.build import MISSING, needs
-    from redrafter.drafting import parse_plan
+    from redrafter.drafting import parse_strategy
 
     if config.drafter in (None, "plain"):
         return {}
     try:
-        wanted = needs(parse_plan(config.drafter).drafter)
+        wanted = needs(parse_strategy(config.drafter).drafter)
         for name in wanted:
             if name != "price" and getattr(config, name, None) is None:
                 raise InputError(f"{config.drafter!r} needs {MISSING[name]}")
@@ -69,7 +69,11 @@ def check_drafter(config: ChatConfig) -> dict[str, int]:
 
 
 def converse(
-    target: Any, plan: Any, config: ChatConfig, lines: Iterator[str], write: Callable[[str], Any]
+    target: Any,
+    strategy: Any,
+    config: ChatConfig,
+    lines: Iterator[str],
+    write: Callable[[str], Any],
 ) -> None:
     """Answer every line; what cannot be answered is said, and forgotten."""
     from redrafter.generation import generate
@@ -88,7 +92,7 @@ def converse(
             stream = TextStream(target.tokenizer, write)
             try:
                 made = generate(
-                    target, messages=asked, draft=plan, max_new_tokens=config.max_new_tokens,
+                    target, messages=asked, draft=strategy, max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature, seeds=seed, streamer=stream,
                 )  # fmt: skip
             except KeyboardInterrupt:

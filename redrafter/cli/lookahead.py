@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.evaluation.lookaheads.cases import cases_of, check, costs_file, names_of
     from redrafter.evaluation.lookaheads.experiment import load, measure_all
     from redrafter.evaluation.lookaheads.report import write_report
-    from redrafter.evaluation.methods import check_partners
+    from redrafter.evaluation.methods import check_resources
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.pictures import new_figure
     from redrafter.files import write_config
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(name for case in cases for name in names_of(case)))
     check(names, config)
     prices = {case.title: costs_file(case, config) for case in cases}
-    check_partners(names, cases[0].speed)
+    check_resources(names, cases[0].speed)
     loaded = load(config, names, cases[0].speed, prices.values(), *load_both(config))
     bodies = measure_all(cases, prices, loaded)
     write_config(Path(config.out) / "config.yaml", config)

@@ -33,18 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.day import day_of
     from redrafter.data.store import begun
     from redrafter.drafters.options import parse_name
-    from redrafter.drafting import build_plan, parse_plan
+    from redrafter.drafting import build_strategy, parse_strategy
     from redrafter.evaluation import methods as known
-    from redrafter.evaluation.models import load_both, load_partners, prompts_to_count
+    from redrafter.evaluation.models import load_both, load_resources, prompts_to_count
     from redrafter.records.store import build_records
 
     names = known.parse_methods(config.drafter)
     if len(names) != 1 or parse_name(names[0]).kind not in known.DRAFTERS:
         raise InputError(f"drafter: {config.drafter!r} is not one drafter of ours")
-    plan = parse_plan(names[0])
-    if plan.lookahead is not None or plan.rule != "seeded":
+    strategy = parse_strategy(names[0])
+    if strategy.lookahead is not None or strategy.rule != "seeded":
         raise InputError("drafter: records hold all levels: leave out lookahead and rule")
-    known.check_partners(names, config)
+    known.check_resources(names, config)
     target, head = load_both(config)
     day = by_main(lambda: day_of(target.tokenizer, begun(Path(config.out))))
     more = prompts_to_count(names, config)
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     wanted = generation_config(config.temperature, config.max_new_tokens)
-    partners, _ = load_partners(names, config, target, head, others, wanted)
-    drafter = build_plan(names[0], target, partners).drafter
+    resources, _ = load_resources(names, config, target, head, others, wanted)
+    drafter = build_strategy(names[0], target, resources).drafter
     store = build_records(target, drafter, prompts, config, day=day)
     n = int(store.lengths.sum())
     say(f"{config.out}: {store.n_rows} texts, {n} positions of {drafter.max_depth} levels")

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone=True,
     )
     from redrafter.evaluation.comparison import measure, show, unexplained
-    from redrafter.evaluation.methods import check_partners, drafting_methods
+    from redrafter.evaluation.methods import check_resources, drafting_methods
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.prompts import number_list
     from redrafter.evaluation.report import write_result
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.methods,
         "does not draft in our loop, so there is nothing to compare with plain decoding",
     )
-    check_partners(names, config)
+    check_resources(names, config)
     target, head = load_both(config, measured=True)
     results, body = measure(config, names, batch_sizes, temperatures, target, head)
     print(show(results, body["greedy_only"]))

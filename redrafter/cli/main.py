@@ -23,7 +23,7 @@ SUBCOMMANDS = {
     "lookahead_records": "record what a drafter says of its guesses (data/lookahead.py)",
     "train_disco": "train a lookahead for any drafter (train/disco.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
-    "verify": "replay what was stored with a head, and say where it differs (eval/verify.py)",
+    "verify": "compute again what was stored with a head, and say what differs (eval/verify.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",
     "spec_bench": "Spec-Bench's protocol and its answer files (eval/spec_bench.py)",
     "table": "one table and its pictures over prompt sets and temperatures (eval/table.py)",

@@ -31,25 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.show import show_rows
     from redrafter.data.sources import read_source
     from redrafter.data.store import begun
-    from redrafter.targets.model import context_of, load_model_config
+    from redrafter.targets.model import context_of, load_eos, load_model_config
     from redrafter.targets.text import load_tokenizer
 
     if config.output_dir is None and not config.show:
         raise InputError("give --output_dir to write rows, --show 5 to look at some, or both")
     tokenizer = load_tokenizer(config.target)
-    shape = load_model_config(config.target).get_text_config()
+    whole = load_model_config(config.target)
+    shape, eos = whole.get_text_config(), load_eos(config.target, whole)
     max_tokens = context_of(shape) if config.max_tokens is None else config.max_tokens
     vocab_size = getattr(shape, "vocab_size", None)
     if config.show and is_main():
         made = None if config.output_dir is None else begun(Path(config.output_dir))
-        renderer = Renderer(tokenizer, config.source, day_of(tokenizer, made))
+        renderer = Renderer(tokenizer, config.source, day_of(tokenizer, made), eos)
         source = read_source(config.source)
         found = prepared(source, renderer, config.source, config.keep, max_tokens, vocab_size)
         show_rows(found, tokenizer, config.show)
     if config.output_dir is not None:
         store = build_rows(
             config.source, tokenizer, config.keep, config.output_dir, max_tokens=max_tokens,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size, eos=eos,
         )  # fmt: skip
         say(report(store))
     return 0

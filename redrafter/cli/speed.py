@@ -19,14 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         names="describe_methods",
         alone=True,
     )
-    from redrafter.evaluation.methods import check_partners, parse_methods
+    from redrafter.evaluation.methods import check_resources, parse_methods
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.prompt_sets import check, measure, show
     from redrafter.evaluation.report import write_result
 
     check(config)
     names = parse_methods(config.methods)
-    check_partners(names, config)
+    check_resources(names, config)
     target, head = load_both(config, measured=True)
     body = measure(config, names, target, head)
     print(show(body))

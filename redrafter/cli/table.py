@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names="describe_methods",
         alone=True,
     )
-    from redrafter.evaluation.methods import check_partners, parse_methods
+    from redrafter.evaluation.methods import check_resources, parse_methods
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.pictures import new_figure
     from redrafter.evaluation.prompt_sets import measure_all, settings, write_table
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     new_figure(1, 1)  # without matplotlib: say so now
     sets = settings(config)
     names = parse_methods(",".join(config.methods))
-    check_partners(names, config)
+    check_resources(names, config)
     target, head = load_both(config, measured=True)
     bodies = measure_all(sets, names, target, head)
     write_config(Path(config.out) / "config.yaml", config)

@@ -15,7 +15,7 @@ from redrafter.config import TargetConfig, VerifyConfig
 from redrafter.contracts import InputError
 
 _DESCRIPTION = (
-    "eval/verify.py HEAD [--target.path MODEL]: replay the golden batch of an exported head, one "
+    "eval/verify.py HEAD [--target.path MODEL]: compute the golden batch of an exported head, one "
     "line per check: files, target, tokenizer, chat template, dtype, hidden states, draft logits, "
     "accepted tokens, text. The exit status is 1 where something differs, and the last line says "
     "what differs first. Numbers may differ by rounding, tokens by near-ties alone."
@@ -24,7 +24,7 @@ _DESCRIPTION = (
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replays, prints, writes JSON. Returns 1 if something differs."""
+    """Computes, prints, writes JSON. Returns 1 if something differs."""
     words = with_head(sys.argv[1:] if argv is None else list(argv))
     config = parse(VerifyConfig, words, "eval/verify.py", _DESCRIPTION, alone=True)
     from redrafter.fetch import fetch
@@ -48,7 +48,7 @@ def verify(config: VerifyConfig, folder: Path) -> int:
     """Compare with the golden batch in the folder. Returns the exit status."""
     from redrafter.evaluation.report import write_result
     from redrafter.export.golden import file_faults, read_facts
-    from redrafter.export.verify import NAMES, files_check, first_difference, replay, skipped
+    from redrafter.export.verify import NAMES, compare, files_check, first_difference, skipped
     from redrafter.targets.model import load_target
 
     facts, target = read_facts(folder), None
@@ -58,7 +58,7 @@ def verify(config: VerifyConfig, folder: Path) -> int:
         checks += skipped(NAMES[1:], "not made, as nothing is known of it")
     else:
         target = load_target(target_of(config.target, folder, facts))
-        checks = replay(folder, target, facts, faults)
+        checks = compare(folder, target, facts, faults)
     print(show(checks))
     first = first_difference(checks)
     if first is None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from redrafter.config.common import PartnersConfig, TargetConfig, at_least
+from redrafter.config.common import ResourcesConfig, TargetConfig, at_least
 
 
 @dataclass(frozen=True)
-class ChatConfig(PartnersConfig):
+class ChatConfig(ResourcesConfig):
     """`redrafter chat`: talk to a target, and see what drafting saves."""
 
     target: TargetConfig

@@ -129,7 +129,7 @@ class TreeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartnersConfig:
+class ResourcesConfig:
     """What drafters are made from; each is asked for where a method needs it."""
 
     head: str | None = None
@@ -152,7 +152,7 @@ class PartnersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftingConfig(PartnersConfig):
+class DraftingConfig(ResourcesConfig):
     """The same where drafters are measured on prompts."""
 
     bigram_prompts: int = 64

@@ -2,8 +2,9 @@
 
 Of every assistant's turn the server was sent what stands before it, rendered with the generation
 prompt. The turn is what follows that prompt up to its end-of-turn token: never the template's
-head, its default system prompt, the role's header, or an EOS behind the turn. `{% generation %}`
-tags say what of that is to be learned.
+head, its default system prompt, the role's header, or an EOS behind the turn. Where a template
+writes none, the token that begins the next turn ends this one, if the target's texts end with it.
+`{% generation %}` tags say what of that is to be learned.
 
     messages[:i], generation prompt   <|user|>hi<|end|><|assistant|>
     messages[: i + 1]                 <|user|>hi<|end|><|assistant|>yo<|end|><|eos|>
@@ -66,7 +67,8 @@ def learned_texts(
     for i in answers if supervise == "all" else answers[-1:]:
         turn = None
         if is_learned(messages[i]):
-            turn = _turn(template, messages[: i + 1], where, tools)
+            next_role = messages[i + 1]["role"] if i + 1 < len(messages) else None
+            turn = _turn(template, messages[: i + 1], where, tools, next_role)
         if turn is None:
             continue
         if found and turn.text.startswith(found[-1].text[: found[-1].end]):
@@ -93,7 +95,7 @@ class _Turn:
 
 
 def _turn(
-    template: Template, messages: Messages, where: str, tools: Tools | None
+    template: Template, messages: Messages, where: str, tools: Tools | None, next_role: str | None
 ) -> Learned | None:
     """The last message, behind what the server was sent. None where it could not be asked for."""
     asked = messages[:-1]
@@ -107,8 +109,11 @@ def _turn(
     turn = _thinking(template, messages, where, tools)
     text, start = turn.prompt + turn.said, len(turn.prompt)
     end = template.end_of_turn(text, start, messages, where, tools)
-    spans = [(start, end)]
-    if turn.tags is not None:
+    if turn.tags is None:
+        stop = template.stop_behind(turn.whole, messages, next_role, where, tools)
+        text, end = f"{text}{stop}", end + len(stop)
+        spans = [(start, end)]
+    else:
         moved = len(text) - len(turn.whole)
         # What is put in before the answer belongs to a tag that holds the answer's beginning.
         spans = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from glob import has_magic
 from itertools import islice, pairwise
@@ -44,6 +44,7 @@ def build_rows(
     *,
     max_tokens: int | None = None,
     vocab_size: int | None = None,
+    eos: Collection[int] | None = None,
     named: bool = False,
     progress: bool = True,
 ) -> Store:
@@ -51,7 +52,7 @@ def build_rows(
 
     keep: what stands before the answer, for the target to go on; or whole texts with their masks
     max_tokens: longer rows are skipped and counted
-    vocab_size: rows of the target's lm_head (see `prepared`)
+    vocab_size: rows of the target's lm_head (see `prepared`); eos: see `Renderer`
     named: use a folder in `folder` that is named after the content
     Duplicates are skipped. Rows skipped and failed are listed in the manifest; written, skipped
     and failed ones add up to its `input`: the rows read, those that became several counted as such
@@ -65,7 +66,7 @@ def build_rows(
     identity = dated(identity, day)
 
     def read() -> Iterable[TokenRow | RejectedRow]:
-        renderer = Renderer(tokenizer, config, day)
+        renderer = Renderer(tokenizer, config, day, eos)
         return prepared(source, renderer, config, keep, max_tokens, vocab_size)
 
     total = _total(source) if progress else 0
@@ -122,8 +123,8 @@ def _check_first(store: Store, items: Iterable[TokenRow | RejectedRow]) -> None:
 def _made_otherwise(folder: str | Path, what: str) -> InputError:
     return InputError(
         f"{folder} was made by an earlier version, which took other parts of a chat for the "
-        f"question or for what is learned, or put a BOS before a text's own ({what}): remove it, "
-        "or give another folder, and it is made anew"
+        "question or for what is learned, or put a BOS before a text's own, or for a target whose "
+        f"texts end otherwise ({what}): remove it, or give another folder, and it is made anew"
     )
 
 

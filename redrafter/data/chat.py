@@ -9,7 +9,7 @@ ids, which fails where a tokenizer joins characters across the border.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from redrafter.config import SourceConfig
@@ -40,9 +40,16 @@ class Renderer:
     Every InputError begins with the `where` of the row and names the remedy.
     """
 
-    def __init__(self, tokenizer: Any, config: SourceConfig, day: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: SourceConfig,
+        day: str | None = None,
+        eos: Collection[int] | None = None,
+    ) -> None:
         """tokenizer: of the target; day: the date that a template may print, YYYY-MM-DD (None:
-        today's). Raises InputError for settings that do not go together."""
+        today's); eos: token ids that end the target's texts (None: not known; only `texts` asks).
+        Raises InputError for settings that do not go together."""
         if tokenizer is None:
             raise InputError(
                 f"{config.path}: the target has no tokenizer, so nothing can be read from text"
@@ -59,7 +66,7 @@ class Renderer:
         self._columns = (config.prompt_column, config.answer_column)
         self._format = "columns" if named else config.format
         self._detected = False
-        self._template = Template(tokenizer, day)
+        self._template = Template(tokenizer, day, eos)
         # What the tokenizer adds of its own to any text: a BOS before it, an EOS behind it.
         self._n_before, self._n_behind = map(len, added(tokenizer))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from redrafter.contracts import InputError
-from redrafter.files import digest_file, digest_json
+from redrafter.files import cache_folder, digest_file, digest_json
 
 
 class Folder(Protocol):
@@ -42,10 +42,7 @@ class RemoteFolder:
             self.fs, self.path = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise InputError(f"{url}: {error}") from None
-        base = os.environ.get("REDRAFTER_CACHE") or (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redrafter"
-        )
-        self.cache = Path(base) / digest_json(self.url)[:24]
+        self.cache = cache_folder() / digest_json(self.url)[:24]
 
     def exists(self, name: str) -> bool:
         try:

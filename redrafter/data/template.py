@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from redrafter.contracts import InputError
 from redrafter.data.day import CLOCK, prints_date
 from redrafter.data.formats import Messages, calls_of, with_calls
+from redrafter.data.lost import thought_of
 
 Span = tuple[int, int]
 Tools = list[dict[str, Any]]
@@ -34,8 +36,11 @@ class Template:
     exists: whether there is a chat template
     """
 
-    def __init__(self, tokenizer: Any, day: str | None = None) -> None:
-        """day: the date that the template may print, YYYY-MM-DD; None takes today's, once."""
+    def __init__(
+        self, tokenizer: Any, day: str | None = None, eos: Collection[int] | None = None
+    ) -> None:
+        """day: the date that the template may print, YYYY-MM-DD; None takes today's, once.
+        eos: token ids that end the target's texts; None where nobody knows"""
         self.tokenizer = tokenizer
         self.exists = bool(getattr(tokenizer, "chat_template", None))
         # Noon: a template that prints the hour has no better one.
@@ -44,7 +49,9 @@ class Template:
         self._dated = prints_date(tokenizer)
         self._eos = getattr(tokenizer, "eos_token", None) or "\0"
         self._ends: dict[str, int] = {}
+        self._said_endless = False
         tokens = [t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+        self._stops = eos
         self._tokens = tuple(sorted((t for t in tokens if t.strip()), key=len, reverse=True))
 
     def render(
@@ -131,11 +138,42 @@ class Template:
             self._ends[run] = kept[-1] if kept else lengths[0]
         return begin + self._ends[run]
 
-    def _once_answered(self, messages: Messages, where: str, tools: Tools | None) -> str | None:
+    def stop_behind(
+        self, whole: str, messages: Messages, role: str | None, where: str, tools: Tools | None
+    ) -> str:
+        """What a server would have generated behind a last message that ends with no token: as far
+        as the one that begins the next turn, where the target's texts end with that (GLM's do).
+        Nothing where they do not, or nobody knows; the first time that is said.
+
+        whole: the rendered messages; role: who speaks next (None: a user, or the tool called)
+        """
+        if self._stops is None or not self.exists or self.run_at_end(whole)[1]:
+            return ""
+        role = role or ("tool" if calls_of(messages[-1]) else "user")
+        later = self._once_answered(messages, where, tools, role) or ""
+        said = whole.rstrip()
+        answer = thought_of(messages[-1])[1].strip()
+        behind = ""
+        if later.startswith(said):
+            behind = later[len(said) :]
+        elif answer and answer in later:  # its thought is dropped once a user goes on
+            behind = later.rpartition(answer)[2]
+        token = next((t for t in self._tokens if behind.lstrip().startswith(t)), None)
+        if token is not None and self.tokenizer.convert_tokens_to_ids(token) in self._stops:
+            blanks = behind[: len(behind) - len(behind.lstrip())]
+            return blanks.removeprefix(whole[len(whole.rstrip()) :]) + token
+        if not self._said_endless:
+            self._said_endless = True
+            warnings.warn(_endless(token), stacklevel=2)
+        return ""
+
+    def _once_answered(
+        self, messages: Messages, where: str, tools: Tools | None, role: str = "user"
+    ) -> str | None:
         """Messages as they are rendered once a user goes on, up to what that one says. None where
         the template takes no such messages."""
         try:
-            later = [*messages, {"role": "user", "content": _PROBE}]
+            later = [*messages, {"role": role, "content": _PROBE}]
             return self.render(later, False, where, tools).rpartition(_PROBE)[0]
         except InputError:
             return None
@@ -187,6 +225,17 @@ class Template:
             f"{where}: the chat template refuses these messages ({why}); "
             "mend the row, or give the tokenizer another chat template"
         ) from refusal
+
+
+def _endless(token: str | None) -> str:
+    behind = "no special token follows it"
+    if token is not None:
+        behind = f"{token!r}, which follows it, is not among the target's eos_token_id"
+    return (
+        f"the chat template ends an answer with no token of its own, and {behind}: nothing is "
+        "learned of when to stop. If the model ends its answers with a token, name it under "
+        "eos_token_id in generation_config.json, or give the tokenizer a template that writes it"
+    )
 
 
 def _forms(messages: Messages) -> Iterator[Messages]:

@@ -45,7 +45,12 @@ def plain(
         target, prompts, generation_config, seeds,
         logits_processor, stopping_criteria, streamer, attention_mask,
     )  # fmt: skip
-    n_rows = request.n_rows
+    return plain_loop(request)
+
+
+def plain_loop(request: Request) -> Generation:
+    """Choose, forward, repeat: `plain` of what was asked for."""
+    n_rows, target = request.n_rows, request.target
     stats = StepStats([0] * n_rows, [0] * n_rows)
     emitter = Emitter(request)
     seqs = request.sequences(slack=1)

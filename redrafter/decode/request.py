@@ -236,7 +236,7 @@ class Emitter:
             # To the caller of the loop, which is decorated
             warnings.warn(
                 f"{not_finite(self.request.target)}. Rows ended before the first such token; their "
-                f"finish is {NOT_FINITE!r}", stacklevel=4,
+                f"finish is {NOT_FINITE!r}", stacklevel=5,
             )  # fmt: skip
         return Generation(self.tokens, self.finish, stats)
 

@@ -69,11 +69,14 @@ def speculative(
         made.extra["drafter"] = {}
         return made
     request = Request(target, prompts, generation_config, **asked)
-    return _decode(_Decoding(request, drafter, rule), drafter, lookahead)
+    return speculative_loop(request, drafter, lookahead, rule)
 
 
-def _decode(state: _Decoding, drafter: Drafter, lookahead: Lookahead) -> Generation:
+def speculative_loop(
+    request: Request, drafter: Drafter, lookahead: Lookahead, rule: Rule
+) -> Generation:
     """The loop. What the steps' parts do stands below, in the order in which they are called."""
+    state = _Decoding(request, drafter, rule)
     seqs, emitter, timer = state.seqs, state.emitter, state.timer
     needs = drafter.needs | lookahead.needs
     with timer("prefill"):

@@ -2,7 +2,7 @@
 
 To add a drafter: write a builder below and its line in `DRAFTERS`. A builder is
 
-    def name(target, partners, *, option: type = default, ...) -> TheDrafter
+    def name(target, resources, *, option: type = default, ...) -> TheDrafter
 
 and its options are what users may write (see `options.py`; `**options` are those of the class that
 they are passed on to). One that is made of other drafters takes `members` third.
@@ -36,7 +36,7 @@ from redrafter.targets.model import Target
 
 
 @dataclass(frozen=True)
-class Partners:
+class Resources:
     """What drafters are made from besides the target; None where no name asks for it (see `needs`).
 
     draft: a smaller model of this vocabulary
@@ -57,7 +57,7 @@ class Partners:
     tree: TreeConfig = field(default_factory=TreeConfig)
 
 
-#: A partner -> what a user must give for it.
+#: A resource -> what a user must give for it.
 MISSING = {
     "head": "--head, the folder of a trained draft head",
     "draft": "--draft, a smaller model of this vocabulary",
@@ -74,7 +74,7 @@ MISSING = {
 
 def head(
     target: Target,
-    partners: Partners,
+    resources: Resources,
     *,
     width: int | None = None,
     depth: int | None = None,
@@ -93,7 +93,7 @@ def head(
     seeded: when sampling, propose with the verifier's own noise
     budget: the best nodes and levels, as many per step as pay by what they cost here
     """
-    tree = partners.tree
+    tree = resources.tree
     if (width or depth) and not shape:
         shape = "levels"
     if shape:
@@ -102,13 +102,15 @@ def head(
     tree = replace(tree, **{key: value for key, value in given.items() if value is not None})
     if nodes is not None and tree.shape != "best":
         raise InputError(f"head: nodes {nodes} is for the shape best, not {tree.shape}")
-    drafter = RecurrentDrafter(partners.head, target, tree)
+    drafter = RecurrentDrafter(resources.head, target, tree)
     if not budget:
         return drafter
-    return RecurrentDrafter(partners.head, target, tree, partners.price(drafter))
+    return RecurrentDrafter(resources.head, target, tree, resources.price(drafter))
 
 
-def lookup(target: Target, partners: Partners, *, recent: bool = False, **options) -> PromptLookup:
+def lookup(
+    target: Target, resources: Resources, *, recent: bool = False, **options
+) -> PromptLookup:
     """Prompt lookup.
 
     recent: copy from the most recent earlier occurrence, not from the leftmost one
@@ -117,22 +119,22 @@ def lookup(target: Target, partners: Partners, *, recent: bool = False, **option
 
 
 def suffix(
-    target: Target, partners: Partners, *, reference: bool = False, **options
+    target: Target, resources: Resources, *, reference: bool = False, **options
 ) -> SuffixDrafter:
     """The longest repetition, by a suffix automaton.
 
     reference: copy from --reference too, where the match there is the longer one
     """
-    return SuffixDrafter(reference=partners.reference if reference else None, **options)
+    return SuffixDrafter(reference=resources.reference if reference else None, **options)
 
 
-def bigram(target: Target, partners: Partners, **options) -> CountedBigrams:
+def bigram(target: Target, resources: Resources, **options) -> CountedBigrams:
     """Counted bigrams."""
-    return CountedBigrams(partners.bigrams, device=target.device, **options)
+    return CountedBigrams(resources.bigrams, device=target.device, **options)
 
 
 def recycling(
-    target: Target, partners: Partners, *, warm: bool = False, **options
+    target: Target, resources: Resources, *, warm: bool = False, **options
 ) -> TokenRecycling:
     """The target's own last opinions.
 
@@ -140,24 +142,24 @@ def recycling(
     children: the tree, one digit per node and a slash between levels
     k: successors kept per token
     """
-    table = partners.bigrams if warm else None
+    table = resources.bigrams if warm else None
     return TokenRecycling(target.vocab_size, warm=table, device=target.device, **options)
 
 
-def model(target: Target, partners: Partners, *, budget: bool = False, **options) -> DraftModel:
+def model(target: Target, resources: Resources, *, budget: bool = False, **options) -> DraftModel:
     """A smaller model.
 
     budget: the best nodes and levels, as many per step as pay by what they cost here
     """
-    drafter = DraftModel(partners.draft, target, **options)
+    drafter = DraftModel(resources.draft, target, **options)
     if not budget:
         return drafter
-    return DraftModel(partners.draft, target, budget=partners.price(drafter), **options)
+    return DraftModel(resources.draft, target, budget=resources.price(drafter), **options)
 
 
 def ngrammys(
     target: Target,
-    partners: Partners,
+    resources: Resources,
     *,
     table: Literal["probed", "counted"] = "probed",
     **options,
@@ -166,18 +168,18 @@ def ngrammys(
 
     table: probed from the target (--probed), or counted on answers (--bigrams)
     """
-    bigrams = partners.probed if table == "probed" else partners.bigrams
+    bigrams = resources.probed if table == "probed" else resources.bigrams
     return NGrammys(bigrams, device=target.device, **options)
 
 
-def skip(target: Target, partners: Partners, **options) -> LayerSkipping:
+def skip(target: Target, resources: Resources, **options) -> LayerSkipping:
     """The target itself, without some attentions."""
     return LayerSkipping(target, **options)
 
 
 def multi(
     target: Target,
-    partners: Partners,
+    resources: Resources,
     *,
     source: Literal["model", "head", "both"] = "model",
     children: list[int] = [4, 2, 2],  # noqa: B006 - read only
@@ -191,39 +193,39 @@ def multi(
     """
     frontiers: list[Frontier] = []
     if source != "head":
-        frontiers.append(ModelFrontier(partners.draft, target, n_nodes(children)))
+        frontiers.append(ModelFrontier(resources.draft, target, n_nodes(children)))
     if source != "model":
-        frontiers.append(HeadFrontier(partners.head, target))
+        frontiers.append(HeadFrontier(resources.head, target))
     return MultiCandidate(frontiers, children, **options)
 
 
-def none(target: Target, partners: Partners) -> NoDraft:
+def none(target: Target, resources: Resources) -> NoDraft:
     """No draft: for `select`, where not drafting may pay best."""
     return NoDraft()
 
 
-def mix(target: Target, partners: Partners, members: Mapping[str, Drafter], **options) -> Mixture:
+def mix(target: Target, resources: Resources, members: Mapping[str, Drafter], **options) -> Mixture:
     """The best nodes of several drafters, in one tree."""
     return Mixture(members, **options)
 
 
 def select(
-    target: Target, partners: Partners, members: Mapping[str, Drafter], **options
+    target: Target, resources: Resources, members: Mapping[str, Drafter], **options
 ) -> Selector:
     """One of several drafters per step: the one that pays."""
     return Selector(members, **options)
 
 
 def replay(
-    target: Target, partners: Partners, *, width: int = 1, depth: int | None = None, **options
+    target: Target, resources: Resources, *, width: int = 1, depth: int | None = None, **options
 ) -> ReplayDrafter:
     """A drafter that knows the answer: the ceiling of its depth.
 
     width: siblings per level
     depth: K, by default --tree's
     """
-    depth = partners.tree.depth if depth is None else depth
-    return ReplayDrafter(partners.texts, target.vocab_size, width=width, depth=depth, **options)
+    depth = resources.tree.depth if depth is None else depth
+    return ReplayDrafter(resources.texts, target.vocab_size, width=width, depth=depth, **options)
 
 
 # ------------------------------------------------------------------------------------ the list
@@ -235,7 +237,7 @@ class Kind:
 
     build: see the top of the file
     size: the options that `AxB` (or `A`) sets, more: those that the parts behind it set
-    needs: of the options, the partners that the drafter is made from, and how wide each must be
+    needs: of the options, the resources that the drafter is made from, and how wide each must be
         (bigrams: successors per token; 1 where width means nothing)
     members: it is made of the drafters named in its brackets; `build` takes {name: Drafter} third
     """
@@ -283,34 +285,34 @@ DRAFTERS: dict[str, Kind] = {
 }
 
 
-def build_drafter(name: str, target: Target, partners: Partners) -> Drafter:
+def build_drafter(name: str, target: Target, resources: Resources) -> Drafter:
     """The drafter of a name. Raises InputError naming what is wrong with it or missing."""
     parsed, kind, options = parse_kind(name, DRAFTERS)
-    require(name, [partner for partner in MISSING if getattr(partners, partner) is not None])
+    require(name, [resource for resource in MISSING if getattr(resources, resource) is not None])
     if not kind.members:
-        return kind.build(target, partners, **options)
-    members = {member: build_drafter(member, target, partners) for member in parsed.members}
-    return kind.build(target, partners, members, **options)
+        return kind.build(target, resources, **options)
+    members = {member: build_drafter(member, target, resources) for member in parsed.members}
+    return kind.build(target, resources, members, **options)
 
 
 def needs(name: str) -> dict[str, int]:
-    """The partners that a drafter and its members are made from, and how wide each must be.
+    """The resources that a drafter and its members are made from, and how wide each must be.
 
     Nothing is loaded or built. Raises InputError naming what is wrong with the name.
     """
     parsed, kind, options = parse_kind(name, DRAFTERS)
     found = dict(kind.needs(options))
     for member in parsed.members or ():
-        for partner, width in needs(member).items():
-            found[partner] = max(width, found.get(partner, 0))
+        for resource, width in needs(member).items():
+            found[resource] = max(width, found.get(resource, 0))
     return found
 
 
 def require(name: str, there: Sequence[str]) -> None:
-    """Raises InputError naming a partner that a drafter needs and that is not `there`."""
-    for partner in needs(name):
-        if partner not in there:
-            raise InputError(f"{name!r} needs {MISSING[partner]}")
+    """Raises InputError naming a resource that a drafter needs and that is not `there`."""
+    for resource in needs(name):
+        if resource not in there:
+            raise InputError(f"{name!r} needs {MISSING[resource]}")
 
 
 def parse_kind(name: str, kinds: dict[str, Kind]) -> tuple[Name, Kind, dict[str, Any]]:

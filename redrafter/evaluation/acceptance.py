@@ -23,9 +23,9 @@ from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.data.answers import generation_config
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
-from redrafter.drafting import Plan, build_plan
+from redrafter.drafting import Strategy, build_strategy
 from redrafter.evaluation.figures import Interval, bootstrap, pooled
-from redrafter.evaluation.models import load_partners, prompts_to_count
+from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.optimum import best_acceptance
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.report import table, with_interval
@@ -119,7 +119,7 @@ class Watcher(Wrapped):
 
 def measure_acceptance(
     target: Target,
-    plan: Plan,
+    strategy: Strategy,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     seeds: Sequence[int],
@@ -127,11 +127,11 @@ def measure_acceptance(
 ) -> Acceptance:
     """Decode every prompt by itself and look at what was tested."""
     temperature = float(config.temperature or 1.0) if config.do_sample else 1.0
-    watcher, counter, rows = Watcher(plan.drafter, temperature), Counter(plan.lookahead), []
+    watcher, counter, rows = Watcher(strategy.drafter, temperature), Counter(strategy.lookahead), []
     for prompt, seed in zip(tqdm(prompts, desc=name, disable=None), seeds, strict=True):
         made = speculative(
             target, [prompt], config, seeds=[seed], drafter=watcher, lookahead=counter,
-            rule=plan.rule,
+            rule=strategy.rule,
         )  # fmt: skip
         stats = made.stats
         rows.append((sum(stats.emitted), sum(stats.steps), stats.nodes_verified, counter.accepted,
@@ -158,12 +158,12 @@ def measure(
     more = prompts_to_count(names, config)
     prompts, others, warnings = evaluation_prompts(target, config, more)
     wanted = generation_config(config.temperature, config.max_new_tokens)
-    partners, _ = load_partners(names, config, target, head, others, wanted)
+    resources, _ = load_resources(names, config, target, head, others, wanted)
     rows, seeds = [p.ids for p in prompts], [config.seed + i for i in range(len(prompts))]
     found = {}
     for name in names:
-        plan = build_plan(name, target, partners)
-        found[name] = asdict(measure_acceptance(target, plan, rows, wanted, seeds, name))
+        strategy = build_strategy(name, target, resources)
+        found[name] = asdict(measure_acceptance(target, strategy, rows, wanted, seeds, name))
     return {"methods": found, "warnings": warnings}
 
 

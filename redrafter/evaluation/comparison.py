@@ -10,14 +10,14 @@ from torch.nn import Module
 
 from redrafter.config import LosslessConfig
 from redrafter.data.answers import generation_config
-from redrafter.drafting import Plan, parse_plan, planner
+from redrafter.drafting import Strategy, parse_strategy, strategy_maker
 from redrafter.evaluation.lossless import ModeResult, check_mode, ragged, references
-from redrafter.evaluation.models import load_partners, prompts_to_count
+from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
 from redrafter.evaluation.report import table
 from redrafter.targets.model import Target
 
-MakePlan = Callable[[list[list[int]]], Plan]
+MakeStrategy = Callable[[list[list[int]]], Strategy]
 Results = dict[str, dict[str, ModeResult]]  # method -> mode
 
 
@@ -36,11 +36,11 @@ def measure(
     more = prompts_to_count(names, config)
     prompts, others, warnings = evaluation_prompts(target, config, more)
     greedy = generation_config(0.0, config.max_new_tokens)
-    partners, counted_on = load_partners(names, config, target, head, others, greedy)
-    planners = {name: planner(name, target, partners) for name in names}
+    resources, counted_on = load_resources(names, config, target, head, others, greedy)
+    makers = {name: strategy_maker(name, target, resources) for name in names}
     rows = ragged([p.ids for p in prompts])
     warning = head and holdout_warning(head.name_or_path, config.prompts, prompts[0].row)
-    results, skipped = compare(target, planners, rows, batch_sizes, modes_of(temperatures), config)
+    results, skipped = compare(target, makers, rows, batch_sizes, modes_of(temperatures), config)
     return results, {
         "methods": {
             name: {mode: asdict(result) for mode, result in modes.items()}
@@ -63,7 +63,7 @@ def modes_of(temperatures: Sequence[float]) -> dict[str, float]:
 
 def compare(
     target: Target,
-    planners: Mapping[str, MakePlan],
+    makers: Mapping[str, MakeStrategy],
     rows: Sequence[Sequence[int]],
     batch_sizes: Sequence[int],
     modes: Mapping[str, float],
@@ -71,17 +71,17 @@ def compare(
 ) -> tuple[Results, list[str]]:
     """Results, and the methods that were compared greedily alone: a ratio rule's sampled text has
     plain's law and is another text."""
-    results: Results = {name: {} for name in planners}
-    greedy_only = [name for name in planners if parse_plan(name).rule != "seeded"]
+    results: Results = {name: {} for name in makers}
+    greedy_only = [name for name in makers if parse_strategy(name).rule != "seeded"]
     for mode, temperature in modes.items():
-        names = [name for name in planners if temperature == 0 or name not in greedy_only]
+        names = [name for name in makers if temperature == 0 or name not in greedy_only]
         if not names:
             continue
         decoding = generation_config(temperature, config.max_new_tokens)
         plain_of = references(target, rows, decoding, config.seed)
         for name in names:
             results[name][mode] = check_mode(
-                target, planners[name], rows, decoding, plain_of, batch_sizes, config.seed,
+                target, makers[name], rows, decoding, plain_of, batch_sizes, config.seed,
                 name=name,
             )  # fmt: skip
     return results, greedy_only

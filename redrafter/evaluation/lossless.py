@@ -33,7 +33,7 @@ from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.decode.verify import choose
 from redrafter.drafters.compose import Wrapped
-from redrafter.drafting import Plan, foreseen
+from redrafter.drafting import Strategy, foreseen
 from redrafter.targets.model import Target, TargetOutput
 
 # A tree's forward has other shapes than the parallel pass: its rounding may be larger by luck, but
@@ -274,7 +274,7 @@ def _temperature(config: GenerationConfig) -> float:
 @torch.inference_mode()
 def check_mode(
     target: Target,
-    make_plan: Callable[[list[list[int]]], Plan],
+    make_strategy: Callable[[list[list[int]]], Strategy],
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     plain_of: Sequence[Reference],
@@ -285,8 +285,8 @@ def check_mode(
 ) -> ModeResult:
     """Compare speculative with plain decoding on every prompt, at every batch size.
 
-    make_plan: see `drafting.planner`; its rule is `seeded` or the decoding greedy, as a ratio
-        rule's sampled text is another one
+    make_strategy: see `drafting.strategy_maker`; its rule is `seeded` or the decoding greedy, as a
+        ratio rule's sampled text is another one
     config: greedy, or sampling; plain_of: `references` of the same prompts, config and seed
     speculative_target: the target of the speculative run, where a test plants a fault in it
     name: the method's, for the progress bar
@@ -298,19 +298,19 @@ def check_mode(
         about = f"{name}, batches of {batch_size}, {_mode(config)}"
         for start in tqdm(starts, desc=about, disable=None):
             chunk = range(start, min(start + batch_size, len(prompts)))
-            plan = make_plan([[*prompts[i], *plain_of[i].tokens] for i in chunk])
+            strategy = make_strategy([[*prompts[i], *plain_of[i].tokens] for i in chunk])
             decode = functools.partial(
                 speculative,
                 speculative_target or target,
                 [prompts[i] for i in chunk],
                 copy.deepcopy(config),
                 seeds=[seed + i for i in chunk],
-                rule=plan.rule,
+                rule=strategy.rule,
             )
-            ahead = functools.partial(decode, drafter=plan.drafter)
-            plan = foreseen(plan, lambda lookahead, ahead=ahead: ahead(lookahead=lookahead))
-            recorder = RecordingDrafter(plan.drafter)
-            made = decode(drafter=recorder, lookahead=plan.lookahead)
+            ahead = functools.partial(decode, drafter=strategy.drafter)
+            strategy = foreseen(strategy, lambda lookahead, ahead=ahead: ahead(lookahead=lookahead))
+            recorder = RecordingDrafter(strategy.drafter)
+            made = decode(drafter=recorder, lookahead=strategy.lookahead)
             for row, i in enumerate(chunk):
                 own, tokens = plain_of[i], made.tokens[row]
                 result.rows_equal += tokens == own.tokens

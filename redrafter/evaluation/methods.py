@@ -11,18 +11,18 @@ from redrafter.contracts import Drafter, Generation, InputError, Lookahead
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters import build
-from redrafter.drafters.build import DRAFTERS, MISSING, Partners, describe_kinds, parse_kind
+from redrafter.drafters.build import DRAFTERS, MISSING, Resources, describe_kinds, parse_kind
 from redrafter.drafters.options import parse_name, split_list
 from redrafter.drafting import (
-    Plan,
-    build_plan,
-    describe_plans,
+    Strategy,
+    build_strategy,
+    describe_strategies,
     foreseen,
-    parse_plan,
-    planner,
+    parse_strategy,
+    strategy_maker,
 )
 from redrafter.evaluation.references import ONE_ROW, REFERENCES, Assisted, Stock
-from redrafter.evaluation.runs import Method, PromptBatch, TimedRun, TimedTarget
+from redrafter.evaluation.runs import Method, PromptBatch, TimedCall, TimedTarget
 from redrafter.targets.model import Target
 
 __all__ = [
@@ -30,13 +30,13 @@ __all__ = [
     "Assisted",
     "Loop",
     "Method",
-    "Partners",
     "PromptBatch",
+    "Resources",
     "Stock",
-    "TimedRun",
+    "TimedCall",
     "TimedTarget",
     "build_method",
-    "check_partners",
+    "check_resources",
     "describe_drafting",
     "describe_methods",
     "drafting_methods",
@@ -47,58 +47,58 @@ __all__ = [
 
 
 class Loop(Method):
-    """Our loops: `plain`, or `speculative` with what `make_plan` makes for a batch's texts."""
+    """Our loops: `plain`, or `speculative` with what `make_strategy` makes for a batch's texts."""
 
-    plan: Plan | None = None
+    strategy: Strategy | None = None
 
     def __init__(
         self,
         name: str,
         target: Target,
         config: GenerationConfig,
-        make_plan: Callable[[list[list[int]]], Plan] | None = None,
+        make_strategy: Callable[[list[list[int]]], Strategy] | None = None,
         twin: Drafter | None = None,
     ):
         super().__init__(name, target, config)
-        self.make_plan, self.twin = make_plan, twin
-        if make_plan is not None:
-            plan = parse_plan(name)
-            self.stops_early = plan.lookahead is not None
-            self.law_only = plan.rule != "seeded" and bool(config.do_sample)
+        self.make_strategy, self.twin = make_strategy, twin
+        if make_strategy is not None:
+            strategy = parse_strategy(name)
+            self.stops_early = strategy.lookahead is not None
+            self.law_only = strategy.rule != "seeded" and bool(config.do_sample)
 
     def prepare(self, batch: PromptBatch) -> None:
-        if self.make_plan is None:
+        if self.make_strategy is None:
             return
-        plan = self.make_plan(batch.texts)
-        self.plan = foreseen(
-            plan, lambda lookahead: self._decode(self.target, batch, plan, lookahead)
+        strategy = self.make_strategy(batch.texts)
+        self.strategy = foreseen(
+            strategy, lambda lookahead: self._decode(self.target, batch, strategy, lookahead)
         )
 
     @property
     def drafter(self) -> Drafter | None:
-        return self.plan and self.plan.drafter
+        return self.strategy and self.strategy.drafter
 
-    def _run(self, batch: PromptBatch) -> TimedRun:
+    def _run(self, batch: PromptBatch) -> TimedCall:
         timed = TimedTarget(self.target)
-        if self.make_plan is None:
+        if self.make_strategy is None:
             made = plain(timed, batch.prompts, self.config, seeds=batch.seeds)
         else:
-            made = self._decode(timed, batch, self.plan, self.plan.lookahead)
+            made = self._decode(timed, batch, self.strategy, self.strategy.lookahead)
         seconds = {**made.stats.seconds, "forward": sum(timed.times_s[1:])}
         report = made.extra.get("drafter", {})
-        return TimedRun(made.tokens, seconds, made.stats, timed.nodes[1:], report)
+        return TimedCall(made.tokens, seconds, made.stats, timed.nodes[1:], report)
 
     def _decode(
-        self, target: Target, batch: PromptBatch, plan: Plan, lookahead: Lookahead | None
+        self, target: Target, batch: PromptBatch, strategy: Strategy, lookahead: Lookahead | None
     ) -> Generation:
         return speculative(
             target,
             batch.prompts,
             self.config,
             seeds=batch.seeds,
-            drafter=plan.drafter,
+            drafter=strategy.drafter,
             lookahead=lookahead,
-            rule=plan.rule,
+            rule=strategy.rule,
         )
 
 
@@ -131,7 +131,7 @@ def drafting_methods(text: str, else_: str) -> list[str]:
 
 
 def needs_of(name: str) -> dict[str, int]:
-    """The partners of a method, see `drafters.build.needs`. Raises InputError for a bad name."""
+    """The resources of a method, see `drafters.build.needs`. Raises InputError for a bad name."""
     kind = parse_name(name).kind
     if kind == "plain" and name != "plain":
         raise InputError(f"{name!r}: plain has no options")
@@ -142,44 +142,46 @@ def needs_of(name: str) -> dict[str, int]:
         return reference.needs(options)
     if kind not in KINDS:
         raise InputError(f"{name!r} is unknown; choose from {', '.join(KINDS)}")
-    return build.needs(parse_plan(name).drafter)
+    return build.needs(parse_strategy(name).drafter)
 
 
 def needed(names: Sequence[str]) -> dict[str, int]:
-    """The partners of all methods, as wide as the widest needs them."""
+    """The resources of all methods, as wide as the widest needs them."""
     found: dict[str, int] = {}
     for name in names:
-        for partner, width in needs_of(name).items():
-            found[partner] = max(width, found.get(partner, 0))
+        for resource, width in needs_of(name).items():
+            found[resource] = max(width, found.get(resource, 0))
     return found
 
 
-def check_partners(names: Sequence[str], config: Any) -> None:
+def check_resources(names: Sequence[str], config: Any) -> None:
     """Raises InputError, before anything is loaded, naming an option that a method lacks.
 
     config: SpeedConfig or LosslessConfig
     """
     for name in names:
-        for partner in needs_of(name):
+        for resource in needs_of(name):
             # What is known, counted or measured is made here where it is not given.
-            if partner not in ("bigrams", "texts", "price") and getattr(config, partner) is None:
-                raise InputError(f"methods: {name!r} needs {MISSING[partner]}")
+            if resource not in ("bigrams", "texts", "price") and getattr(config, resource) is None:
+                raise InputError(f"methods: {name!r} needs {MISSING[resource]}")
         if name.startswith("hf-") and getattr(config, "batch_size", 1) > 1:
             raise InputError("methods: " + ONE_ROW.format(name))
 
 
-def build_method(name: str, target: Target, config: GenerationConfig, partners: Partners) -> Method:
+def build_method(
+    name: str, target: Target, config: GenerationConfig, resources: Resources
+) -> Method:
     """The method of a name from `parse_methods`. Raises InputError where it does not fit."""
     kind = parse_name(name).kind
     if kind == "plain":
         return Loop(name, target, config)
     if kind in REFERENCES:
         _, reference, options = parse_kind(name, REFERENCES)
-        return reference.build(name, target, config, partners, **options)
+        return reference.build(name, target, config, resources, **options)
     twin = None
     if "texts" not in needs_of(name):  # what knows the texts of a batch learns nothing
-        twin = build_plan(name, target, partners).drafter
-    return Loop(name, target, config, planner(name, target, partners), twin)
+        twin = build_strategy(name, target, resources).drafter
+    return Loop(name, target, config, strategy_maker(name, target, resources), twin)
 
 
 def describe_methods() -> str:
@@ -195,7 +197,7 @@ def describe_drafting() -> str:
         "Drafting:",
         describe_kinds(DRAFTERS),
         "Beside a drafter's own parts:",
-        describe_plans(),
+        describe_strategies(),
     ]
     return "\n".join(lines)
 

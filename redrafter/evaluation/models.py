@@ -14,11 +14,11 @@ from redrafter import threads
 from redrafter.config import DraftingConfig
 from redrafter.data.prompts import Prompt
 from redrafter.drafters.bigram import BigramTable, count_bigrams
-from redrafter.drafters.build import Partners
+from redrafter.drafters.build import Resources
 from redrafter.evaluation.methods import needed, plain_answers
 from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
-from redrafter.partners import gather
+from redrafter.resources import gather
 from redrafter.tables.bigrams import open_bigrams
 from redrafter.targets.model import Target, load_target
 
@@ -69,15 +69,15 @@ def prompts_to_count(names: Sequence[str], config: DraftingConfig) -> int:
     return config.bigram_prompts if counts_here else 0
 
 
-def load_partners(
+def load_resources(
     names: Sequence[str],
     config: DraftingConfig,
     target: Target,
     head: Module | None,
     others: Sequence[Prompt],
     generation_config: GenerationConfig,
-) -> tuple[Partners, str | None]:
-    """(Partners of these methods, what their bigrams were counted on).
+) -> tuple[Resources, str | None]:
+    """(Resources of these methods, what their bigrams were counted on).
 
     others: `prompts_to_count` prompts, not evaluated ones
     """

@@ -10,7 +10,7 @@ from torch.nn import Module
 from redrafter.config import CostsConfig
 from redrafter.contracts import InputError
 from redrafter.costs import Cost, CostMeter, CostTable
-from redrafter.drafters.build import Partners, build_drafter, needs, require
+from redrafter.drafters.build import Resources, build_drafter, needs, require
 from redrafter.drafters.options import split_list
 from redrafter.drafters.profile import profile_path, weights_digest
 from redrafter.evaluation.models import load_draft
@@ -67,11 +67,11 @@ def measure(
     head: Module | None,
 ) -> CostTable:
     """where: from `check_numbers`; names: from `check_drafters`"""
-    partners = Partners(head=head, draft=load_draft(config), tree=config.tree)
+    resources = Resources(head=head, draft=load_draft(config), tree=config.tree)
     return CostMeter(
         target,
         **where,
-        drafters={label: build_drafter(name, target, partners) for label, name in names.items()},
+        drafters={label: build_drafter(name, target, resources) for label, name in names.items()},
         temperature=config.temperature,
         loop=config.profile,
     ).run(config.rounds)

@@ -14,7 +14,7 @@ from redrafter.config import SpeedConfig, TableConfig
 from redrafter.contracts import InputError
 from redrafter.evaluation import charts
 from redrafter.evaluation.methods import build_method
-from redrafter.evaluation.models import load_partners, prompts_to_count
+from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.pictures import save_figure
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
 from redrafter.evaluation.report import markdown, read_result, table, with_interval, write_result
@@ -40,8 +40,8 @@ def measure(
     """All figures of one prompt set and temperature. names: from `parse_methods`"""
     more = prompts_to_count(names, config)
     prompts, others, left_out = evaluation_prompts(target, config, more)
-    partners, counted_on = load_partners(names, config, target, head, others, decoding(config))
-    methods = [build_method(name, target, decoding(config), partners) for name in names]
+    resources, counted_on = load_resources(names, config, target, head, others, decoding(config))
+    methods = [build_method(name, target, decoding(config), resources) for name in names]
     batches, answers = make_batches(target, [p.ids for p in prompts], config)
     body = measure_speed(target, methods, batches, answers, config)
     body["warnings"] += left_out

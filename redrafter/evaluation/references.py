@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 
 from redrafter.contracts import InputError, StepStats
 from redrafter.decode.request import Request
-from redrafter.drafters.build import Kind, Partners
+from redrafter.drafters.build import Kind, Resources
 from redrafter.drafters.frontier import check_vocabulary
-from redrafter.evaluation.runs import Method, PromptBatch, TimedRun
+from redrafter.evaluation.runs import Method, PromptBatch, TimedCall
 from redrafter.targets.model import Target
 
 
@@ -37,8 +37,8 @@ class Stock(Method):
             self.config.eos_token_id = -1
 
     @torch.inference_mode()
-    def _run(self, batch: PromptBatch) -> TimedRun:
-        return TimedRun(self._generate(batch), {})
+    def _run(self, batch: PromptBatch) -> TimedCall:
+        return TimedCall(self._generate(batch), {})
 
     def _generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
         width = max(map(len, batch.prompts))
@@ -129,33 +129,33 @@ class Assisted(Stock):
         self.config.update(**options)
 
     @torch.inference_mode()
-    def _run(self, batch: PromptBatch) -> TimedRun:
+    def _run(self, batch: PromptBatch) -> TimedCall:
         if len(batch.prompts) != 1:
             raise InputError(ONE_ROW.format(self.name))
         with ForwardCounter(self.target.model) as counter:
             tokens = self._generate(batch, **self.options)
         stats = counter.stats(len(batch.prompts[0]), len(tokens[0]))
-        return TimedRun(tokens, {}, stats, counter.new[1:])
+        return TimedCall(tokens, {}, stats, counter.new[1:])
 
 
 ONE_ROW = "{!r}: assisted generation of transformers takes one row at a time; set batch_size 1"
 
 
-def stock(name: str, target: Target, config: GenerationConfig, partners: Partners) -> Stock:
+def stock(name: str, target: Target, config: GenerationConfig, resources: Resources) -> Stock:
     """transformers' `model.generate`."""
     return Stock(name, target, config)
 
 
 def hf_assistant(
-    name: str, target: Target, config: GenerationConfig, partners: Partners
+    name: str, target: Target, config: GenerationConfig, resources: Resources
 ) -> Assisted:
     """transformers' assisted generation with the smaller model."""
-    check_vocabulary(target, partners.draft)
-    return Assisted(name, target, config, partners.draft)
+    check_vocabulary(target, resources.draft)
+    return Assisted(name, target, config, resources.draft)
 
 
 def hf_lookup(
-    name: str, target: Target, config: GenerationConfig, partners: Partners, *, tokens: int = 10
+    name: str, target: Target, config: GenerationConfig, resources: Resources, *, tokens: int = 10
 ) -> Assisted:
     """transformers' prompt lookup.
 
@@ -165,7 +165,7 @@ def hf_lookup(
 
 
 def hf_exit(
-    name: str, target: Target, config: GenerationConfig, partners: Partners, *, layer: int
+    name: str, target: Target, config: GenerationConfig, resources: Resources, *, layer: int
 ) -> Assisted:
     """transformers' early exit: the target's own first layers draft.
 
@@ -178,7 +178,7 @@ def hf_exit(
     return Assisted(name, target, config, assistant_early_exit=layer)
 
 
-#: What is measured beside our own loops; builders take (name, target, config, partners).
+#: What is measured beside our own loops; builders take (name, target, config, resources).
 REFERENCES: dict[str, Kind] = {
     "stock": Kind(stock),
     "hf-assistant": Kind(hf_assistant, needs=lambda o: {"draft": 1}),

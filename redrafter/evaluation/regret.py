@@ -16,8 +16,8 @@ import numpy as np
 from torch.nn import Module
 
 from redrafter.config import RegretConfig, SpeedConfig
-from redrafter.evaluation.methods import build_method, check_partners, parse_methods
-from redrafter.evaluation.models import load_partners, prompts_to_count
+from redrafter.evaluation.methods import build_method, check_resources, parse_methods
+from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.pictures import new_figure
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.report import table
@@ -88,7 +88,7 @@ def methods_of(config: RegretConfig) -> tuple[list[str], dict[str, str]]:
     arms = parse_methods(",".join(config.arms))
     members = ",".join(arms)
     selectors = {policy: _selector(members, policy) for policy in config.policies}
-    check_partners(parse_methods(",".join([*arms, *selectors.values()])), config)
+    check_resources(parse_methods(",".join([*arms, *selectors.values()])), config)
     return arms, selectors
 
 
@@ -121,8 +121,8 @@ def measure(
         others += more
         warnings += left_out
     wanted = decoding(files[0])
-    partners, _ = load_partners(names, files[0], target, head, others, wanted)
-    methods = [build_method(name, target, wanted, partners) for name in names]
+    resources, _ = load_resources(names, files[0], target, head, others, wanted)
+    methods = [build_method(name, target, wanted, resources) for name in names]
     batches, answers = make_batches(target, [ids for of_file in rows for ids in of_file], files[0])
     for method in methods[: len(arms)]:  # warm, without teaching the selectors anything
         method.prepare(batches[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         lines.append("  ".join(parts).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 def _cell(value: Any) -> str:
@@ -59,12 +64,12 @@ def markdown(title: str, body: dict[str, Any]) -> str:
     columns = ["method", "tokens/step", *(f"depth {k}" for k in range(1, depth + 1)), "nodes",
                "draft ms", "verify ms", "bound", "x stock", "x best plain", "efficiency",
                "= plain"]  # fmt: skip
-    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for name, m in body["methods"].items():
         rates = m.get("acceptance", {}).get("unconditional", [])[:depth]
         parts = m.get("bound_parts") or {}
         equal = f"{m['equal_rows']}/{body['n_prompts']}"
-        cells = [
+        rows.append([
             f"`{name}`",
             with_interval(m["tokens_per_step"], m["low"].get("tokens_per_step"),
                           m["high"].get("tokens_per_step")),
@@ -79,11 +84,10 @@ def markdown(title: str, body: dict[str, Any]) -> str:
                           m["high"].get("speedup_plain")),
             _cell(m["efficiency"]),
             f"({equal})" if m["law_only"] else equal,
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        ])  # fmt: skip
     share, facts = body["loop_share"], body["provenance"]
-    lines += [
-        "",
+    return "\n".join([
+        f"## {title}", "", markdown_table(columns, rows), "",
         f"{body['n_prompts']} prompts, temperature {body['temperature']:g}; loop share of plain "
         f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
@@ -91,8 +95,7 @@ def markdown(title: str, body: dict[str, Any]) -> str:
         f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
         f"{str(facts.get('git_commit'))[:10]}.",
         *(f"Warning: {warning}" for warning in body["warnings"]),
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def write_result(

@@ -25,7 +25,7 @@ class PromptBatch:
 
 
 @dataclass
-class TimedRun:
+class TimedCall:
     """One timed call. seconds["total"] is wall-clock around everything, prefill included;
     "forward" is the time inside the target's forwards after the prefill, a part of "verify".
     stats: None where one forward makes one token by construction
@@ -77,7 +77,7 @@ class Method(ABC):
     def prepare(self, batch: PromptBatch) -> None:  # noqa: B027 - most methods know all they need
         """Untimed work before a batch."""
 
-    def run(self, batch: PromptBatch) -> TimedRun:
+    def run(self, batch: PromptBatch) -> TimedCall:
         synchronize(self.target.device)
         clock = time.perf_counter()
         run = self._run(batch)
@@ -86,4 +86,4 @@ class Method(ABC):
         return run
 
     @abstractmethod
-    def _run(self, batch: PromptBatch) -> TimedRun: ...
+    def _run(self, batch: PromptBatch) -> TimedCall: ...

@@ -32,13 +32,13 @@ from redrafter.evaluation.figures import (
     pooled,
     speed_bound,
 )
-from redrafter.evaluation.methods import Method, PromptBatch, TimedRun, plain_answers
+from redrafter.evaluation.methods import Method, PromptBatch, TimedCall, plain_answers
 from redrafter.targets.model import Target
 
 # Quartile ratio of one forward's times from which a machine counts as busy.
 _NOISY = 1.25
 
-Runs = dict[str, list[list[TimedRun]]]  # method -> batch -> repeat
+Runs = dict[str, list[list[TimedCall]]]  # method -> batch -> repeat
 
 
 def decoding(config: SpeedConfig) -> GenerationConfig:
@@ -121,14 +121,14 @@ def run_interleaved(
 class Timing:
     """Per batch, of one method: tokens and median seconds over its repeats."""
 
-    def __init__(self, runs: list[list[TimedRun]]):
+    def __init__(self, runs: list[list[TimedCall]]):
         self.tokens = np.array([sum(map(len, r[0].tokens)) for r in runs], dtype=float)
         self.rows = np.array([len(r[0].tokens) for r in runs], dtype=float)
         self.total_s = self._median(runs, "total")
         self.prefill_s = self._median(runs, "prefill")  # 0 where it is not known
 
     @staticmethod
-    def _median(runs: list[list[TimedRun]], part: str) -> np.ndarray:
+    def _median(runs: list[list[TimedCall]], part: str) -> np.ndarray:
         return np.array([np.median([run.seconds.get(part, 0.0) for run in r]) for r in runs])
 
     def per_second(self) -> np.ndarray:
@@ -140,7 +140,7 @@ class Timing:
         return np.where(new > 0, new / np.maximum(self.total_s - prefill_s, 1e-9), np.nan)
 
 
-def total_stats(runs: list[list[TimedRun]]) -> StepStats:
+def total_stats(runs: list[list[TimedCall]]) -> StepStats:
     """Counts over all batches of the first repeat (repeats draft alike)."""
     total = StepStats([], [])
     for first in (r[0].stats for r in runs):
@@ -157,7 +157,7 @@ def total_stats(runs: list[list[TimedRun]]) -> StepStats:
     return total
 
 
-def sum_seconds(runs: list[list[TimedRun]]) -> dict[str, float]:
+def sum_seconds(runs: list[list[TimedCall]]) -> dict[str, float]:
     """Seconds by part over all batches and repeats; "other" is what no part accounts for."""
     parts: dict[str, float] = {}
     for run in (run for r in runs for run in r):
@@ -302,7 +302,7 @@ class Summary:
             },
         }  # fmt: skip
 
-    def _parts(self, name: str, runs: list[list[TimedRun]]) -> dict[str, Any]:
+    def _parts(self, name: str, runs: list[list[TimedCall]]) -> dict[str, Any]:
         """Where the time went."""
         seconds = sum_seconds(runs)
         out: dict[str, Any] = {"seconds": seconds}

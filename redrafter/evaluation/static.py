@@ -3,7 +3,7 @@ N = 1 + W K nodes to verify.
 
 The first K levels of a tree are the tree of depth K. So one walk of a width over known texts, at
 full depth, says at every position how many levels would be accepted; from that every depth is
-replayed exactly. What a step costs is measured part by part. Ours.
+simulated exactly. What a step costs is measured part by part. Ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Cell:
     """One configuration. width, depth 0: plain decoding.
 
-    nodes: N; tokens_per_step: replayed; step_s: seconds by the costs
+    nodes: N; tokens_per_step: simulated; step_s: seconds by the costs
     tokens_per_s: predicted, of the phase after the prefill; measured: the same, by the clock
     """
 

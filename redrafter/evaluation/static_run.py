@@ -16,7 +16,7 @@ from redrafter.contracts import Drafter, InputError
 from redrafter.costs import CostMeter
 from redrafter.data.answers import generation_config
 from redrafter.data.prompts import Prompt
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.profile import StepCosts, profile_of, read_costs, step_costs
 from redrafter.evaluation.methods import PromptBatch, build_method
 from redrafter.evaluation.models import load_draft
@@ -43,7 +43,7 @@ def measure(
     config: StaticConfig, widths: Sequence[int], target: Target, head: Module | None
 ) -> tuple[list[Cell], dict[str, Any]]:
     """(every configuration, the whole result ready for JSON). widths: from `check`"""
-    run = StaticRun(config, widths, target, Partners(head=head, draft=load_draft(config)))
+    run = StaticExperiment(config, widths, target, Resources(head=head, draft=load_draft(config)))
     costs_file = find_costs(config, target)
     more = config.n_prompts * config.measure
     used, others, warnings = evaluation_prompts(target, config, more)
@@ -82,13 +82,13 @@ def find_costs(config: StaticConfig, target: Target) -> str | Path | None:
 
 
 @dataclass(frozen=True)
-class StaticRun:
-    """The steps of the experiment. partners: the head or the draft model"""
+class StaticExperiment:
+    """The steps of the experiment. resources: the head or the draft model"""
 
     config: StaticConfig
     widths: Sequence[int]
     target: Target
-    partners: Partners
+    resources: Resources
 
     @property
     def decoding(self) -> GenerationConfig:
@@ -100,7 +100,7 @@ class StaticRun:
     def drafters(self) -> dict[int, Drafter]:
         """Per width the drafter of full depth."""
         return {
-            width: build_drafter(self.name(width, self.config.depth), self.target, self.partners)
+            width: build_drafter(self.name(width, self.config.depth), self.target, self.resources)
             for width in self.widths
         }
 
@@ -153,7 +153,7 @@ class StaticRun:
             self.name(width, depth): f"{width}x{depth}"
             for width in self.widths for depth in range(1, config.depth + 1)
         }  # fmt: skip
-        methods = [build_method(name, self.target, self.decoding, self.partners) for name in names]
+        methods = [build_method(name, self.target, self.decoding, self.resources) for name in names]
         batches = [PromptBatch([list(p.ids)], [config.seed + i]) for i, p in enumerate(prompts)]
         for method in methods:  # the warm-up
             method.prepare(batches[0])

@@ -26,7 +26,7 @@ from torch import Tensor
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.data.answers import generation_config
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.evaluation.lossless import RecordingDrafter, processed, ragged
 from redrafter.export.texts import describe_text
 from redrafter.files import digest_file, digest_json, versions, write_json, write_tensors
@@ -140,7 +140,7 @@ def decode(
     """Decode all prompts as one batch. how: `drafter`, `temperature`, `seed` (of the first prompt;
     the i-th has i more) and `max_new_tokens`."""
     config = generation_config(how["temperature"], how["max_new_tokens"])
-    recorder = _Recorder(build_drafter(how["drafter"], target, Partners(head=head)))
+    recorder = _Recorder(build_drafter(how["drafter"], target, Resources(head=head)))
     seeds = [how["seed"] + i for i in range(len(prompts))]
     made = speculative(target, prompts, config, seeds=seeds, drafter=recorder)
     found = Decoded(made.tokens, made.finish, trees=recorder.trees)

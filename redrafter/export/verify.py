@@ -72,7 +72,7 @@ def first_difference(checks: Sequence[Check]) -> Check | None:
 
 
 @torch.inference_mode()
-def replay(folder: Path, target: Target, facts: dict[str, Any], faults: list[str]) -> list[Check]:
+def compare(folder: Path, target: Target, facts: dict[str, Any], faults: list[str]) -> list[Check]:
     """All checks of a head's folder, in order.
 
     facts: its golden.json; faults: `golden.file_faults` of it

@@ -1,6 +1,6 @@
 """Decoding again what a golden batch holds: steps, tokens, and which differences are near-ties.
 
-The rules stand at the top of `replay.py`.
+The rules stand at the top of `verify.py`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redrafter.evaluation.report import with_interval
-from redrafter.hub.recipe import data, pictures_of, sources, table, training
+from redrafter.evaluation.report import markdown_table, with_interval
+from redrafter.hub.recipe import data, pictures_of, sources, training
 from redrafter.hub.release import CARD_CONTENT, CONTENT, matches
 from redrafter.hub.run import Result, Run
 
@@ -133,7 +133,7 @@ def _introduction(run: Run) -> str:
         f"all guesses in one forward pass: {claim}. A recurrent head after ReDrafter "
         "([2403.09919](https://arxiv.org/abs/2403.09919))."
     )
-    return text + "\n\n" + table(["target", shown], rows)
+    return text + "\n\n" + markdown_table(["target", shown], rows)
 
 
 def _output(run: Run) -> str:
@@ -231,7 +231,7 @@ def _measured_table(result: Result) -> str:
         f"text); share of the plain text that repeats itself: {share}. Acceptance by depth, costs "
         f"and seconds stand in [{result.name}]({result.name})."
     )
-    return f"### {result.title} (`{result.name}`)\n\n{table(columns, rows)}\n\n{caption}"
+    return f"### {result.title} (`{result.name}`)\n\n{markdown_table(columns, rows)}\n\n{caption}"
 
 
 def _compared(run: Run) -> list[list[Any]]:
@@ -263,7 +263,7 @@ def _exactness(run: Run) -> str:
         verdict = "Every compared token is that of plain decoding."
     columns = ["method", "mode", "prompts", "batches", "tokens compared", "near-ties",
                "unexplained"]  # fmt: skip
-    return verdict + "\n\n" + table(columns, rows)
+    return verdict + "\n\n" + markdown_table(columns, rows)
 
 
 def _limits(run: Run) -> str:
@@ -313,7 +313,8 @@ def _files(files: Sequence[str]) -> str:
         folder = found[0].split("/")[0]
         shown = [f"`{folder}/`"] if "/" in found[0] else [f"`{name}`" for name in found]
         told.setdefault(what, []).extend(s for s in shown if s not in told.get(what, []))
-    return table(["file", "what"], [[", ".join(names), what] for what, names in told.items()])
+    rows = [[", ".join(names), what] for what, names in told.items()]
+    return markdown_table(["file", "what"], rows)
 
 
 def _made_by(run: Run) -> str:

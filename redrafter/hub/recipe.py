@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from redrafter.evaluation.report import markdown_table
 from redrafter.hub.release import without_folders
 from redrafter.hub.run import Run
 
@@ -49,7 +50,7 @@ def training(run: Run, pictures: Mapping[str, str]) -> str:
         parts.append(
             "Tokens per step on held-out prompts while training "
             f"({settings['eval']['prompts']} prompts):\n\n"
-            + table(["step", *names], shown)
+            + markdown_table(["step", *names], shown)
         )  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
@@ -85,7 +86,7 @@ def data(run: Run) -> str:
         share = f"{part['weight'] / total:.0%} of every epoch:\n\n" if len(parts) > 1 else ""
         rows = [_stage(stage) for stage in part["stages"]]
         columns = ["stage", "what", "rows", "tokens", "learned from", "left out", "sha256"]
-        text.append(share + table(columns, rows))
+        text.append(share + markdown_table(columns, rows))
     text.append(
         f"Digest of all that the batches depend on: `{digest}`. `answers` are the target's own, to "
         "the prompts above them; `states` are its hidden states there."
@@ -125,8 +126,3 @@ def pictures_of(pictures: Mapping[str, str], wanted: Sequence[str]) -> str:
         f"![{_CAPTIONS[name]}]({pictures[name]})\n\n*{_CAPTIONS[name]}.*"
         for name in wanted if name in pictures
     )  # fmt: skip
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from redrafter.config import LossConfig, OptimConfig
-from redrafter.contracts import Drafter, RowState, Truth
+from redrafter.contracts import AllLevels, Drafter, RowState
 from redrafter.data.answers import generation_config
 from redrafter.data.states import LOGIT_ROWS, StateMaker
+from redrafter.decode.plain import plain_loop
 from redrafter.decode.request import Request
-from redrafter.decode.tree import ancestors
-from redrafter.decode.verify import choose, verify
+from redrafter.decode.speculative import speculative_loop
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.planning.tracing import Piece, Trace, storage_bytes, traced
+from redrafter.planning.tracing import Piece, Trace, longest_way, storage_bytes, traced
+from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.loop import make_optimizer
@@ -200,59 +201,35 @@ def decode_memory(
     temperature: float,
     drafter: Drafter | None = None,
 ) -> DecodeMemory:
-    """A prefill and the last step of a batch whose rows are all as long as allowed."""
+    """A prefill and the last step of a batch whose rows are all as long as allowed, by the shipped
+    loops. drafter: one that reads nothing from the host by itself"""
     context = target.max_positions
     if context is not None:
         prompt_tokens = max(1, min(prompt_tokens, context - new_tokens))
     prompts = [[0] * prompt_tokens for _ in range(rows)]
     wanted = generation_config(temperature, new_tokens)
-    depth, nodes = (drafter.max_depth, drafter.max_nodes) if drafter else (0, 1)
-    with traced() as trace:
-        request = Request(target, prompts, wanted, list(range(rows)), None, None, None, None)
-        seqs = request.sequences(slack=depth + 1)
-        cache, logits, hidden = request.prefill(seqs, slack=nodes if drafter else 0)
-        at = [prompt_tokens] * rows
-        first = choose(request.warp.rows(logits, seqs), request.noise_at(at))
-        last = [limit - 1 for limit in request.limit]
-        cache.commit([n - 1 for n in last])
+    wanted.eos_token_id = -1  # the longest rows are those that nothing ends early
+    with traced() as trace, longest_way():
+        request = _AlmostDone(target, prompts, wanted, list(range(rows)), None, None, None, None)
         if drafter is None:
-            _plain_step(target, request, seqs, cache, first)
+            plain_loop(request)
         else:
-            seqs.cache, count = cache, seqs.live.long()
-            drafter.begin(seqs)
-            drafter.observe(Truth(first[:, None], count, hidden[:, None], logits[:, None]))
-            _drafted_step(target, request, seqs, cache, drafter)
-    return DecodeMemory(cache.n_bytes, trace.peak_bytes - cache.n_bytes)
+            speculative_loop(request, drafter, AllLevels(), "seeded")
+    return DecodeMemory(request.cache.n_bytes, trace.peak_bytes - request.cache.n_bytes)
 
 
-def _plain_step(target: Target, request: Request, seqs: RowState, cache, first: Tensor) -> None:
-    cache.prepare(1)
-    position = torch.zeros(len(first), 1, dtype=torch.long, device=target.device)
-    keys = torch.zeros(len(first), cache.width, dtype=torch.long, device=target.device)
-    masks = target.masks((keys <= position)[:, None], position, keys)
-    logits = target.forward(first[:, None], position, masks, cache).logits[:, 0]
-    choose(request.warp.rows(logits, seqs), request.noise_at(cache.lengths))
+class _AlmostDone(Request):
+    """Once the prompts are read, each row is as long as it may be but for two tokens: the prefill's
+    own, and that of one more forward."""
 
-
-def _drafted_step(
-    target: Target, request: Request, seqs: RowState, cache, drafter: Drafter
-) -> None:
-    seqs.noise = request.noise(cache.lengths, drafter.max_depth + 1)
-    drafter.start()
-    for level in range(1, drafter.max_depth + 1):
-        drafter.extend(level)
-    tree = drafter.tree()
-    seen = ancestors(tree, drafter.max_depth)
-    cache.prepare(tree.n_nodes)
-    rows = len(tree.tokens)
-    position = torch.zeros_like(tree.tokens)
-    keys = torch.zeros(rows, cache.width, dtype=torch.long, device=target.device)
-    allowed = torch.ones(rows, tree.n_nodes, cache.width, dtype=torch.bool, device=target.device)
-    masks = target.masks(allowed, position, keys)
-    out = target.forward(tree.tokens, position, masks, cache)
-    scores = request.warp.tree(out.logits, tree, seen, seqs)
-    verdict = verify(scores, tree, seqs.noise, seen, drafter.max_depth)
-    cache.commit(list(cache.lengths), verdict.path)
+    def prefill(self, seqs: RowState, slack: int) -> tuple[RowCache, Tensor, Tensor]:
+        self.cache, logits, hidden = super().prefill(seqs, slack)
+        self.prompts = [
+            prompt + [0] * (limit - 2 - len(prompt))
+            for prompt, limit in zip(self.prompts, self.limit, strict=True)
+        ]
+        self.cache.commit([len(prompt) for prompt in self.prompts])
+        return self.cache, logits, hidden
 
 
 @torch.no_grad()

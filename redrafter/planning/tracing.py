@@ -155,6 +155,21 @@ def _without_content(func: Any, args: tuple) -> Any:
     return None
 
 
+@contextmanager
+def longest_way() -> Iterator[None]:
+    """Inside, every number that code reads by `tolist` of a tensor without content is 1: a token is
+    chosen, a drafted one accepted, and its node does not lie behind its parent in the tree."""
+    with _Ones():
+        yield
+
+
+class _Ones(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.tolist and args[0].is_meta:
+            return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
+        return func(*args, **(kwargs or {}))
+
+
 class _FusedAttention(TorchFunctionMode):
     """On the meta device torch would take the attention that writes out all scores; on a real one
     it takes a fused kernel, which keeps the result and one number per query."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from redrafter.lookahead.disco import Disco, DiscoConfig, DiscoLookahead, begun_s, best_depth
-from redrafter.records.policies import Moment, Policy, Prices, Records, Replayed, replay, static
+from redrafter.records.policies import Moment, Policy, Prices, Records, Simulated, simulate, static
 
 _ROUNDS = 4  # of the fixed point; it settles within them
 _SHARES = tuple(i / 20 for i in range(6, 27))
@@ -110,7 +110,7 @@ def _log_p(network: Disco, moment: Moment) -> Tensor:
 
 def choose(
     network: Disco, records: Records, prices: Prices, early_features: bool
-) -> tuple[DiscoConfig, dict[str, Replayed]]:
+) -> tuple[DiscoConfig, dict[str, Simulated]]:
     """The numbers that decisions are made with, each by what it achieves on the records: the
     threshold as in the paper, by sweep; lambda of the rule asked once per step, where the best one
     is the rate that results (Dinkelbach), by iteration and sweep; and the two of the rule asked
@@ -120,14 +120,14 @@ def choose(
     """
     added = added_s(records, prices, early_features).float()
 
-    def run(policy: Policy) -> Replayed:
-        return replay(records, policy, prices, looks=early_features)
+    def run(policy: Policy) -> Simulated:
+        return simulate(records, policy, prices, looks=early_features)
 
-    def best(values, make: Callable[[float], Policy]) -> tuple[float, Replayed]:
+    def best(values, make: Callable[[float], Policy]) -> tuple[float, Simulated]:
         return max(((v, run(make(v))) for v in values), key=lambda one: one[1].rate())
 
     threshold, by_threshold = best(_THRESHOLDS, lambda x: threshold_policy(network, x))
-    plain = replay(records, static(0), prices).rate()
+    plain = simulate(records, static(0), prices).rate()
     rates, rate = [plain], plain
     for _ in range(_ROUNDS):
         rate = run(step_policy(network, added * rate)).rate()

@@ -24,11 +24,11 @@ from redrafter.records.policies import (
     Moment,
     Prices,
     Records,
-    Replayed,
+    Simulated,
     Visit,
     no_prices,
     oracle,
-    replay,
+    simulate,
     static,
 )
 from redrafter.records.store import KIND, read_records
@@ -65,7 +65,7 @@ def examples(records: Records, rollouts: int, seed: int, context: bool = False) 
         return torch.randint(records.n_levels + 1, moment.accepted.shape, generator=random)
 
     for _ in range(rollouts):
-        replay(records, policy, no_prices(records), visit=visit)
+        simulate(records, policy, no_prices(records), visit=visit)
     row, place, previous = (torch.cat(x) for x in zip(*found, strict=True))
     moment = Moment(records.features[row, place], records.context[row, place], previous,
                     records.accepted[row, place])  # fmt: skip
@@ -200,10 +200,10 @@ def train_disco(
     network, facts = fit(seen, unseen, disco, config, accelerator, progress)
     disco, policies = choose(network, validation, prices, early_features)
     network.config = disco
-    policies |= {f"static {k}": replay(validation, static(k), prices) for k in
+    policies |= {f"static {k}": simulate(validation, static(k), prices) for k in
                  range(disco.n_levels + 1)}  # fmt: skip
     fixed = max(range(disco.n_levels + 1), key=lambda k: policies[f"static {k}"].rate())
-    policies["oracle"] = replay(validation, oracle, prices)
+    policies["oracle"] = simulate(validation, oracle, prices)
     base = policies[f"static {fixed}"].rate()
     figures = {name: _figures(done, base) for name, done in policies.items()}
     figures["best static"] = {**figures[f"static {fixed}"], "levels": fixed}
@@ -230,7 +230,7 @@ def wanted_features(known: list[str], asked: list[str] | None) -> tuple[str, ...
     return tuple(asked)
 
 
-def _figures(done: Replayed, base: float) -> dict[str, float]:
+def _figures(done: Simulated, base: float) -> dict[str, float]:
     steps = int(done.steps.sum())
     return {
         "tokens_per_second": done.rate(), "ratio": done.rate() / base,

@@ -5,7 +5,7 @@ Under the seeded rule a text does not depend on what was drafted. So plain decod
 one teacher-forced forward gives the target's states, and the drafter is walked over every position
 as if a step began there: with all its levels, at the temperature, and with the noise that it would
 see. No target forward is needed for that, a batch of texts is walked together, and any policy of
-stopping can be replayed exactly on the result (`policies.py`). The papers record what one
+stopping can be simulated exactly on the result (`policies.py`). The papers record what one
 fixed policy visits (DISCO, arXiv 2405.04304); walking everywhere is ours.
 """
 

@@ -1,5 +1,5 @@
-"""Any policy of stopping, replayed on the records of a drafter: what it would have emitted, drafted
-and cost, without decoding anything.
+"""Any policy of stopping, simulated on the records of a drafter: what it would have emitted,
+drafted and cost, without decoding anything.
 
 Exact: under the seeded rule the text does not depend on what is drafted, and the records hold what
 would have been drafted wherever a step may begin. Ours.
@@ -109,7 +109,7 @@ Policy = Callable[[Moment], Tensor]
 
 
 @dataclass
-class Replayed:
+class Simulated:
     """Per text (R,): tokens and steps of the decoding phase, levels drafted (those that a tree
     had), nodes verified, seconds by the prices."""
 
@@ -125,14 +125,14 @@ class Replayed:
 
 
 @torch.inference_mode()
-def replay(
+def simulate(
     records: Records,
     policy: Policy,
     prices: Prices,
     *,
     looks: bool = False,
     visit: Callable[[Visit], None] | None = None,
-) -> Replayed:
+) -> Simulated:
     """looks: the policy starts every draft before it decides whether there will be one
     visit: told of every step"""
     n = len(records.length)
@@ -170,7 +170,7 @@ def replay(
         seconds += torch.where(live, spent, 0.0)
         previous = torch.stack([levels, kept], 1).float()
         at = at + torch.where(live, kept + 1, 0)
-    return Replayed(tokens, steps, drafted, nodes, seconds)
+    return Simulated(tokens, steps, drafted, nodes, seconds)
 
 
 def static(levels: int) -> Policy:
@@ -183,6 +183,6 @@ def oracle(moment: Moment) -> Tensor:
 
 
 def no_prices(records: Records) -> Prices:
-    """For a replay that is only counted."""
+    """For a simulation that is only counted."""
     size = int(records.nodes.max()) + 1
     return Prices(0.0, torch.zeros(records.n_levels), torch.zeros(size))

@@ -18,10 +18,15 @@ from typing import Any
 
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
-from redrafter.files import digest_file, new_folder, remove_leftovers, write_json
+from redrafter.files import (
+    CACHE,
+    cache_folder,
+    digest_file,
+    new_folder,
+    remove_leftovers,
+    write_json,
+)
 
-#: names another cache folder than ~/.cache/redrafter
-CACHE = "REDRAFTER_CACHE"
 #: raised when other files are to be made of the same GGUF
 _MAKING = 1
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -94,7 +99,7 @@ def as_folder(file: Path) -> str:
     """
     status = file.stat()
     digest = _digest(str(file), status.st_size, status.st_mtime_ns)
-    cache = _cache()
+    cache = cache_folder()
     folder = cache / f"gguf-{digest}-{_MAKING}"
     if folder.is_dir():
         return str(folder)
@@ -116,12 +121,6 @@ def as_folder(file: Path) -> str:
 def _digest(path: str, size: int, changed: int) -> str:
     """16 hex digits of a file of that size and time of change."""
     return digest_file(path)[:16]
-
-
-def _cache() -> Path:
-    if named := os.environ.get(CACHE):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redrafter"
 
 
 def _import_gguf(file: Path) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ from redrafter.targets.devices import pick_device
 from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
 from redrafter.targets.offload import check_alone, load_in_places, reader
+from redrafter.targets.passed import check_once, files_of
 from redrafter.targets.paths import OWN_CODE, check_path, said
 from redrafter.targets.precision import auto_dtype
 from redrafter.targets.probe import check_target
@@ -59,6 +62,7 @@ class Target:
     parts: what it was made from, where an adapter has been merged (`load_target` does that)
     backbone: of a model that several processes hold in parts (see `redrafter.targets.sharding`)
     tokenizer_error: why there is no tokenizer, for whoever needs text (`redrafter.targets.text`)
+    check: raises InputError where its logits, computed as decoding does, are not the model's
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Target:
         parts: WeightDigests | None = None,
         backbone: ShardedBackbone | None = None,
         tokenizer_error: InputError | None = None,
+        check: Callable[[Any], None] = check_target,
     ):
         model = plain_model(model)
         self.model = model.eval().requires_grad_(False)
@@ -118,7 +123,7 @@ class Target:
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         choose_experts(model, self.dtype)
         self._no_mask = torch.empty(1, 1, 1, 0)
-        self._check()
+        check(self)
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
         """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
@@ -126,10 +131,6 @@ class Target:
         if not kinds:
             return {"full_attention": None} if window is None else {"sliding_attention": window}
         return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
-
-    def _check(self) -> None:
-        """Raises InputError where its logits, computed as decoding does, are not the model's."""
-        check_target(self)
 
     def together(self) -> AbstractContextManager[None]:
         """Processes that share the target's weights all enter this where each of them makes as many
@@ -143,9 +144,7 @@ class Target:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        eos = eos if eos is not None else self.config.eos_token_id
-        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        return _eos_of(self.model.generation_config, self.config)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., H), as the first layer sees it.
@@ -295,6 +294,8 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     if config.attention != "auto":
         kwargs["attn_implementation"] = config.attention
     shard, mapped = config.shard != "none", config.device_map != "none"
+    files = [None if mapped else files_of(path, whole.revision)]
+    files += [] if adapter is None else [files_of(str(adapter.folder))]
     if shard or mapped:
         shape = load_model_config(config)
         known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, shape.dtype)
@@ -325,7 +326,8 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
-    return Target(model, name=config.path, parts=parts, **_tokenizer(config))
+    check = partial(check_once, files=files)
+    return Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
 
 
 def _named_by(adapter: Adapter | None) -> str:
@@ -360,6 +362,26 @@ def load_model_config(config: TargetConfig) -> Any:
     if adapter is not None and adapter.vocab_rows is not None:
         found.get_text_config().vocab_size = adapter.vocab_rows
     return found
+
+
+def load_eos(config: TargetConfig, model_config: Any) -> set[int]:
+    """The tokens that end a target's texts, without its weights. model_config: its configuration"""
+    from transformers import GenerationConfig
+
+    adapter = find_adapter(config)
+    whole = config if adapter is None else adapter.base_config(config)
+    try:
+        settings = GenerationConfig.from_pretrained(check_path(whole), revision=whole.revision)
+    except OSError:  # a model need not have any
+        settings = None
+    return _eos_of(settings, model_config.get_text_config())
+
+
+def _eos_of(settings: Any, config: Any) -> set[int]:
+    """settings: a generation configuration, which comes first; config: the model's"""
+    given = (getattr(c, "eos_token_id", None) for c in (settings, config))
+    eos = next((found for found in given if found is not None), None)
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 def context_of(config: Any) -> int | None:

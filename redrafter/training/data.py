@@ -124,7 +124,7 @@ def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
     if data.text == "source":
         return build_rows(
             source, tokenizer, "texts", folder, max_tokens=context,
-            vocab_size=target.vocab_size, named=True,
+            vocab_size=target.vocab_size, eos=target.eos_token_ids, named=True,
         )  # fmt: skip
     if data.text == "conversations":
         return build_conversations(target, source, data.answers, folder, seed=seed, named=True)

@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -95,26 +96,36 @@ def attempt(target, source: SourceConfig, folder: Path, kill_after_s: float) -> 
     return os.WIFEXITED(status)  # it may have ended in the last moment
 
 
-def main() -> int:
+def parser_of(description: str, kills: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", required=True, help="folder of a small model")
     parser.add_argument("--source", required=True, help=".jsonl of prompts")
     parser.add_argument("--format", default="auto", help="what its rows hold")
     parser.add_argument("--rows", type=int, default=24, help="rows of it to use")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the random times")
+    parser.add_argument("--kills", type=int, default=kills)
+    parser.add_argument("--seed", type=int, default=0, help="of what is random")
     parser.add_argument("--log", help="file to write the log to, besides printing it")
-    given = parser.parse_args()
-    torch.set_num_threads(1)  # forked children inherit no other threads
-    log = open(given.log, "w", encoding="utf-8") if given.log else None  # noqa: SIM115
+    return parser
+
+
+def logger(path: str | None) -> Callable[[str], None]:
+    """Prints, and writes to a file where there is one."""
+    log = open(path, "w", encoding="utf-8") if path else None  # noqa: SIM115
 
     def say(text: str) -> None:
         print(text, flush=True)
         if log is not None:
             print(text, file=log, flush=True)
 
+    return say
+
+
+def main() -> int:
+    given = parser_of(__doc__, kills=100).parse_args()
+    torch.set_num_threads(1)  # forked children inherit no other threads
+    say = logger(given.log)
     target = load_target(given.target)
     source = SourceConfig(given.source, format=given.format, n_rows=given.rows)
     base = Path(tempfile.mkdtemp(prefix="kill-pipeline-"))

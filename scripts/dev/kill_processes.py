@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from kill_pipeline import compared, content, finished, pipeline, written_again
+from kill_pipeline import compared, content, finished, logger, parser_of, pipeline, written_again
 
 from redrafter.config import SourceConfig
 from redrafter.processes import everyone, join
@@ -232,31 +232,16 @@ def disturb(how, given, base: Path, wanted: dict[str, str], say) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", required=True, help="folder of a small model")
-    parser.add_argument("--source", required=True, help=".jsonl of prompts")
-    parser.add_argument("--format", default="auto", help="what its rows hold")
-    parser.add_argument("--rows", type=int, default=24, help="rows of it to use")
-    parser.add_argument("--kills", type=int, default=20)
+    parser = parser_of(__doc__, kills=20)
     parser.add_argument("--processes", default="2", help="numbers of them, with commas")
     parser.add_argument("--start", choices=["accelerate", "fork"], default="accelerate")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices")
-    parser.add_argument("--log", help="file to write the log to, besides printing it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)  # forked children inherit no other threads
     if given.worker:
         return worker(given)
-    log = open(given.log, "w", encoding="utf-8") if given.log else None  # noqa: SIM115
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        if log is not None:
-            print(text, file=log, flush=True)
-
+    say = logger(given.log)
     base = Path(tempfile.mkdtemp(prefix="kill-processes-"))
     target, clock = load_target(given.target), time.monotonic()
     pipeline(target, source_of(given), base / "undisturbed")

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from redrafter.cli.args import parse
 from redrafter.config import SpeedConfig, TableConfig
 from redrafter.decode.speculative import speculative
-from redrafter.drafting import planner
+from redrafter.drafting import strategy_maker
 from redrafter.evaluation.figures import bootstrap
-from redrafter.evaluation.models import load_both, load_partners
+from redrafter.evaluation.models import load_both, load_resources
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.speed import decoding
 from redrafter.files import plain_values, provenance, write_json
@@ -51,17 +51,17 @@ def main() -> None:
     })  # fmt: skip
     target, head = load_both(config)
     wanted = decoding(config)
-    partners, _ = load_partners(names, config, target, head, [], wanted)
+    resources, _ = load_resources(names, config, target, head, [], wanted)
     prompts, _, _ = evaluation_prompts(target, config)
     counts = np.zeros((len(names), len(prompts), 2), dtype=int)
     for seed in tqdm(range(args.seeds), desc="seeds"):
         for m, name in enumerate(names):
-            make = planner(name, target, partners)
+            make = strategy_maker(name, target, resources)
             for i, prompt in enumerate(prompts):
-                plan = make([prompt.ids])
+                strategy = make([prompt.ids])
                 made = speculative(
                     target, [prompt.ids], wanted, seeds=[config.seed + 10**6 * seed + prompt.row],
-                    drafter=plan.drafter, lookahead=plan.lookahead,
+                    drafter=strategy.drafter, lookahead=strategy.lookahead,
                 )  # fmt: skip
                 counts[m, i] += made.stats.emitted[0], made.stats.steps[0]
     body = {"set": args.set, "seeds": args.seeds, "rows": [p.row for p in prompts], "methods": {}}

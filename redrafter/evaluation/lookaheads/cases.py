@@ -10,9 +10,9 @@ from typing import Any
 
 from redrafter.config import LookaheadEvalConfig, SpeedConfig
 from redrafter.contracts import InputError
-from redrafter.drafters.build import DRAFTERS, Partners
+from redrafter.drafters.build import DRAFTERS, Resources
 from redrafter.drafters.options import parse_name
-from redrafter.drafting import parse_plan, planner
+from redrafter.drafting import parse_strategy, strategy_maker
 from redrafter.evaluation.methods import needed, parse_methods
 from redrafter.files import digest_file, digest_json
 from redrafter.targets.model import Target
@@ -93,7 +93,7 @@ def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
         try:
             if parse_name(drafter).kind not in DRAFTERS:
                 raise InputError(f"{drafter!r} drafts nothing; choose from {', '.join(DRAFTERS)}")
-            if parse_plan(drafter).lookahead is not None:
+            if parse_strategy(drafter).lookahead is not None:
                 raise InputError(f"{drafter!r} has a lookahead: write it under lookaheads")
         except InputError as error:
             raise InputError(f"drafters: {key}: {error}") from None
@@ -105,10 +105,10 @@ def check(names: Sequence[str], config: LookaheadEvalConfig) -> None:
         raise InputError("bigrams: give a table made by data/bigrams.py")
 
 
-def check_plans(case: Case, target: Target, partners: Partners) -> None:
+def check_strategies(case: Case, target: Target, resources: Resources) -> None:
     """Raises InputError, before anything is measured, for what fits no drafter or is missing."""
     for name in names_of(case):
-        drafter = planner(name, target, partners)([[0]]).drafter
+        drafter = strategy_maker(name, target, resources)([[0]]).drafter
         if not drafter.drafts_alike:
             raise InputError(
                 f"drafters: {case.drafter!r} chooses among drafters step by step: what a level "
@@ -139,7 +139,7 @@ def classifiers(case: Case) -> dict[str, str]:
     """Path of every folder that a lookahead is loaded from -> digest of its files."""
     found = {}
     for name in case.lookaheads.values():
-        lookahead = parse_name(parse_plan(name).lookahead)
+        lookahead = parse_name(parse_strategy(name).lookahead)
         options = (member.partition("=") for member in lookahead.members or ())
         path = next((value.strip() for key, _, value in options if key.strip() == "path"), None)
         if lookahead.kind == "disco" and path is None and case.speed.head is not None:

@@ -13,14 +13,14 @@ from redrafter.config import LookaheadEvalConfig, SpeedConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.costs import CostMeter
 from redrafter.data.prompts import Prompt
-from redrafter.drafters.build import Partners
+from redrafter.drafters.build import Resources
 from redrafter.drafters.options import parse_name
 from redrafter.drafters.profile import StepCosts, read_costs, step_costs
-from redrafter.drafting import parse_plan, planner
+from redrafter.drafting import parse_strategy, strategy_maker
 from redrafter.evaluation.lookaheads.cases import (
     Case,
-    check_plans,
     check_same,
+    check_strategies,
     classifiers,
     priced_by,
 )
@@ -29,11 +29,11 @@ from redrafter.evaluation.lookaheads.steps import (
     count_steps,
     judge,
     plain_steps,
-    replayed_steps,
+    simulated_steps,
 )
 from redrafter.evaluation.lookaheads.summary import Measured, reliability, shown, summary
 from redrafter.evaluation.methods import PromptBatch, build_method
-from redrafter.evaluation.models import load_partners
+from redrafter.evaluation.models import load_resources
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
 from redrafter.evaluation.report import read_result, write_result
 from redrafter.evaluation.speed import (
@@ -73,7 +73,7 @@ class Loaded:
 
     config: LookaheadEvalConfig
     target: Target
-    partners: Partners
+    resources: Resources
     texts: dict[tuple[str, float], Texts] = field(default_factory=dict)
 
     def texts_of(self, case: Case) -> Texts:
@@ -96,8 +96,8 @@ def load(
     """speed: of any case; prices: files of costs, which must be of this target"""
     for file in filter(None, prices):
         read_costs(file, target)
-    partners, _ = load_partners(names, speed, target, head, [], decoding(speed))
-    return Loaded(config, target, partners)
+    resources, _ = load_resources(names, speed, target, head, [], decoding(speed))
+    return Loaded(config, target, resources)
 
 
 def measure_all(
@@ -112,7 +112,7 @@ def measure_all(
     for case in cases:
         body = read_result(case.file, case.speed, target.fingerprint(), "eval/lookahead.py")
         if body is None:
-            check_plans(case, target, loaded.partners)
+            check_strategies(case, target, loaded.resources)
         else:
             check_same(case, body, prices[case.title])
         bodies[case.title] = body
@@ -127,19 +127,19 @@ def measure_all(
 
 def measure(case: Case, prices: str | None, loaded: Loaded) -> dict[str, Any]:
     """All figures of a case. prices: a file of eval/costs.py; None measures them"""
-    config, target, partners = loaded.config, loaded.target, loaded.partners
+    config, target, resources = loaded.config, loaded.target, loaded.resources
     texts, speed = loaded.texts_of(case), case.speed
-    drafter = planner(case.drafter, target, partners)(texts.batches[0].texts).drafter
+    drafter = strategy_maker(case.drafter, target, resources)(texts.batches[0].texts).drafter
     names, lengths = methods_of(case, drafter.max_depth)
-    steps = counted(case, target, partners, drafter, names, lengths, texts)
-    judged = judged_of(case, target, partners, texts)
+    steps = counted(case, target, resources, drafter, names, lengths, texts)
+    judged = judged_of(case, target, resources, texts)
     sizes = {step.nodes for rows in steps.values() for row in rows for step in row}
     costs = Prices(prices, case, target, drafter, sizes, texts)
     clocked = list(names.values())
     if config.timed is not None:
         best = best_length({label: steps[label] for label in lengths}, costs.now())
         clocked = ["plain", names[best], *(names[n] for n in config.timed if n in names)]
-    runs = timed(case, target, partners, clocked, texts.batches, costs.meter)
+    runs = timed(case, target, resources, clocked, texts.batches, costs.meter)
     measured = {
         label: Measured(name, lengths.get(label), steps[label], runs.get(name))
         for label, name in names.items()
@@ -177,13 +177,13 @@ def methods_of(case: Case, max_depth: int) -> tuple[dict[str, str], dict[str, in
 
 
 def judged_of(
-    case: Case, target: Target, partners: Partners, texts: Texts
+    case: Case, target: Target, resources: Resources, texts: Texts
 ) -> dict[str, list[tuple[int, float, bool]]]:
     """Label -> `judge` of the first lookahead that predicts: one is enough to see whether the
     classifier is calibrated."""
     wanted = decoding(case.speed)
     for label, name in case.lookaheads.items():
-        found = judge(target, planner(name, target, partners), wanted, texts.batches)
+        found = judge(target, strategy_maker(name, target, resources), wanted, texts.batches)
         if found is not None:
             return {label: found}
     return {}
@@ -205,13 +205,13 @@ def drawn(
 def counted(
     case: Case,
     target: Target,
-    partners: Partners,
+    resources: Resources,
     drafter: Drafter,
     names: Mapping[str, str],
     lengths: Mapping[str, int],
     texts: Texts,
 ) -> Steps:
-    """The steps of every name. Static lengths, classifiers and the oracle are replayed on one walk
+    """The steps of every name. Static lengths, classifiers and the oracle are simulated on one walk
     over the texts where the drafter can be walked; others are decoded with."""
     wanted, batches = decoding(case.speed), texts.batches
     records = walked(case, target, drafter, batches)
@@ -221,17 +221,17 @@ def counted(
             found[label] = plain_steps(texts.answers)
             continue
         if records is not None and label in lengths:
-            found[label] = replayed_steps(records, drafter, static(lengths[label]))
+            found[label] = simulated_steps(records, drafter, static(lengths[label]))
             continue
         if records is not None and _is_oracle(name):
-            found[label] = replayed_steps(records, drafter, oracle)
+            found[label] = simulated_steps(records, drafter, oracle)
             continue
-        make = planner(name, target, partners)
+        make = strategy_maker(name, target, resources)
         lookahead = make(batches[0].texts).lookahead
         if records is not None and isinstance(lookahead, DiscoLookahead):
             looks = drafter.early_features and lookahead.level_by_level
             read = records.reading(drafter.feature_names, lookahead.reads)
-            found[label] = replayed_steps(read, drafter, policy_of(lookahead), looks)
+            found[label] = simulated_steps(read, drafter, policy_of(lookahead), looks)
         else:
             found[label] = count_steps(target, make, wanted, batches)
     return found
@@ -322,7 +322,7 @@ def best_length(steps: Steps, costs: StepCosts) -> str:
 def timed(
     case: Case,
     target: Target,
-    partners: Partners,
+    resources: Resources,
     names: Iterable[str],
     batches: Sequence[PromptBatch],
     meter: CostMeter | None,
@@ -330,7 +330,7 @@ def timed(
     """Runs of every method, one after the other on each prompt, costs measured in between."""
     speed = case.speed
     once = dict.fromkeys(names)  # a lookahead may be a static one by another label
-    methods = [build_method(name, target, decoding(speed), partners) for name in once]
+    methods = [build_method(name, target, decoding(speed), resources) for name in once]
     for method in methods:  # the warm-up
         method.prepare(batches[0])
         method.run(batches[0])
@@ -338,5 +338,5 @@ def timed(
 
 
 def _is_oracle(name: str) -> bool:
-    lookahead = parse_plan(name).lookahead
+    lookahead = parse_strategy(name).lookahead
     return lookahead is not None and parse_name(lookahead).kind == "oracle"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from redrafter.evaluation.lookaheads.cases import Case
 from redrafter.evaluation.pictures import new_figure, save_figure
-from redrafter.evaluation.report import with_interval
+from redrafter.evaluation.report import markdown_table, with_interval
 from redrafter.files import write_text
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ COLUMNS = (
 
 def markdown(title: str, body: Mapping[str, Any]) -> str:
     """One case as a table with what has to be said of it."""
-    lines = [f"## {title}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    rows = []
     for label, m in body["methods"].items():
         mark = " (best static)" if label == body["best_static"] else ""
         share = m["lookahead_share"]
-        cells = [
+        rows.append([
             label + mark,
             _interval(m, "tokens_per_step"),
             f"{m['levels_per_step']:.2f}",
@@ -47,12 +47,11 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
             _interval(m, "cost_share") if "cost_share" in m else "-",
             "-" if share is None else f"{100 * share:.1f} %",
             "-" if m["equal_rows"] is None else f"{m['equal_rows']}/{body['n_prompts']}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        ])  # fmt: skip
     facts, file = body["provenance"], body.get("priced_by")
     measured = f"as measured in {file}" if file else "as measured in the same run"
-    lines += [
-        "",
+    return "\n".join([
+        f"## {title}", "", markdown_table(COLUMNS, rows), "",
         f"`{body['drafter']}`, {body['n_prompts']} prompts. {says_best(body)} Intervals: 95 % "
         "bootstrap over prompts, of ratios and shares on the same prompts for both sides. "
         "Forward costs: of every step, the forward over the tree that was verified, the start of "
@@ -61,8 +60,7 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
         f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
         f"{str(facts.get('git_commit'))[:10]}.",
         *(f"\nWarning: {warning}" for warning in body["warnings"]),
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def _interval(m: Mapping[str, Any], key: str, digits: int = 2) -> str:
@@ -91,8 +89,7 @@ def overview(bodies: Bodies) -> str:
         label for body in bodies.values() for label, m in body["methods"].items()
         if m["static"] is None
     ))  # fmt: skip
-    columns = ["", "best static", *labels]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for title, body in bodies.items():
         cells = [title, body["best_static"]]
         for label in labels:
@@ -100,12 +97,11 @@ def overview(bodies: Bodies) -> str:
             share = None if m is None else m.get("cost_share")
             gained = "" if share is None else f", {100 * share:.0f} %"
             cells.append("-" if m is None else _interval(m, "cost_ratio", 3) + gained)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append(
-        "\nTokens per second by forward costs, over the best static length in hindsight, 95 % "
+        rows.append(cells)
+    return markdown_table(["", "best static", *labels], rows) + (
+        "\n\nTokens per second by forward costs, over the best static length in hindsight, 95 % "
         "paired bootstrap over prompts; and the share of the oracle's gain."
     )
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ pictures

@@ -16,10 +16,10 @@ from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import bucket
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.profile import StepCosts
-from redrafter.drafting import Plan, foreseen
+from redrafter.drafting import Strategy, foreseen
 from redrafter.evaluation.runs import PromptBatch
 from redrafter.lookahead.wrapped import WrappedLookahead
-from redrafter.records.policies import Policy, Records, Visit, no_prices, replay
+from redrafter.records.policies import Policy, Records, Visit, no_prices, simulate
 from redrafter.targets.model import Target
 
 
@@ -141,23 +141,24 @@ class _Shadow(_Watched):
 
 def count_steps(
     target: Target,
-    make_plan: Callable[[list[list[int]]], Plan],
+    make_strategy: Callable[[list[list[int]]], Strategy],
     config: GenerationConfig,
     batches: Sequence[PromptBatch],
 ) -> list[list[Step]]:
-    """The steps of every batch, which is one row each. make_plan: from `planner`, made for this"""
+    """The steps of every batch, which is one row each. make_strategy: from `strategy_maker`, made
+    for this"""
     found = []
     for batch in batches:
-        drafter, _ = _decode(target, make_plan, config, batch, _Watched)
+        drafter, _ = _decode(target, make_strategy, config, batch, _Watched)
         found.append(drafter.steps)
     return found
 
 
-def replayed_steps(
+def simulated_steps(
     records: Records, drafter: Drafter, policy: Policy, looks: bool = False
 ) -> list[list[Step]]:
     """The steps of every text by a policy, from the records of the drafter: what `count_steps`
-    counts, without decoding. looks: see `replay`"""
+    counts, without decoding. looks: see `simulate`"""
     found: list[list[Step]] = [[] for _ in records.length]
     raw = records.nodes
 
@@ -173,7 +174,7 @@ def replayed_steps(
                 bool(step.started[row]), asked, int(step.levels[row]), int(step.accepted[row]),
             ))  # fmt: skip
 
-    replay(records, policy, no_prices(records), looks=looks, visit=visit)
+    simulate(records, policy, no_prices(records), looks=looks, visit=visit)
     return found
 
 
@@ -184,18 +185,18 @@ def plain_steps(answers: Sequence[Sequence[int]]) -> list[list[Step]]:
 
 def judge(
     target: Target,
-    make_plan: Callable[[list[list[int]]], Plan],
+    make_strategy: Callable[[list[list[int]]], Strategy],
     config: GenerationConfig,
     batches: Sequence[PromptBatch],
 ) -> list[tuple[int, float, bool]] | None:
     """What a lookahead that keeps a `log` of predictions predicted, and whether it was so: see
     `_Shadow`. None of one that keeps none."""
-    if not hasattr(make_plan(batches[0].texts).lookahead, "log"):
+    if not hasattr(make_strategy(batches[0].texts).lookahead, "log"):
         return None
     judged = []
     for batch in batches:
         _, shadow = _decode(
-            target, make_plan, config, batch,
+            target, make_strategy, config, batch,
             lambda inner, drafter: _Shadow(inner, drafter, config.max_new_tokens),
         )  # fmt: skip
         judged += shadow.judged
@@ -203,20 +204,20 @@ def judge(
     return judged
 
 
-def _decode(target, make_plan, config, batch, watched):
+def _decode(target, make_strategy, config, batch, watched):
     """(drafter, lookahead) as they were watched on one batch."""
     if len(batch.prompts) != 1:
         raise InputError("lookaheads: steps are counted one row at a time")
 
-    def run(plan: Plan) -> None:
+    def run(strategy: Strategy) -> None:
         speculative(
             target, batch.prompts, config, seeds=batch.seeds,
-            drafter=plan.drafter, lookahead=plan.lookahead, rule=plan.rule,
+            drafter=strategy.drafter, lookahead=strategy.lookahead, rule=strategy.rule,
         )  # fmt: skip
 
-    plan = make_plan(batch.texts)
-    plan = foreseen(plan, lambda lookahead: run(replace(plan, lookahead=lookahead)))
-    drafter = _Counted(plan.drafter)
-    lookahead = watched(plan.lookahead, drafter)
-    run(replace(plan, drafter=drafter, lookahead=lookahead))
+    strategy = make_strategy(batch.texts)
+    strategy = foreseen(strategy, lambda lookahead: run(replace(strategy, lookahead=lookahead)))
+    drafter = _Counted(strategy.drafter)
+    lookahead = watched(strategy.lookahead, drafter)
+    run(replace(strategy, drafter=drafter, lookahead=lookahead))
     return drafter, lookahead

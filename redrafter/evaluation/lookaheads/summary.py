@@ -20,7 +20,7 @@ from redrafter.drafters.options import parse_name
 from redrafter.drafters.profile import StepCosts
 from redrafter.evaluation.figures import bootstrap
 from redrafter.evaluation.lookaheads.steps import Step
-from redrafter.evaluation.runs import TimedRun
+from redrafter.evaluation.runs import TimedCall
 
 #: Kinds of drafters whose levels are no forward of anything.
 TABLES = frozenset({"lookup", "suffix", "bigram", "ngrammys", "recycling", "replay", "none"})
@@ -83,7 +83,7 @@ class Measured:
     name: str
     length: int | None
     steps: list[list[Step]]
-    runs: list[list[TimedRun]] | None
+    runs: list[list[TimedCall]] | None
 
     def columns(self, costs: StepCosts) -> dict[str, np.ndarray]:
         """Per prompt: `tokens` and `cost_s` as counted, `timed` tokens and `clock_s`."""

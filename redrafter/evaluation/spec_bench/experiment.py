@@ -15,8 +15,8 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import generation_config
 from redrafter.data.day import dated
 from redrafter.evaluation.journal import Journal
-from redrafter.evaluation.methods import Method, build_method, check_partners, parse_methods
-from redrafter.evaluation.models import load_partners, prompts_to_count
+from redrafter.evaluation.methods import Method, build_method, check_resources, parse_methods
+from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.prompts import holdout_warning
 from redrafter.evaluation.spec_bench.answer_files import (
     Answer,
@@ -42,7 +42,7 @@ _FREE = (
 def methods_of(config: SpecBenchConfig) -> list[str]:
     """Names of the methods. Raises InputError for one that is none, or lacks an option."""
     names = parse_methods(config.methods)
-    check_partners(names, config)
+    check_resources(names, config)
     if config.baseline not in names:
         raise InputError(
             f"baseline: {config.baseline!r} is not among the methods {', '.join(names)}; add it"
@@ -60,8 +60,8 @@ def build(
     names: Sequence[str], config: SpecBenchConfig, target: Target, head: Module | None
 ) -> list[Method]:
     wanted = generation_config(config.temperature, config.max_new_tokens)
-    partners, _ = load_partners(names, config, target, head, [], wanted)
-    return [build_method(name, target, wanted, partners) for name in names]
+    resources, _ = load_resources(names, config, target, head, [], wanted)
+    return [build_method(name, target, wanted, resources) for name in names]
 
 
 def identity(

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from redrafter.config import SpecBenchConfig
 from redrafter.evaluation.journal import Journal
-from redrafter.evaluation.methods import Method, PromptBatch, TimedRun, needed, plain_answers
+from redrafter.evaluation.methods import Method, PromptBatch, TimedCall, needed, plain_answers
 from redrafter.evaluation.spec_bench.questions import Chat, PromptTooLong, Question
 from redrafter.targets.model import Target
 
@@ -95,7 +95,7 @@ class Asker:
         return plain_answers(self.target, batch.prompts, generation, batch.seeds)[0]
 
 
-def _turn(run: TimedRun, text: str, prompt_tokens: int, cut_tokens: int) -> Turn:
+def _turn(run: TimedCall, text: str, prompt_tokens: int, cut_tokens: int) -> Turn:
     """What is kept of an answer.
 
     lengths: tokens that each step emitted, its own one included; the prefill is no step, and what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from redrafter.evaluation.report import with_interval
+from redrafter.evaluation.report import markdown_table, with_interval
 
 _SHORT = {
     "mt_bench": "MT-bench", "translation": "Translation", "summarization": "Summarization",
@@ -22,7 +22,7 @@ def markdown(body: dict[str, Any]) -> str:
         "",
         f"Ratio of mean per-question speeds over `{body['baseline']}` (macro).",
         "",
-        _rows(
+        markdown_table(
             ["method", *(f"{_SHORT.get(t, t)} ({figures[body['baseline']][t]['questions']})"
                          for t in tasks)],
             [[f"`{name}`", *(_number(by[t]["macro_speedup"]["value"]) for t in tasks)]
@@ -31,7 +31,7 @@ def markdown(body: dict[str, Any]) -> str:
         "",
         "## Overall",
         "",
-        _rows(
+        markdown_table(
             ["method", "macro speedup", "std", "pooled speedup", "mean accepted tokens",
              "tokens/step, mean of questions", "tokens/s", "turns = " + f"`{body['baseline']}`"],
             [_overall(name, by["overall"], body["lossless"].get(name))
@@ -40,7 +40,7 @@ def markdown(body: dict[str, Any]) -> str:
         "",
         "## Mean accepted tokens by task",
         "",
-        _rows(
+        markdown_table(
             ["method", *(_SHORT.get(t, t) for t in tasks)],
             [[f"`{name}`", *(_number((by[t]["mean_accepted_tokens"] or {}).get("value"))
                              for t in tasks)] for name, by in figures.items()],
@@ -54,7 +54,7 @@ def markdown(body: dict[str, Any]) -> str:
             "The baseline's tokens are those of its stripped texts tokenised again, less one per "
             "turn; the others' are their own count. Not comparable with the tables above.",
             "",
-            _rows(
+            markdown_table(
                 ["method", *(_SHORT.get(t, t) for t in tasks), "mean accepted tokens"],
                 [[f"`{name}`", *(_number(by[t]["speedup"]["value"]) for t in tasks),
                   _number(by["overall"]["mean_accepted_tokens"])]
@@ -92,8 +92,3 @@ def _overall(name: str, by: dict[str, Any], same: dict[str, Any] | None) -> list
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _rows(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

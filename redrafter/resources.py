@@ -13,7 +13,7 @@ from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.costs import price
 from redrafter.drafters.bigram import BigramTable
-from redrafter.drafters.build import Partners
+from redrafter.drafters.build import Resources
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
@@ -28,13 +28,13 @@ def gather(
     given: Mapping[str, Any],
     tree: TreeConfig | None = None,
     batch_size: int = 1,
-) -> Partners:
-    """The partners of drafters.
+) -> Resources:
+    """The resources of drafters.
 
     wanted: as `drafters.build.needs` says; of what is given as a path only this is opened
-    given: {partner: its object, its path or Hub id, or None}
+    given: {resource: its object, its path or Hub id, or None}
     tree: of a head whose name has no size; batch_size: rows that are priced, where costs are wanted
-    Raises InputError naming a partner that is neither, or what is wrong where it lies.
+    Raises InputError naming a resource that is neither, or what is wrong where it lies.
     """
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -50,7 +50,7 @@ def gather(
             )
     if "price" in wanted:
         found["price"] = partial(price, target, batch_size=batch_size)
-    return Partners(**found, tree=tree or TreeConfig())
+    return Resources(**found, tree=tree or TreeConfig())
 
 
 def _head(path: str, target: Target, width: int) -> Any:
@@ -76,7 +76,7 @@ def _reference(path: str, target: Target, width: int) -> ReferenceTexts:
     return reference_texts(path, target, progress=True)
 
 
-#: partner -> its class, and how it is opened where a path is given
+#: resource -> its class, and how it is opened where a path is given
 _OPENED: dict[str, tuple[type, Callable[[str, Target, int], Any]]] = {
     "head": (Module, _head),
     "draft": (Target, _draft),
