@@ -26,7 +26,7 @@ from redrafter.drafters.build import MISSING, Partners, needs
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.drafting import Plan, build_plan, foreseen, parse_plan
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.partners import gather
 from redrafter.targets.model import Target
 from redrafter.targets.text import continuation, encode, tokenizer_of
@@ -49,7 +49,7 @@ _ELSEWHERE = {
 def generate(
     target: Target,
     prompt: Text | Prompts | Messages | None = None,
-    head: RecurrentHead | str | Path | None = None,
+    head: DraftHead | str | Path | None = None,
     *,
     messages: Messages | None = None,
     draft: str | Drafter | Plan | None = None,
@@ -133,7 +133,7 @@ def load_plan(
     target: Target,
     draft: str | Drafter | Plan | None = None,
     *,
-    head: RecurrentHead | str | Path | None = None,
+    head: DraftHead | str | Path | None = None,
     tree: TreeConfig | None = None,
     draft_model: Target | str | Path | None = None,
     bigrams: BigramTable | str | Path | None = None,

@@ -228,7 +228,7 @@ def test_what_cannot_be_converted_is_said_before_anything_is_written(tmp_path, d
     safetensors.torch.save_file(weights, tmp_path / "spec" / "model.safetensors")
     (tmp_path / "spec" / "config.json").write_text(json.dumps(ibm))
     message = refused("--head", f"{tmp_path}/spec", "--to", "apple", "--out", out)
-    assert "give a recurrent head" in message
+    assert "give a head of one of the kinds" in message
 
 
 def test_shards_are_read_and_named(tmp_path):

@@ -16,7 +16,7 @@ from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.load import load_head, load_recurrent
+from redrafter.heads.load import load_head, load_trainable
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
 
 HIDDEN = 32
@@ -300,7 +300,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 def test_it_is_not_trained(tmp_path):
     with pytest.raises(InputError, match="neither be trained nor written"):
-        load_recurrent(save(tmp_path, IBM, their_weights(IBM)))
+        load_trainable(save(tmp_path, IBM, their_weights(IBM)))
 
 
 def test_the_remedy_for_a_pickle_works(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Recurrent heads from one layout to another."""
+"""Heads from one layout to another."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from redrafter.contracts import InputError
 from redrafter.export.complete import complete
 from redrafter.files import new_folder, provenance, write_json
 from redrafter.heads.apple import save_apple
-from redrafter.heads.load import load_recurrent
+from redrafter.heads.base import DraftHead
+from redrafter.heads.load import load_trainable
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead
 
 
-def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> RecurrentHead:
+def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> DraftHead:
     """Write the head of a folder in the layout `to` ("apple" or "redrafter") as the folder `out`.
 
     target: the one it was trained for; "redrafter" records it, so that another one is refused
@@ -26,7 +26,7 @@ def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> R
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
-    read = load_recurrent(head, target)
+    read = load_trainable(head, target)
     if to == "apple" and read.draws_on_target and target is None:
         raise InputError(
             f"{head}: this head draws on the target's lm_head, and Apple's layout has it in the "

@@ -1,21 +1,44 @@
 """The one list of what can be loaded as a draft head, told apart by its `config.json`.
 
-`load_own` knows this library's own layout alone, so that what travels with an export
-(`custom_generate/`) takes none of the other layouts along.
+A kind of this library lies in the module of its name, which calls its class HEAD; `config.KINDS`
+names them all. `given_to` knows of no kind, so that what travels with an export
+(`custom_generate/`) takes its own kind along and no other.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from redrafter.config import KINDS
 from redrafter.contracts import InputError
 from redrafter.fetch import fetch
-from redrafter.heads.apple import load_apple
-from redrafter.heads.mlp_speculator import load_mlp_speculator
+from redrafter.heads import apple, mlp_speculator
+from redrafter.heads.base import DraftHead
 from redrafter.heads.owner import AllowOther, check_target
-from redrafter.heads.reading import read_config, with_weights
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, check_config
+from redrafter.heads.reading import read_config
+
+#: model_type of another project's layout -> its reader
+_READERS = {
+    apple.MODEL_TYPE: apple.load_apple,
+    "mlp_speculator": mlp_speculator.load_mlp_speculator,
+}
+
+
+def head_class(kind: str) -> type[DraftHead]:
+    """The class of a kind of heads, one of `config.KINDS`."""
+    return import_module(f"redrafter.heads.{kind}").HEAD
+
+
+def own_class(folder: str | Path) -> type[DraftHead] | None:
+    """The class of a head in this library's layout; None for another one.
+
+    Raises InputError naming the file where there is no head.
+    """
+    wanted = read_config(folder).get("model_type")
+    classes = (head_class(kind) for kind in KINDS)
+    return next((cls for cls in classes if cls.config_class.model_type == wanted), None)
 
 
 def load_head(
@@ -37,34 +60,24 @@ def load_head(
         recorded in training: a base merged with its adapter); True takes any
     revision, token: of a head on the Hub; token None is the usual one (HF_TOKEN, or a login)
     option: what the path was given for, for messages
-    Returns a RecurrentHead (ours or Apple's), or an MLPSpeculator (IBM's or Arctic's), which drafts
-    alike but is not trained here.
+    Returns a `DraftHead`.
     Raises InputError naming the file for anything that does not fit.
     """
     path = Path(fetch(str(path), option, revision=revision, token=token))
-    fields = read_config(path)
-    loaders = {
-        RecurrentHeadConfig.model_type: _load_own,
-        "recurrent_drafting_drafter": load_apple,
-        "mlp_speculator": load_mlp_speculator,
-    }
-    kind = fields.get("model_type")
-    if kind not in loaders:
+    kind = read_config(path).get("model_type")
+    own = own_class(path)
+    if own is None and kind not in _READERS:
+        known = [head_class(name).config_class.model_type for name in KINDS]
         raise InputError(
             f"{path / 'config.json'}: model_type {kind!r} is no draft head known here "
-            f"({', '.join(loaders)})"
+            f"({', '.join([*known, *_READERS])})"
         )
-    return _given_to(target, loaders[kind](path), path, allow_other_target)
+    head = own.load(path) if own is not None else _READERS[kind](path)
+    return given_to(target, head, path, allow_other_target)
 
 
-def load_own(
-    folder: str | Path, target: Any = None, allow_other_target: AllowOther = False
-) -> RecurrentHead:
-    """`load_head` of a local folder of this library's own layout."""
-    return _given_to(target, _load_own(Path(folder)), Path(folder), allow_other_target)
-
-
-def _given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
+def given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
+    """A head that was read from `path`, ready to draft for a target; see `load_head`."""
     if target is not None:
         check_target(head, target, path, allow_other_target)
         head = head.to(target.device).bind(target)
@@ -72,26 +85,20 @@ def _given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther
     return head.eval()
 
 
-def load_recurrent(
+def load_trainable(
     path: str | Path,
     target: Any = None,
     allow_other_target: AllowOther = False,
     option: str = "head",
-) -> RecurrentHead:
+) -> DraftHead:
     """`load_head` for whoever goes on training the head, or writes it in another layout.
 
-    Raises InputError for a head that is not recurrent, too.
+    Raises InputError for a head of which only drafting is known, too.
     """
     head = load_head(path, target, allow_other_target, option=option)
-    if not isinstance(head, RecurrentHead):
+    if not isinstance(head, DraftHead):
         raise InputError(
             f"{path}: a {type(head).__name__} can draft here, but neither be trained nor written; "
-            "give a recurrent head (ours or Apple's)"
+            f"give a head of one of the kinds {', '.join(KINDS)} (or Apple's)"
         )
     return head
-
-
-def _load_own(path: Path) -> RecurrentHead:
-    config = RecurrentHeadConfig.from_dict(read_config(path))
-    check_config(config, str(path / "config.json"))
-    return with_weights(RecurrentHead(config), path)
