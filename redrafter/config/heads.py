@@ -14,6 +14,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_draft_layers": 2, "exit_dim": None, "first_state": "code", "cell": "simple",
         "embedding_scale": "rms", "input_norm": False, "output": "own", "draft_vocab_size": None,
     },
+    "medusa": {"num_draft_layers": 1, "output": "own", "draft_vocab_size": None},
+    "hydra": {
+        "num_draft_layers": 1, "embedding_scale": "rms", "output": "own", "draft_vocab_size": None,
+    },
+    "mlp_speculator": {"inner_dim": None, "tie_weights": False, "scale_input": True},
 }  # fmt: skip
 
 
@@ -43,17 +48,18 @@ class LoraSettings:
 class HeadConfig:
     """The head to train: a kind, and options that this kind has."""
 
-    kind: Literal["recurrent"] = "recurrent"
-    """Which one, see the file of that name in `redrafter/heads`."""
+    kind: Literal["recurrent", "medusa", "hydra", "mlp_speculator"] = "recurrent"
+    """Which one, see the file of that name in `redrafter/heads`. All but `recurrent` have maps of
+    their own for each depth, optim.depth of them, and draft no further."""
     init_from: str | None = None
-    """Folder or Hub id of a head to go on from (ours or Apple's); it is not changed, and the other
-    fields but `lora` do nothing then, `kind` neither."""
+    """Folder or Hub id of a head to go on from (ours, Apple's or a speculator); it is not changed,
+    and the other fields but `lora` do nothing then, `kind` neither."""
     lora: LoraSettings | None = None
     """Retune the head of `init_from` by LoRA, for a fine-tuned target or a new domain: only small
     maps are trained and checkpointed, and merged into the head that is exported. None trains all
     of it."""
     num_draft_layers: int | None = None
-    """Residual blocks; none is 2 (recurrent)."""
+    """Residual blocks; none is 2 (recurrent), or 1 in each head (medusa, hydra)."""
     exit_dim: int | None = None
     """E, width of the residual blocks; none is twice the target's hidden width (recurrent)."""
     first_state: Literal["code", "paper"] | None = None
@@ -63,15 +69,22 @@ class HeadConfig:
     """The recurrence; `sum` adds up embeddings; none is simple (recurrent)."""
     embedding_scale: Literal["none", "rms"] | None = None
     """`rms` divides the frozen embeddings by their root mean square, which learns faster; none
-    given is rms (recurrent)."""
+    given is rms (recurrent, hydra)."""
     input_norm: bool | None = None
     """RMSNorm on the concatenated hidden state and recurrent state; none is false (recurrent)."""
     output: Literal["own", "target"] | None = None
-    """The matrix over the vocabulary: trained, or the target's lm_head behind a projection; none is
-    own (recurrent)."""
+    """The matrix over the vocabulary: trained, or the target's lm_head, which recurrent heads put
+    behind a projection; none is own (recurrent, medusa, hydra)."""
     draft_vocab_size: int | None = None
     """Draft only this many tokens, the most frequent ones of the answers; none drafts all
-    (recurrent)."""
+    (recurrent, medusa, hydra)."""
+    inner_dim: int | None = None
+    """D, width of the speculator's state; none is the target's hidden width (mlp_speculator)."""
+    tie_weights: bool | None = None
+    """One set of maps for all depths but the first projection; none is false (mlp_speculator)."""
+    scale_input: bool | None = None
+    """Divide the hidden state by sqrt(2) times its root mean square; none is true
+    (mlp_speculator)."""
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.init_from is None:

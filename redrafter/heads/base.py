@@ -136,6 +136,11 @@ class DraftHead(PreTrainedModel):
         """What it is made of, for people, in one line."""
         raise NotImplementedError
 
+    @property
+    def only_drafts(self) -> str | None:
+        """What it is, of a head that can neither be trained nor written here; None of others."""
+        return None
+
     # -- how it is made --------------------------------------------------------------------
 
     @classmethod

@@ -19,7 +19,8 @@ from redrafter.heads.base import DraftHead
 from redrafter.heads.owner import AllowOther, check_target
 from redrafter.heads.reading import read_config
 
-#: model_type of another project's layout -> its reader
+#: model_type of another project's layout -> its reader; a speculator's is written here, too, but
+#: what others write differs in details
 _READERS = {
     apple.MODEL_TYPE: apple.load_apple,
     "mlp_speculator": mlp_speculator.load_mlp_speculator,
@@ -49,7 +50,7 @@ def load_head(
     revision: str | None = None,
     token: str | bool | None = None,
     option: str = "head",
-) -> Any:
+) -> DraftHead:
     """Read a head from a folder or the Hub (`owner/name`, `owner/name@revision`), told apart by its
     `config.json`; nothing is unpickled. A Hub repository is fetched whole: what was trained for the
     head (disco/) and measured on it (profiles/) comes with it.
@@ -60,20 +61,19 @@ def load_head(
         recorded in training: a base merged with its adapter); True takes any
     revision, token: of a head on the Hub; token None is the usual one (HF_TOKEN, or a login)
     option: what the path was given for, for messages
-    Returns a `DraftHead`.
     Raises InputError naming the file for anything that does not fit.
     """
     path = Path(fetch(str(path), option, revision=revision, token=token))
     kind = read_config(path).get("model_type")
     own = own_class(path)
     if own is None and kind not in _READERS:
-        known = [head_class(name).config_class.model_type for name in KINDS]
+        known = {head_class(name).config_class.model_type: None for name in KINDS} | _READERS
         raise InputError(
             f"{path / 'config.json'}: model_type {kind!r} is no draft head known here "
-            f"({', '.join([*known, *_READERS])})"
+            f"({', '.join(known)})"
         )
-    head = own.load(path) if own is not None else _READERS[kind](path)
-    return given_to(target, head, path, allow_other_target)
+    reader = _READERS.get(kind) or own.load
+    return given_to(target, reader(path), path, allow_other_target)
 
 
 def given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
@@ -96,9 +96,9 @@ def load_trainable(
     Raises InputError for a head of which only drafting is known, too.
     """
     head = load_head(path, target, allow_other_target, option=option)
-    if not isinstance(head, DraftHead):
+    if head.only_drafts:
         raise InputError(
-            f"{path}: a {type(head).__name__} can draft here, but neither be trained nor written; "
-            f"give a head of one of the kinds {', '.join(KINDS)} (or Apple's)"
+            f"{path}: {head.only_drafts} can draft here, but neither be trained nor written; give "
+            f"another head"
         )
     return head

@@ -39,6 +39,7 @@ from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_s
 from redrafter.planning.world import Shares, shares, world_of
 from redrafter.targets.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
+from redrafter.training.refusals import check_depths
 
 # Bytes per token of a buffer beside its columns: where the row ends, and a start, int64 each.
 _PER_POSITION = 16
@@ -55,6 +56,7 @@ class TrainingPlan:
         self.world = world_of(wanted)
         self.target = MetaTarget(config.target)
         self.head = meta_head(config.head, self.target, config.optim.depth)
+        check_depths(config, self.head.max_depth)
         self.builder = PlanBuilder("train/redrafter.py", self.target, self.world, wanted, base)
         n = continuation_tokens(config.data, config.optim.depth)
         self.maker = StateMaker(self.target, config.data.states, n)

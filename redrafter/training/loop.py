@@ -38,7 +38,7 @@ from redrafter.training.engine import Engine, connect
 from redrafter.training.faults import Interruption, lost_peers
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
-from redrafter.training.refusals import find, refuse
+from redrafter.training.refusals import check_depths, find, refuse
 from redrafter.training.step import StepLoss, needed_teacher, total_weight
 
 #: values that may change between a checkpoint and the run that resumes from it
@@ -104,6 +104,14 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> DraftHe
     return head
 
 
+def drafted_depth(config: TrainConfig, target: Target) -> int | None:
+    """Levels that the head of this configuration can draft; None: any. What is wrong with the one
+    to go on from is said here."""
+    if config.head.init_from is not None:
+        return load_initial_head(config.head, target).max_depth
+    return None if head_class(config.head.kind).depth_field is None else config.optim.depth
+
+
 class Training:
     """One training run. `Training(config).train()` returns what the best head measured.
 
@@ -122,8 +130,7 @@ class Training:
         # What can be refused is refused before the data is made, which may take days.
         check_settings(config)
         self.target = load_target(config.target, may_shard=True)
-        if config.head.init_from is not None:
-            load_initial_head(config.head, self.target)
+        check_depths(config, drafted_depth(config, self.target))
         folder, held_out = data_folder(config), None
         if config.eval.prompts > 0:
             held_out = held_out_prompts(config, self.target, folder)
