@@ -226,6 +226,9 @@ def test_import_table():
 #: modules of the library that name one kind of heads, each with why
 NAME_A_KIND = {
     "heads.apple": "a layout of one kind",
+    "heads.medusa_layouts": "likewise",
+    "heads.hydra_layouts": "likewise",
+    "export.layouts": "the one list of writers",
     "heads.load": "the one list of readers",
 }
 

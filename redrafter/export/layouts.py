@@ -12,11 +12,21 @@ from redrafter.files import new_folder, provenance, write_json
 from redrafter.heads.apple import save_apple
 from redrafter.heads.base import DraftHead
 from redrafter.heads.load import load_trainable
+from redrafter.heads.medusa_layouts import save_vllm_medusa
+from redrafter.heads.mlp_speculator import save_speculator
 from redrafter.heads.owner import belong_to
+
+#: layout of another project -> what writes a head in it
+WRITERS = {
+    "apple": save_apple,
+    "vllm-medusa": save_vllm_medusa,
+    "mlp_speculator": save_speculator,
+}
 
 
 def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> DraftHead:
-    """Write the head of a folder in the layout `to` ("apple" or "redrafter") as the folder `out`.
+    """Write the head of a folder in the layout `to` ("redrafter", or one of `WRITERS`) as the
+    folder `out`.
 
     target: the one it was trained for; "redrafter" records it, so that another one is refused
         later, and adds what every export carries
@@ -27,14 +37,14 @@ def convert(head: str | Path, to: str, out: str | Path, target: Any = None) -> D
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
     read = load_trainable(head, target)
-    if to == "apple" and read.draws_on_target and target is None:
+    if to != "redrafter" and read.draws_on_target and target is None:
         raise InputError(
-            f"{head}: this head draws on the target's lm_head, and Apple's layout has it in the "
+            f"{head}: this head draws on the target's lm_head, and the layout {to} has it in the "
             "head: give --target.path"
         )
     with new_folder(out) as part:
-        if to == "apple":
-            save_apple(read, part)
+        if to in WRITERS:
+            WRITERS[to](read, part)
         else:
             if target is not None:
                 belong_to(read, target)

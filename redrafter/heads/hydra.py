@@ -32,6 +32,8 @@ class HydraHeadConfig(DraftHeadConfig):
     embedding_scale: "rms" divides embeddings by the root mean square of the target's embedding
         matrix (one frozen number, saved); "none" takes them as they are
     output: "own" matrices, or the "target"'s frozen lm_head for all of them (not saved)
+    output_bias: own matrices have a bias, as their last column (H + 1), which multiplies a 1; of
+        heads that others trained
     """
 
     model_type = "redrafter_hydra"
@@ -42,6 +44,7 @@ class HydraHeadConfig(DraftHeadConfig):
     num_draft_layers: int = 1
     embedding_scale: str = "none"
     output: str = "own"
+    output_bias: bool = False
 
 
 class FirstBlock(nn.Module):
@@ -76,8 +79,9 @@ class HydraHead(DraftHead):
             for k in heads
         )
         if config.output == "own":
+            width = hidden + config.output_bias
             self.hydra_lm_head = nn.ModuleList(
-                nn.Linear(hidden, self.draft_vocab_size, bias=False) for _ in heads
+                nn.Linear(width, self.draft_vocab_size, bias=False) for _ in heads
             )
         if config.embedding_scale == "rms":
             self.register_buffer("inverse_rms", torch.ones(()))
@@ -94,7 +98,7 @@ class HydraHead(DraftHead):
             self.inverse_rms.fill_(1.0 / embedding_rms(target))
         if not self.draws_on_target:
             for layer in self.hydra_lm_head:
-                layer.weight.copy_(self.rows_of(target))
+                layer.weight[:, : self.config.hidden_size].copy_(self.rows_of(target))
 
     def output_layer(self, level: int = 1) -> nn.Linear:
         return self.hydra_lm_head[min(level, self.config.num_heads) - 1]
@@ -117,7 +121,10 @@ class HydraHead(DraftHead):
 
     def features(self, context: Tensor, states: Tensor, level: int = 1) -> Tensor:
         context = context.to(states.dtype).expand(*states.shape[:-1], -1)
-        return self.hydra_mlp[level - 1](torch.cat((context, states), dim=-1))
+        y = self.hydra_mlp[level - 1](torch.cat((context, states), dim=-1))
+        if self.config.output_bias:
+            y = torch.cat((y, y.new_ones(1).expand(*y.shape[:-1], 1)), dim=-1)
+        return y
 
 
 HEAD = HydraHead

@@ -14,7 +14,7 @@ from typing import Any
 from redrafter.config import KINDS
 from redrafter.contracts import InputError
 from redrafter.fetch import fetch
-from redrafter.heads import apple, mlp_speculator
+from redrafter.heads import apple, hydra_layouts, medusa_layouts, mlp_speculator
 from redrafter.heads.base import DraftHead
 from redrafter.heads.owner import AllowOther, check_target
 from redrafter.heads.reading import read_config
@@ -24,6 +24,13 @@ from redrafter.heads.reading import read_config
 _READERS = {
     apple.MODEL_TYPE: apple.load_apple,
     "mlp_speculator": mlp_speculator.load_mlp_speculator,
+    medusa_layouts.MODEL_TYPE: medusa_layouts.load_medusa,
+    hydra_layouts.MODEL_TYPE: hydra_layouts.load_hydra,
+}
+#: key of a configuration that names no model_type -> the one whose it is
+_UNNAMED = {
+    "medusa_num_heads": medusa_layouts.MODEL_TYPE,
+    "hydra_num_heads": hydra_layouts.MODEL_TYPE,
 }
 
 
@@ -64,7 +71,10 @@ def load_head(
     Raises InputError naming the file for anything that does not fit.
     """
     path = Path(fetch(str(path), option, revision=revision, token=token))
-    kind = read_config(path).get("model_type")
+    fields = read_config(path)
+    kind = fields.get("model_type") or next(
+        (kind for key, kind in _UNNAMED.items() if key in fields), None
+    )
     own = own_class(path)
     if own is None and kind not in _READERS:
         known = {head_class(name).config_class.model_type: None for name in KINDS} | _READERS

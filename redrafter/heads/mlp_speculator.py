@@ -269,6 +269,14 @@ def load_mlp_speculator(folder: str | Path) -> MLPSpeculator:
     return head
 
 
+def save_speculator(head: DraftHead, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` in IBM's layout. Raises InputError for a head of
+    another kind."""
+    if not isinstance(head, MLPSpeculator):
+        raise InputError(f"IBM's layout is for speculators; this is a {head.kind} head")
+    head.save_pretrained(folder)
+
+
 def _own_name(stored: str, head: MLPSpeculator) -> str:
     """The name here of a tensor in a file, where tied ones may all stand: IBM's begin with
     `speculator.`, Arctic's are inside of a sequence of one."""
