@@ -1,7 +1,9 @@
 """Every kind of heads by one contract: its maths, its loss, its trees and texts, its plan."""
 
 import itertools
+import re
 from dataclasses import fields as fields_of
+from pathlib import Path
 
 import pytest
 import torch
@@ -370,3 +372,26 @@ def test_a_plan_knows_what_a_level_reads(case):
         each = width * width + 2 * width + target.vocab_size * width
     borrowed = head.vocab_matrix().numel() if head.draws_on_target else 0
     assert level_bytes_read(head, target, depth) == 8 * (each + borrowed)
+
+
+DOC = Path(__file__).resolve().parent.parent / "docs/add-a-head.md"
+ROWS = re.findall(
+    r"^\| `(\w+)`(?:, (\w+) (\w+))? \| ([\d,]+)" + r" \| ([\d.]+)" * 3 + r" \|$",
+    DOC.read_text(), re.MULTILINE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(filter(None, row[:3])))
+def test_the_page_says_what_a_plan_gives(row, meta):
+    kind, option, value, *said = row
+    chosen = {} if not option else {option: {"true": True}.get(value, value)}
+    head = meta_head(HeadConfig(kind=kind, **chosen), meta)
+    found = memory.step_memory(head, meta, LossConfig(), OptimConfig())
+    weights = sum(p.numel() for p in head.parameters())
+    figures = [weights / 1e6, *(n / 1e9 for n in (found.gradients, found.loss.logits, found.peak))]
+    assert said == [f"{figures[0]:,.0f}", *(f"{figure:.2f}" for figure in figures[1:])]
+
+
+def test_the_page_is_short_and_has_every_kind():
+    assert len(DOC.read_text().splitlines()) < 150
+    assert {row[0] for row in ROWS} == set(KINDS)

@@ -197,14 +197,32 @@ class MLPSpeculator(DraftHead):
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
     ) -> Tensor:
         """s_level, (..., D); of sum_lstm (..., 2D), s beside m."""
-        if states is None:
-            states = context.to(self.speculator.head[0].weight.dtype)
-            if self.config.scale_input:
-                states = F.rms_norm(states, states.shape[-1:], eps=_EPS) / math.sqrt(2)
+        states = self._begun(context) if states is None else states
         if self.config.method == "sum_rnn":
-            summed = self._sum("proj", "emb", states, tokens, level)
-            return F.gelu(_of(self.speculator.ln, level)(summed))
+            return self._rnn(states, _of(self.speculator.emb, level)(tokens), level)
         return self._lstm(states, tokens, level)
+
+    def forward(self, context: Tensor, tokens: Tensor, target: Any) -> Tensor:
+        """As every head's; a table that all levels share is looked up once, as each lookup would
+        bring a gradient of the size of the table."""
+        if self.config.method != "sum_rnn" or not self.config.tie_weights:
+            return super().forward(context, tokens, target)
+        states, found = self._begun(context), []
+        for level, e in enumerate(self.speculator.emb[0](tokens).unbind(-2), start=1):
+            states = self._rnn(states, e, level)
+            found.append(states)
+        return torch.stack(found, dim=-2)
+
+    def _begun(self, context: Tensor) -> Tensor:
+        """s_0."""
+        states = context.to(self.speculator.head[0].weight.dtype)
+        if self.config.scale_input:
+            states = F.rms_norm(states, states.shape[-1:], eps=_EPS) / math.sqrt(2)
+        return states
+
+    def _rnn(self, states: Tensor, e: Tensor, level: int) -> Tensor:
+        summed = _of(self.speculator.proj, level)(states) + self.alpha * e
+        return F.gelu(_of(self.speculator.ln, level)(summed))
 
     def features(self, context: Tensor, states: Tensor, level: int = 1) -> Tensor:
         return states if self.config.method == "sum_rnn" else states.chunk(2, dim=-1)[0]
