@@ -33,8 +33,8 @@ class LoraSettings:
     dropout: float = 0.0
     """Share of their inputs dropped while training (not of the output matrix's)."""
     target_modules: tuple[str, ...] | None = None
-    """Names or ends of names of linear maps, e.g. [rnn_w, rnn_u, to_hidden]; none takes all: the
-    recurrence, the residual blocks, and the output matrix where it is the head's own."""
+    """Names or ends of names of linear maps, e.g. [rnn_w, rnn_u, to_hidden]; none takes all of
+    them, the output matrices too where they are the head's own."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "r")
