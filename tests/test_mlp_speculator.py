@@ -11,13 +11,14 @@ from models import VOCAB, prompts, settings, tiny
 from test_exactness import check
 from torch.nn import functional as F
 
-from redrafter.config import TreeConfig
+from redrafter.config import HeadConfig, TargetConfig, TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Partners, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.load import load_head, load_trainable
+from redrafter.heads.load import load_head, load_trainable, own_class
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
+from redrafter.planning.meta import MetaTarget, meta_head
 
 HIDDEN = 32
 
@@ -336,6 +337,14 @@ def test_it_is_written_in_ibms_layout(tmp_path, case):
     again = load_head(tmp_path / "ours")
     assert again.fingerprint() == head.fingerprint()
     assert (again.config.trained_depth, again.config.target_fingerprint) == (3, "whose")
+    assert own_class(tmp_path / "ours") is MLPSpeculator and own_class(tmp_path / "theirs") is None
+    tiny("llama").model.config.save_pretrained(tmp_path)
+    target = MetaTarget(TargetConfig(str(tmp_path), dtype="float64", device="cpu"))
+    for folder in ("ours", "theirs"):
+        planned = meta_head(HeadConfig(init_from=str(tmp_path / folder)), target)
+        assert {n: t.shape for n, t in planned.state_dict().items()} == {
+            n: t.shape for n, t in head.state_dict().items()
+        }
 
 
 def test_the_remedy_for_a_pickle_works(tmp_path, monkeypatch):

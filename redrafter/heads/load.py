@@ -40,11 +40,14 @@ def head_class(kind: str) -> type[DraftHead]:
 
 
 def own_class(folder: str | Path) -> type[DraftHead] | None:
-    """The class of a head in this library's layout; None for another one.
+    """The class of a head that this library wrote; None for another's.
 
     Raises InputError naming the file where there is no head.
     """
-    wanted = read_config(folder).get("model_type")
+    fields = read_config(folder)
+    wanted = fields.get("model_type")
+    if wanted in _READERS and "redrafter_version" not in fields:
+        return None  # in a layout that others write, too, with details of their own
     classes = (head_class(kind) for kind in KINDS)
     return next((cls for cls in classes if cls.config_class.model_type == wanted), None)
 
