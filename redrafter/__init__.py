@@ -22,6 +22,7 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "Target": "redrafter.targets.model",
     "load_target": "redrafter.targets.model",
+    "DraftHead": "redrafter.heads.base",
     "RecurrentHead": "redrafter.heads.recurrent",
     "RecurrentHeadConfig": "redrafter.heads.recurrent",
     "RecurrentDrafter": "redrafter.drafters.recurrent",

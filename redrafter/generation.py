@@ -26,7 +26,7 @@ from redrafter.drafters.build import MISSING, Resources, needs
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.drafting import Strategy, build_strategy, foreseen, parse_strategy
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.resources import gather
 from redrafter.targets.model import Target
 from redrafter.targets.text import continuation, encode, tokenizer_of
@@ -50,7 +50,7 @@ _ELSEWHERE = {
 def generate(
     target: Target,
     prompt: Text | Prompts | Messages | None = None,
-    head: RecurrentHead | str | Path | None = None,
+    head: DraftHead | str | Path | None = None,
     *,
     messages: Messages | None = None,
     draft: str | Drafter | Strategy | None = None,
@@ -134,7 +134,7 @@ def load_strategy(
     target: Target,
     draft: str | Drafter | Strategy | None = None,
     *,
-    head: RecurrentHead | str | Path | None = None,
+    head: DraftHead | str | Path | None = None,
     tree: TreeConfig | None = None,
     draft_model: Target | str | Path | None = None,
     bigrams: BigramTable | str | Path | None = None,

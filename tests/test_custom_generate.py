@@ -34,7 +34,7 @@ from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.model import Target
 
 LIBRARY = Path(redrafter.__file__).parent
-FILES = vendored_files()
+FILES = vendored_files("recurrent")
 SOURCES = {name: text for name, text in FILES.items() if name.endswith(".py")}
 COMMIT = "0123456789" * 4
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,9 @@ from redrafter.heads.apple import load_apple, save_apple
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.targets.adapters import WeightDigests
+
+#: a target whose "tokens" are embeddings already
+AS_IS = SimpleNamespace(embed=lambda embeddings: embeddings)
 
 
 class FakeTarget:
@@ -190,14 +194,14 @@ def test_any_leading_shape_and_the_whole_path_at_once(fields):
     head = RecurrentHead.for_target(target, **fields)
     c, embeddings = torch.randn(2, 3, 8), torch.randn(2, 3, 5, 8)
     by_step = run(head, c, embeddings.unbind(2))
-    whole = F.linear(head(c, embeddings), head.vocab_matrix())
+    whole = F.linear(head(c, embeddings, AS_IS), head.vocab_matrix())
     for k, logits in enumerate(by_step):
         torch.testing.assert_close(whole[:, :, k], logits, atol=1e-5, rtol=0)
         row = run(head, c[1, 2], embeddings[1, 2])[k]
         torch.testing.assert_close(row, logits[1, 2], atol=1e-5, rtol=0)
     later = embeddings.clone()
     later[:, :, 3] += 1
-    moved = F.linear(head(c, later), head.vocab_matrix())
+    moved = F.linear(head(c, later, AS_IS), head.vocab_matrix())
     assert torch.equal(moved[:, :, :3], whole[:, :, :3]), "a step saw a later embedding"
     assert not torch.allclose(moved[:, :, 4], whole[:, :, 4]), "the state was forgotten"
 

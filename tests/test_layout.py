@@ -224,6 +224,62 @@ def test_import_table():
     assert not forbidden_imports(ROOT / "redrafter")
 
 
+#: modules of the library that name one kind of heads, each with why
+NAME_A_KIND = {
+    "heads.apple": "a layout of one kind",
+    "heads.medusa_layouts": "likewise",
+    "heads.hydra_layouts": "likewise",
+    "export.layouts": "the one list of writers",
+    "heads.load": "the one list of readers",
+}
+
+
+def kinds_named(package: Path, kinds: set[str]) -> list[str]:
+    """`file:line` of every import of a kind of heads outside of its own module, and of every
+    `isinstance` that asks for one."""
+    found = []
+    for module, path in modules_of(package).items():
+        if module in {*NAME_A_KIND, *kinds}:
+            continue
+        place = path.relative_to(package.parent)
+        found += [
+            f"{place}:{line} imports {name}" for line, name in own_imports(path, package)
+            if any(f"{name}.".startswith(f"{kind}.") for kind in kinds)
+        ]  # fmt: skip
+        asked = [
+            node for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+        ]  # fmt: skip
+        found += [
+            f"{place}:{node.lineno} {ast.unparse(node)}" for node in asked
+            if re.search(r"RecurrentHead|Speculator|MedusaHead|HydraHead", ast.unparse(node))
+        ]  # fmt: skip
+    return found
+
+
+def test_no_kind_of_heads_is_named_outside_of_its_module():
+    """What works for one kind works for all: everything reads the contract, `heads/base.py`."""
+    from redrafter.config import KINDS
+
+    assert not kinds_named(ROOT / "redrafter", {f"heads.{kind}" for kind in KINDS})
+
+
+def test_a_named_kind_is_found(tmp_path):
+    package = tmp_path / "redrafter"
+    (package / "training").mkdir(parents=True)
+    (package / "training/bad.py").write_text(
+        "from redrafter.heads.recurrent import RecurrentHead\n"
+        "from redrafter.heads import base, recurrent\n"
+        "def f(head):\n"
+        "    return isinstance(head, (int, RecurrentHead))\n"
+    )
+    assert kinds_named(package, {"heads.recurrent"}) == [
+        "redrafter/training/bad.py:1 imports heads.recurrent.RecurrentHead",
+        "redrafter/training/bad.py:2 imports heads.recurrent",
+        "redrafter/training/bad.py:4 isinstance(head, (int, RecurrentHead))",
+    ]
+
+
 def test_no_circle_and_nothing_imports_upwards():
     assert not circles(ROOT / "redrafter")
     order = list(MAY_IMPORT)

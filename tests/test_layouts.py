@@ -250,11 +250,13 @@ def test_what_cannot_be_converted_is_said_before_anything_is_written(tmp_path, d
     assert "exists" in refused("--head", full, "--to", "redrafter", "--out", full)
     (tmp_path / "spec").mkdir()
     ibm = dict(model_type="mlp_speculator", vocab_size=48, emb_dim=32, inner_dim=8, n_predict=2)
-    weights = MLPSpeculator(SpeculatorConfig(48, 32, 8, 2)).state_dict()
+    weights = MLPSpeculator(SpeculatorConfig(
+        vocab_size=48, hidden_size=32, inner_dim=8, n_predict=2
+    )).state_dict()
     safetensors.torch.save_file(weights, tmp_path / "spec" / "model.safetensors")
     (tmp_path / "spec" / "config.json").write_text(json.dumps(ibm))
     message = refused("--head", f"{tmp_path}/spec", "--to", "apple", "--out", out)
-    assert "give a recurrent head" in message
+    assert "this is a mlp_speculator head" in message
 
 
 def test_shards_are_read_and_named(tmp_path):

@@ -11,13 +11,14 @@ from models import VOCAB, prompts, settings, tiny
 from test_exactness import check
 from torch.nn import functional as F
 
-from redrafter.config import TreeConfig
+from redrafter.config import HeadConfig, TargetConfig, TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.load import load_head, load_recurrent
+from redrafter.heads.load import load_head, load_trainable, own_class
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
+from redrafter.planning.meta import MetaTarget, meta_head
 
 HIDDEN = 32
 
@@ -186,16 +187,20 @@ def planted(target, rows, n=3):
     """A speculator that replays the target's own bigrams: s_k shows which token was read, and the
     output matrix what followed it in plain texts. Its state adds a little of everything."""
     torch.manual_seed(2)
-    head = MLPSpeculator(SpeculatorConfig(VOCAB, target.hidden_size, VOCAB, n)).double()
+    head = MLPSpeculator(
+        SpeculatorConfig(
+            vocab_size=VOCAB, hidden_size=target.hidden_size, inner_dim=VOCAB, n_predict=n
+        )
+    ).double()
     follows = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
     for text in rows:
         for before, after in itertools.pairwise(text):
             follows[after, before] += 1
     with torch.no_grad():
         for level in range(n):
-            head.emb[level].weight.copy_(torch.eye(VOCAB) * 4)
-            head.proj[level].weight.mul_(0.5)
-            head.head[level].weight.copy_(follows)
+            head.speculator.emb[level].weight.copy_(torch.eye(VOCAB) * 4)
+            head.speculator.proj[level].weight.mul_(0.5)
+            head.speculator.head[level].weight.copy_(follows)
     return head.eval()
 
 
@@ -255,7 +260,7 @@ def test_files_as_others_save_them(tmp_path):
     config = CASES["ibm-tied"]
     weights = {name: t.half() for name, t in their_weights(config).items()}
     head = load_head(save(tmp_path / "all", config, weights))
-    assert head.head[0].weight.dtype is torch.float16
+    assert head.speculator.head[0].weight.dtype is torch.float16
     once = {k: t for k, t in weights.items() if not k.endswith((".0.weight", ".0.bias"))}
     once["speculator.proj.0.weight"] = weights["speculator.proj.0.weight"]
     again = load_head(save(tmp_path / "once", config, once))
@@ -286,7 +291,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused("proj_dim is '12' and inner_dim 24", {**ARCTIC, "proj_dim": "12"})
     refused("sum_lstm has tied weights", {**CASES["arctic-lstm"], "tie_weights": False})
     fewer = {k: t for k, t in weights.items() if k != "speculator.ln.2.bias"}
-    refused(r"missing tensors \['ln.2.bias'\]", tensors=fewer)
+    refused(r"missing tensors \['speculator.ln.2.bias'\]", tensors=fewer)
     refused(r"unknown tensors \['speculator.more.0.weight'\]",
             tensors={**weights, "speculator.more.0.weight": torch.ones(1)})  # fmt: skip
     refused("speculator.proj.0.weight has shape", {**IBM, "emb_dim": 31})
@@ -298,9 +303,48 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_head(tmp_path)
 
 
-def test_it_is_not_trained(tmp_path):
-    with pytest.raises(InputError, match="neither be trained nor written"):
-        load_recurrent(save(tmp_path, IBM, their_weights(IBM)))
+def test_an_lstm_is_not_trained(tmp_path):
+    case = "arctic-lstm"
+    with pytest.raises(InputError, match=r"sum_lstm .* neither be trained nor written"):
+        load_trainable(save(tmp_path, CASES[case], their_weights(CASES[case])))
+
+
+@pytest.mark.parametrize("case", ["ibm", "ibm-tied", "arctic", "arctic-tied"])
+def test_it_is_written_in_ibms_layout(tmp_path, case):
+    """And is then what it was, to whoever reads that layout; ours knows its target, too."""
+    weights = their_weights(CASES[case])
+    head = load_trainable(save(tmp_path / "theirs", CASES[case], weights), tiny("llama"))
+    head.config.trained_depth = 3
+    head.config.target_fingerprint = "whose"
+    head.save_pretrained(tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {name: written[name] for name in IBM if name not in ("torch_dtype", "scale_input")} == {
+        name: value for name, value in {**IBM, "tie_weights": CASES[case]["tie_weights"]}.items()
+        if name not in ("torch_dtype", "scale_input")
+    }  # fmt: skip
+    assert written["scale_input"] == CASES[case]["scale_input"]
+    assert written["torch_dtype"] == "float64"
+    stored = safetensors.torch.load_file(tmp_path / "ours" / "model.safetensors")
+    plain = {name.removeprefix("speculator."): t for name, t in stored.items()}
+    assert all(name.startswith("speculator.") for name in stored)
+    for name, value in weights.items():
+        mine = name.removeprefix("speculator.")
+        kind, index, *_, end = mine.split(".")
+        kept = next(
+            t for i in (index, "1", "0") if (t := plain.get(f"{kind}.{i}.{end}")) is not None
+        )
+        assert torch.equal(kept, value)
+    again = load_head(tmp_path / "ours")
+    assert again.fingerprint() == head.fingerprint()
+    assert (again.config.trained_depth, again.config.target_fingerprint) == (3, "whose")
+    assert own_class(tmp_path / "ours") is MLPSpeculator and own_class(tmp_path / "theirs") is None
+    tiny("llama").model.config.save_pretrained(tmp_path)
+    target = MetaTarget(TargetConfig(str(tmp_path), dtype="float64", device="cpu"))
+    for folder in ("ours", "theirs"):
+        planned = meta_head(HeadConfig(init_from=str(tmp_path / folder)), target)
+        assert {n: t.shape for n, t in planned.state_dict().items()} == {
+            n: t.shape for n, t in head.state_dict().items()
+        }
 
 
 def test_the_remedy_for_a_pickle_works(tmp_path, monkeypatch):

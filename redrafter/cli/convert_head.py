@@ -1,4 +1,4 @@
-"""`scripts/convert_head.py`: a recurrent head in another layout."""
+"""`scripts/convert_head.py`: a head in another layout."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import ConvertConfig
 
 _DESCRIPTION = """\
-Write a recurrent draft head in another layout: Apple's (ml-recurrent-drafter) or this library's.
-Weights are copied, so logits stay what they are. For Apple's layout a scale of the embeddings is
-folded in, and the target's lm_head, where the head draws on it (head.output target), which needs
---target.path. It has no place for a pruned vocabulary, an input norm, a GRU or the paper's first
-state: such heads are refused.
+Write a draft head in another layout: Apple's (ml-recurrent-drafter), vLLM's Medusa, IBM's
+mlp_speculator, or this library's. Weights are copied, so logits stay what they are. A layout takes
+heads of its kind, and what it has no place for is refused: Apple's a pruned vocabulary, an input
+norm, a GRU or the paper's first state (a scale of the embeddings is folded in), vLLM's a pruned
+vocabulary. A head that draws on the target's lm_head (head.output target) needs --target.path.
 
   python scripts/convert_head.py --head runs/head --to apple --out runs/head-apple
   python scripts/convert_head.py --head runs/head --to redrafter --dtype bfloat16 --out runs/small \
       --target.path MODEL
+  python scripts/convert_head.py --head runs/medusa --to vllm-medusa --out runs/medusa-vllm
   python scripts/convert_head.py --head APPLE --to redrafter --out runs/head --target.path MODEL
 
-Reading needs no conversion: --head of every command takes Apple's folders too, and IBM's and
-Arctic's mlp_speculator heads.
+Reading needs no conversion: --head of every command takes Apple's folders too, IBM's and Arctic's
+mlp_speculator heads, Medusa's (FasterDecoding's and vLLM's) and Hydra's.
 """
 
 

@@ -1,4 +1,4 @@
-"""Command: fit a recurrent draft head to a frozen language model."""
+"""Command: fit a draft head to a frozen language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from redrafter.config import TrainConfig
 from redrafter.training.refusals import refuse
 
 _DESCRIPTION = """\
-Fit a ReDrafter head to a frozen language model, on the model's own answers to your prompts.
+Fit a draft head to a frozen language model, on the model's own answers to your prompts.
 
   accelerate launch train/redrafter.py --config configs/stories260k.yaml \
 --target.path MODEL --output_dir OUT
@@ -20,6 +20,11 @@ makes the answers and their hidden states (kept in OUT/data), trains on them, me
 step on held-out prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an
 interruption. On many processes (configs/accelerate says how to launch them) it learns the same,
 only sooner; any launch can go on from a checkpoint of any other.
+
+  accelerate launch train/redrafter.py ... --head.kind medusa
+
+trains another kind than ReDrafter's recurrent head from the same stores: medusa, hydra or
+mlp_speculator, each with options of its own (docs/add-a-head.md).
 
   accelerate launch train/redrafter.py --config configs/retune-lora.yaml \
 --target.path MODEL --head.init_from HEAD --output_dir OUT

@@ -33,6 +33,7 @@ from redrafter.config.evaluation import (
     SpeedConfig,
     VerifyConfig,
 )
+from redrafter.config.heads import KINDS, HeadConfig, LoraSettings
 from redrafter.config.hub import PushConfig
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
@@ -41,8 +42,6 @@ from redrafter.config.spec_bench import SpecBenchConfig
 from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
-    HeadConfig,
-    LoraSettings,
     LossConfig,
     OptimConfig,
     TrainConfig,
@@ -50,6 +49,7 @@ from redrafter.config.training import (
 )
 
 __all__ = [
+    "KINDS",
     "AcceptanceConfig",
     "AnswersConfig",
     "BigramsConfig",

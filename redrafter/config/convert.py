@@ -10,13 +10,14 @@ from redrafter.config.common import TargetConfig
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Write a recurrent draft head in another layout; its own layout is read off its folder."""
+    """Write a draft head in another layout; its own layout is read off its folder."""
 
     head: str
-    """Folder or Hub id of the head, in this library's layout or Apple's."""
-    to: Literal["apple", "redrafter"]
-    """Layout to write: `apple` is ml-recurrent-drafter's, which its code and TensorRT-LLM's
-    converter read; `redrafter` is this library's."""
+    """Folder or Hub id of the head, in any layout that can be read here."""
+    to: Literal["apple", "vllm-medusa", "mlp_speculator", "redrafter"]
+    """Layout to write: `apple` is ml-recurrent-drafter's, of recurrent heads, which its code and
+    TensorRT-LLM's converter read; `vllm-medusa` is that of vLLM's MedusaModel; `mlp_speculator` is
+    IBM's; `redrafter` is this library's."""
     out: str
     """Folder to write; it must not exist, or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -24,4 +25,5 @@ class ConvertConfig:
     and computes in float32 for a target that does."""
     target: TargetConfig | None = None
     """The target that the head was trained for: its sizes and fingerprint are compared with what
-    the head says, and `redrafter` records them (Apple's layout has no place for them)."""
+    the head says, and `redrafter` records them (Apple's and vLLM's layouts have no place for
+    them)."""

@@ -1,4 +1,4 @@
-"""`train/redrafter.py`: the head, the losses, the optimiser, what is measured meanwhile."""
+"""`train/redrafter.py`: the losses, the optimiser, what is measured meanwhile."""
 
 from __future__ import annotations
 
@@ -13,61 +13,7 @@ from redrafter.config.common import (
     check_temperatures,
 )
 from redrafter.config.data import DataConfig
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA on the head's linear maps; see `redrafter/heads/lora.py`."""
-
-    r: int = 16
-    """Rank of the added maps."""
-    alpha: float = 32.0
-    """They are added with the factor alpha / r."""
-    dropout: float = 0.0
-    """Share of their inputs dropped while training (not of the output matrix's)."""
-    target_modules: tuple[str, ...] | None = None
-    """Names or ends of names of linear maps, e.g. [rnn_w, rnn_u, to_hidden]; none takes all: the
-    recurrence, the residual blocks, and the output matrix where it is the head's own."""
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "r")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: {self.dropout} must lie in 0..1, below 1 (LoraSettings)")
-        if self.target_modules is not None and not self.target_modules:
-            raise ValueError("target_modules: name some, or none for all (LoraSettings)")
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """The recurrent head to train; see `redrafter/heads/recurrent.py`."""
-
-    init_from: str | None = None
-    """Folder of a head to go on from (ours or Apple's); it is not changed, and the fields below but
-    `lora` do nothing then."""
-    lora: LoraSettings | None = None
-    """Retune the head of `init_from` by LoRA, for a fine-tuned target or a new domain: only small
-    maps are trained and checkpointed, and merged into the head that is exported. None trains all
-    of it."""
-    num_draft_layers: int = 2
-    """Residual blocks."""
-    exit_dim: int | None = None
-    """E, width of the residual blocks; none is twice the target's hidden width."""
-    first_state: Literal["code", "paper"] = "code"
-    """s_1 = SiLU(W e_1 + b) as in Apple's code, or s_1 = e_1 as in the paper."""
-    cell: Literal["simple", "gru", "sum"] = "simple"
-    """The recurrence; `sum` adds up embeddings."""
-    embedding_scale: Literal["none", "rms"] = "rms"
-    """`rms` divides the frozen embeddings by their root mean square; learns faster."""
-    input_norm: bool = False
-    """RMSNorm on the concatenated hidden state and recurrent state."""
-    output: Literal["own", "target"] = "own"
-    """The matrix over the vocabulary: trained, or the target's lm_head behind a projection."""
-    draft_vocab_size: int | None = None
-    """Draft only this many tokens, the most frequent ones of the answers; none drafts all."""
-
-    def __post_init__(self) -> None:
-        if self.lora is not None and self.init_from is None:
-            raise ValueError("head.lora retunes a head: give head.init_from, the one to start from")
+from redrafter.config.heads import HeadConfig
 
 
 @dataclass(frozen=True)
@@ -154,7 +100,7 @@ class TrainEvalConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fit a recurrent draft head to a frozen language model."""
+    """Fit a draft head to a frozen language model."""
 
     target: TargetConfig
     """The frozen language model."""
@@ -186,3 +132,5 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "save_steps", "log_steps")
+        # Here, not in HeadConfig: of a field's default the parser would take values for given ones.
+        object.__setattr__(self, "head", self.head.resolved())

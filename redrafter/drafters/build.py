@@ -31,7 +31,7 @@ from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import ReferenceTexts, SuffixDrafter
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 
 
@@ -47,7 +47,7 @@ class Resources:
     tree: of a head whose name has no size
     """
 
-    head: RecurrentHead | None = None
+    head: DraftHead | None = None
     draft: Target | None = None
     bigrams: BigramTable | None = None
     probed: BigramTable | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.warp import score_dtype
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 
@@ -56,12 +56,11 @@ class Frontier(ABC):
 
 
 class HeadFrontier(Frontier):
-    """A recurrent head, or another that answers `RecurrentHead.read`: context is the target's
-    hidden state, tokens enter the recurrence."""
+    """A head of any kind: context is the target's hidden state, tokens are read level by level."""
 
     needs = frozenset({"hidden"})
 
-    def __init__(self, head: RecurrentHead, target: Target):
+    def __init__(self, head: DraftHead, target: Target):
         self.head, self.target = head, target
         self.vocab_size = target.vocab_size
         if head.max_depth is not None:

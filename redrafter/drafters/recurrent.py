@@ -1,4 +1,4 @@
-"""Drafting with a recurrent head: beams grown level by level, verified as one tree.
+"""Drafting with a head of any kind: beams grown level by level, verified as one tree.
 
 Scores are log-probabilities of the head, summed along the path. At temperature > 0 the verifier's
 own Gumbel noise is added first: the token that the target will pick at depth d is
@@ -22,14 +22,14 @@ from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.features import MODEL_FEATURES, model_features
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 
 
 class RecurrentDrafter(Drafter):
-    """W beams of depth K from a `RecurrentHead`, as a tree of one of `TreeConfig`'s shapes.
+    """W beams of depth K from a head, as a tree of one of `TreeConfig`'s shapes.
 
-    head: or an `MLPSpeculator`: anything that answers `RecurrentHead.read`
+    head: of any kind; it has its name from the first of them
     budget: chooses in every step how many of the W x K nodes are verified, the best ones, at most
         `tree.nodes`, and how many levels are drafted, at most K; instead of `tree.shape`
     """
@@ -39,7 +39,7 @@ class RecurrentDrafter(Drafter):
 
     def __init__(
         self,
-        head: RecurrentHead,
+        head: DraftHead,
         target: Target,
         tree: TreeConfig | None = None,
         budget: NodeBudget | None = None,
@@ -98,7 +98,7 @@ class RecurrentDrafter(Drafter):
             self.budget.start(self.seqs.live, self.max_nodes)
 
     def extend(self, level: int) -> None:
-        """One step of the recurrence over the frontier (B, w), then its best W children."""
+        """The head reads the frontier (B, w), of whose children the best W are kept."""
         if self._ended:
             return
         frontier = self.tokens[-1]

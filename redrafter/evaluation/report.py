@@ -103,7 +103,7 @@ def write_result(
 ) -> None:
     """Write a result beside everything that it depends on; nothing where `path` is None.
 
-    head: the RecurrentHead that was measured, if one was
+    head: the `DraftHead` that was measured, if one was
     """
     if path is None:
         return

@@ -6,7 +6,8 @@ only; an import of a package that is not installed is refused unless it stands i
 `generate_template.py` is taken as it is, and of the library each definition that it needs, with all
 that those need in turn: a file per module, `decode/tree.py` as `decode_tree.py`. Definitions are
 copied, never rewritten, but for their imports of each other. Classes of the library that only
-annotations name are left out, for no annotation is evaluated. Source: ours.
+annotations name are left out, for no annotation is evaluated. The template's `Head` is the class of
+the exported head's kind, so that no other kind travels along. Source: ours.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from redrafter import __version__
+from redrafter.contracts import InputError
 from redrafter.files import new_folder, write_text
+from redrafter.heads.load import head_class, own_class
 
 FOLDER = "custom_generate"
 _ROOT = Path(__file__).resolve().parent.parent
 _ENTRY = "export.generate_template"
+_HEAD = "Head"  # of the entry: stands for the class of the head's kind
 _NAMES = {_ENTRY: "generate", "": "version"}  # "": the package's own __init__
 _WIDTH = 100
 _REQUIREMENTS = "torch>=2.6\ntransformers>=5.20\nsafetensors>=0.5\n"
@@ -32,17 +36,25 @@ _HEADER = """\
 
 
 def write_custom_generate(folder: str | Path) -> Path:
-    """Write (or replace) `custom_generate/` in an exported head's folder. Returns its path."""
-    place = Path(folder) / FOLDER
+    """Write (or replace) `custom_generate/` in an exported head's folder. Returns its path.
+
+    Raises InputError where the folder holds no head of this library.
+    """
+    place, cls = Path(folder) / FOLDER, own_class(folder)
+    if cls is None:
+        raise InputError(
+            f"{folder}: its head is in another layout: convert it to `redrafter` first"
+        )
     with new_folder(place) as part:
-        for name, text in vendored_files().items():
+        for name, text in vendored_files(cls.kind).items():
             write_text(part / name, text)
     return place
 
 
-def vendored_files() -> dict[str, str]:
-    """File name -> text of all of `custom_generate/`."""
-    modules = _closure()
+def vendored_files(kind: str) -> dict[str, str]:
+    """File name -> text of all of `custom_generate/`, for a head of that kind."""
+    cls = head_class(kind)
+    modules = _closure((cls.__module__.removeprefix("redrafter."), cls.__name__))
     files = {f"{_flat(name)}.py": _text(module) for name, module in sorted(modules.items())}
     return {**files, "requirements.txt": _REQUIREMENTS}
 
@@ -76,8 +88,9 @@ def _path(name: str) -> Path:
     return stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
 
 
-def _closure() -> dict[str, _Module]:
-    """All modules with what `generate_template.py` needs of them marked."""
+def _closure(head: tuple[str, str]) -> dict[str, _Module]:
+    """All modules with what `generate_template.py` needs of them marked. head: module and name of
+    the class that it loads"""
     modules: dict[str, _Module] = {}
 
     def read(name: str) -> _Module:
@@ -119,6 +132,7 @@ def _closure() -> dict[str, _Module]:
         module.used |= named & module.foreign.keys()
 
     entry = read(_ENTRY)
+    entry.ours[_HEAD] = head
     for statements in entry.defined.values():
         for statement in statements:
             keep(entry, statement)

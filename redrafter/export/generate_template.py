@@ -45,8 +45,8 @@ from redrafter.decode.request import NOT_FINITE, not_finite
 from redrafter.decode.speculative import speculative
 from redrafter.decode.warp import without_padding
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.load import load_own
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead as Head  # an export has the class of its own kind here
+from redrafter.heads.load import given_to
 from redrafter.targets.model import Target
 
 #: arguments about downloads, which `generate` hands on as they are
@@ -147,7 +147,7 @@ class _Decoder:
         loaded = _load(model, self.source, self.hub, self.allow_other_target)
         target = loaded.target
         wanted, criteria, pad = _limits(config, stopping_criteria, input_ids, mask, target)
-        tree = self.tree or _usual_tree(rows, target.device)
+        tree = self.tree or _usual_tree(rows, target.device, loaded.head.max_depth)
         result = speculative(
             target, input_ids, wanted, attention_mask=mask, seeds=seeds, streamer=self.streamer,
             drafter=RecurrentDrafter(loaded.head, target, tree),
@@ -177,10 +177,12 @@ def _tree(fields: dict[str, Any]) -> TreeConfig:
         raise InputError(f"tree: {error}; its fields are width, depth, shape, nodes") from None
 
 
-def _usual_tree(rows: int, device: torch.device) -> TreeConfig:
-    if device.type != "cpu":
-        return TreeConfig()
-    return TreeConfig(width=2, depth=4) if rows == 1 else TreeConfig(width=1, depth=2)
+def _usual_tree(rows: int, device: torch.device, most: int | None) -> TreeConfig:
+    """most: levels that the head can draft; None: any"""
+    width, depth = TreeConfig.width, TreeConfig.depth
+    if device.type == "cpu":
+        width, depth = (2, 4) if rows == 1 else (1, 2)
+    return TreeConfig(width=width, depth=min(depth, most or depth))
 
 
 def _own_source() -> str:
@@ -292,7 +294,7 @@ class _Loaded:
     """Kept on the model from call to call; copies and pickles of the model go without it."""
 
     target: Target
-    head: RecurrentHead
+    head: Head
     key: tuple[Any, ...]
     place: int  # of the lm_head's values
 
@@ -330,7 +332,7 @@ def _load(model: Any, source: str, hub: dict[str, Any], allow: Any) -> _Loaded:
     for parameter in trainable:  # a target is frozen; the user's model is as it was
         parameter.requires_grad_(True)
     with torch.random.fork_rng(devices=[]):  # its tensors are drawn before they are read
-        head = load_own(folder, target, allow)
+        head = given_to(target, Head.load(folder), Path(folder), allow)
     place = target.lm_head_weight.data_ptr()
     model._draft_head = _Loaded(target, head, key, place)
     return model._draft_head

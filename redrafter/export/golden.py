@@ -30,8 +30,8 @@ from redrafter.drafters.build import Resources, build_drafter
 from redrafter.evaluation.lossless import RecordingDrafter, processed, ragged
 from redrafter.export.texts import describe_text
 from redrafter.files import digest_file, digest_json, versions, write_json, write_tensors
+from redrafter.heads.base import DraftHead
 from redrafter.heads.load import load_head
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.adapters import probe_tokens
 from redrafter.targets.devices import device_name
 from redrafter.targets.identity import target_identity
@@ -43,8 +43,7 @@ FORMAT = 1
 #: of the folder, what a head computes with and what users run; patterns
 FILES = ("config.json", "model.safetensors", "custom_generate/**/*.py")
 
-DRAFTER = "head:4x4"
-DEPTH = 4  # of the draft path, whose logits are kept
+WIDTH, DEPTH = 4, 4  # of the drafts, and of the draft path, whose logits are kept; at most
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 256, 16
 _POSITIONS = 4  # whose hidden states are kept, the last ones of every prompt
 _BEST, _SPREAD = 32, 96  # of the head's logits: the highest, and evenly spaced ones
@@ -119,23 +118,22 @@ def hidden_states(target: Target, prompts: Sequence[Sequence[int]], last: int) -
 
 
 def draft_logits(
-    head: RecurrentHead, target: Target, context: Tensor, path: Sequence[Sequence[int]]
+    head: DraftHead, target: Target, context: Tensor, path: Sequence[Sequence[int]]
 ) -> Tensor:
     """The head's logits along given paths. context: (P, H); path: P rows of K tokens.
 
     Returns (P, K, Vd); [:, k] is about depth k + 1.
     """
-    tokens = torch.tensor(path, device=target.device)
-    embedded = target.embed(tokens)
-    state, found = None, []
-    for e in embedded.unbind(1):
-        state = head.step(e, state)
-        found.append(head.logits(context, state))
+    tokens, context = torch.tensor(path, device=target.device), context[:, None]
+    states, found = None, []
+    for level, read in enumerate(tokens.unbind(1), start=1):
+        states, logits = head.read(target, read[:, None], context, states, level)
+        found.append(logits[:, 0])
     return torch.stack(found, 1)
 
 
 def decode(
-    head: RecurrentHead, target: Target, prompts: Sequence[Sequence[int]], how: dict[str, Any]
+    head: DraftHead, target: Target, prompts: Sequence[Sequence[int]], how: dict[str, Any]
 ) -> Decoded:
     """Decode all prompts as one batch. how: `drafter`, `temperature`, `seed` (of the first prompt;
     the i-th has i more) and `max_new_tokens`."""
@@ -163,7 +161,8 @@ def make_golden(
     head = load_head(folder, target)
     rows = choose_prompts(target, prompts)
     last = min(_POSITIONS, *map(len, rows))
-    settings = {"drafter": DRAFTER, "max_new_tokens": _NEW_TOKENS, "seed": 0}
+    depth = min(DEPTH, head.max_depth or DEPTH)
+    settings = {"drafter": f"head:{WIDTH}x{depth}", "max_new_tokens": _NEW_TOKENS, "seed": 0}
     decodes = {"greedy": {**settings, "temperature": 0.0},
                "sampled": {**settings, "temperature": 1.0}}  # fmt: skip
     found = {name: decode(head, target, rows, how) for name, how in decodes.items()}
@@ -171,7 +170,7 @@ def make_golden(
         made = found[name]
         how |= {"tokens": made.tokens, "finish": made.finish, "accepted": made.accepted,
                 "texts": text_of(target, made.tokens)}  # fmt: skip
-    path = [(row + [row[-1]] * DEPTH)[:DEPTH] for row in found["greedy"].tokens]
+    path = [(row + [row[-1]] * depth)[:depth] for row in found["greedy"].tokens]
     hidden = hidden_states(target, rows, last)
     tensors = {"hidden": hidden, **_sampled_logits(draft_logits(head, target, hidden[:, -1], path))}
     for name, made in found.items():

@@ -1,4 +1,4 @@
-"""Recurrent heads from one layout to another."""
+"""Heads from one layout to another."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ from redrafter.contracts import InputError
 from redrafter.export.complete import complete
 from redrafter.files import new_folder, provenance, write_json
 from redrafter.heads.apple import save_apple
-from redrafter.heads.load import load_recurrent
+from redrafter.heads.base import DraftHead
+from redrafter.heads.load import load_trainable
+from redrafter.heads.medusa_layouts import save_vllm_medusa
+from redrafter.heads.mlp_speculator import save_speculator
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead
+
+#: layout of another project -> what writes a head in it
+WRITERS = {
+    "apple": save_apple,
+    "vllm-medusa": save_vllm_medusa,
+    "mlp_speculator": save_speculator,
+}
 
 
 def convert(
     head: str | Path, to: str, out: str | Path, target: Any = None, dtype: str | None = None
-) -> RecurrentHead:
-    """Write the head of a folder in the layout `to` ("apple" or "redrafter") as the folder `out`.
+) -> DraftHead:
+    """Write the head of a folder in the layout `to` ("redrafter", or one of `WRITERS`) as the
+    folder `out`.
 
     dtype: of the weights that are written; None leaves them
     target: the one it was trained for; "redrafter" records it, so that another one is refused
@@ -31,19 +41,19 @@ def convert(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
-    read = load_recurrent(head, target)
-    if to == "apple" and read.draws_on_target and target is None:
+    read = load_trainable(head, target)
+    if to != "redrafter" and read.draws_on_target and target is None:
         raise InputError(
-            f"{head}: this head draws on the target's lm_head, and Apple's layout has it in the "
+            f"{head}: this head draws on the target's lm_head, and the layout {to} has it in the "
             "head: give --target.path"
         )
-    stored = next(load_recurrent(head).parameters()).dtype
+    stored = next(load_trainable(head).parameters()).dtype
     read = read.to(stored if dtype is None else getattr(torch, dtype))
     if not all(bool(p.isfinite().all()) for p in read.parameters()):
         raise InputError(f"dtype: {head} has weights beyond the range of {dtype}: take bfloat16")
     with new_folder(out) as part:
-        if to == "apple":
-            save_apple(read, part)
+        if to in WRITERS:
+            WRITERS[to](read, part)
         else:
             if target is not None:
                 belong_to(read, target)

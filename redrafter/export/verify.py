@@ -49,8 +49,8 @@ from redrafter.export.golden import (
 from redrafter.export.rounding import rounding
 from redrafter.export.texts import template_fault, tokenizer_fault
 from redrafter.export.verify_decode import check_decodes
+from redrafter.heads.base import DraftHead
 from redrafter.heads.load import load_head
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.model import Target
 
 NAMES = (
@@ -137,9 +137,7 @@ def _text_checks(target: Target, facts: dict[str, Any]) -> list[Check]:
     ]
 
 
-def _load(
-    folder: Path, target: Target, same_target: Check
-) -> tuple[RecurrentHead | None, str | None]:
+def _load(folder: Path, target: Target, same_target: Check) -> tuple[DraftHead | None, str | None]:
     """The head, or why it cannot be loaded."""
     try:
         return load_head(folder, target if same_target.passed else None, True), None
@@ -148,7 +146,7 @@ def _load(
 
 
 def _dtype_check(
-    target: Target, head: RecurrentHead | None, facts: dict[str, Any], reason: str | None
+    target: Target, head: DraftHead | None, facts: dict[str, Any], reason: str | None
 ) -> Check:
     then, wrong = facts["target"]["dtype"], []
     if (here := dtype_name(target.dtype)) != then:
@@ -195,7 +193,7 @@ def _hidden_check(target: Target, golden: Golden) -> Check:
     )  # fmt: skip
 
 
-def _draft_check(head: RecurrentHead, target: Target, golden: Golden) -> tuple[Check, float]:
+def _draft_check(head: DraftHead, target: Target, golden: Golden) -> tuple[Check, float]:
     """The check, and how far a draft's scores may drift: by rounding in the head, and by what
     rounding in the target makes of them."""
     path, stored = golden.facts["path"], golden.tensors

@@ -16,7 +16,7 @@ from redrafter.data.answers import generation_config
 from redrafter.evaluation.lossless import reference
 from redrafter.export.golden import Decoded, Golden, decode, text_of
 from redrafter.export.rounding import rounding
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 
 Tree = tuple[Tensor, Tensor, Tensor]
@@ -64,7 +64,7 @@ class _Found:
 
 
 def check_decodes(
-    head: RecurrentHead, target: Target, golden: Golden, drift: float
+    head: DraftHead, target: Target, golden: Golden, drift: float
 ) -> tuple[Outcome, Outcome]:
     """(accepted, text). drift: how far a drafted token's score may be off by rounding"""
     accepted, text = _Found(), _Found()

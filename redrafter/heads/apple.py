@@ -16,8 +16,9 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.files import write_json, write_tensors
+from redrafter.heads.base import DraftHead
 from redrafter.heads.reading import read_config, with_weights
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, check_config
+from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 
@@ -36,17 +37,19 @@ def load_apple(folder: str | Path) -> RecurrentHead:
         **{name: fields[name] for name in wanted},
         cell="simple" if fields.get("rnn", False) else "sum",
     )
-    check_config(config, str(file))
+    config.check(str(file))
     return with_weights(RecurrentHead(config), folder)
 
 
-def save_apple(head: RecurrentHead, folder: str | Path) -> None:
+def save_apple(head: DraftHead, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` as Apple's code reads them.
 
     A head that draws on the target's lm_head must be bound to it: the matrix behind its last map is
     multiplied out, (V, H) x (H, E), and is from then on the head's own.
     Raises InputError naming what their format cannot express.
     """
+    if not isinstance(head, RecurrentHead):
+        raise InputError(f"Apple's format is for recurrent heads; this is a {head.kind} head")
     config = head.config
     foreign = {
         "first_state": config.first_state == "code" or config.cell == "sum",

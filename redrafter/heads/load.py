@@ -1,21 +1,55 @@
 """The one list of what can be loaded as a draft head, told apart by its `config.json`.
 
-`load_own` knows this library's own layout alone, so that what travels with an export
-(`custom_generate/`) takes none of the other layouts along.
+A kind of this library lies in the module of its name, which calls its class HEAD; `config.KINDS`
+names them all. `given_to` knows of no kind, so that what travels with an export
+(`custom_generate/`) takes its own kind along and no other.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from redrafter.config import KINDS
 from redrafter.contracts import InputError
 from redrafter.fetch import fetch
-from redrafter.heads.apple import load_apple
-from redrafter.heads.mlp_speculator import load_mlp_speculator
+from redrafter.heads import apple, hydra_layouts, medusa_layouts, mlp_speculator
+from redrafter.heads.base import DraftHead
 from redrafter.heads.owner import AllowOther, check_target
-from redrafter.heads.reading import read_config, with_weights
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig, check_config
+from redrafter.heads.reading import read_config
+
+#: model_type of another project's layout -> its reader; a speculator's is written here, too, but
+#: what others write differs in details
+_READERS = {
+    apple.MODEL_TYPE: apple.load_apple,
+    "mlp_speculator": mlp_speculator.load_mlp_speculator,
+    medusa_layouts.MODEL_TYPE: medusa_layouts.load_medusa,
+    hydra_layouts.MODEL_TYPE: hydra_layouts.load_hydra,
+}
+#: key of a configuration that names no model_type -> the one whose it is
+_UNNAMED = {
+    "medusa_num_heads": medusa_layouts.MODEL_TYPE,
+    "hydra_num_heads": hydra_layouts.MODEL_TYPE,
+}
+
+
+def head_class(kind: str) -> type[DraftHead]:
+    """The class of a kind of heads, one of `config.KINDS`."""
+    return import_module(f"redrafter.heads.{kind}").HEAD
+
+
+def own_class(folder: str | Path) -> type[DraftHead] | None:
+    """The class of a head that this library wrote; None for another's.
+
+    Raises InputError naming the file where there is no head.
+    """
+    fields = read_config(folder)
+    wanted = fields.get("model_type")
+    if wanted in _READERS and "redrafter_version" not in fields:
+        return None  # in a layout that others write, too, with details of their own
+    classes = (head_class(kind) for kind in KINDS)
+    return next((cls for cls in classes if cls.config_class.model_type == wanted), None)
 
 
 def load_head(
@@ -26,7 +60,7 @@ def load_head(
     revision: str | None = None,
     token: str | bool | None = None,
     option: str = "head",
-) -> Any:
+) -> DraftHead:
     """Read a head from a folder or the Hub (`owner/name`, `owner/name@revision`), told apart by its
     `config.json`; nothing is unpickled. A Hub repository is fetched whole: what was trained for the
     head (disco/) and measured on it (profiles/) comes with it.
@@ -37,34 +71,26 @@ def load_head(
         recorded in training: a base merged with its adapter); True takes any
     revision, token: of a head on the Hub; token None is the usual one (HF_TOKEN, or a login)
     option: what the path was given for, for messages
-    Returns a RecurrentHead (ours or Apple's), or an MLPSpeculator (IBM's or Arctic's), which drafts
-    alike but is not trained here.
     Raises InputError naming the file for anything that does not fit.
     """
     path = Path(fetch(str(path), option, revision=revision, token=token))
     fields = read_config(path)
-    loaders = {
-        RecurrentHeadConfig.model_type: _load_own,
-        "recurrent_drafting_drafter": load_apple,
-        "mlp_speculator": load_mlp_speculator,
-    }
-    kind = fields.get("model_type")
-    if kind not in loaders:
+    kind = fields.get("model_type") or next(
+        (kind for key, kind in _UNNAMED.items() if key in fields), None
+    )
+    own = own_class(path)
+    if own is None and kind not in _READERS:
+        known = {head_class(name).config_class.model_type: None for name in KINDS} | _READERS
         raise InputError(
             f"{path / 'config.json'}: model_type {kind!r} is no draft head known here "
-            f"({', '.join(loaders)})"
+            f"({', '.join(known)})"
         )
-    return _given_to(target, loaders[kind](path), path, allow_other_target)
+    reader = _READERS.get(kind) or own.load
+    return given_to(target, reader(path), path, allow_other_target)
 
 
-def load_own(
-    folder: str | Path, target: Any = None, allow_other_target: AllowOther = False
-) -> RecurrentHead:
-    """`load_head` of a local folder of this library's own layout."""
-    return _given_to(target, _load_own(Path(folder)), Path(folder), allow_other_target)
-
-
-def _given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
+def given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther) -> Any:
+    """A head that was read from `path`, ready to draft for a target; see `load_head`."""
     if target is not None:
         check_target(head, target, path, allow_other_target)
         head = _computable(head.to(target.device), target).bind(target)
@@ -79,26 +105,20 @@ def _computable(head: Any, target: Any) -> Any:
     return head.float() if widths[0] < 4 <= widths[1] else head
 
 
-def load_recurrent(
+def load_trainable(
     path: str | Path,
     target: Any = None,
     allow_other_target: AllowOther = False,
     option: str = "head",
-) -> RecurrentHead:
+) -> DraftHead:
     """`load_head` for whoever goes on training the head, or writes it in another layout.
 
-    Raises InputError for a head that is not recurrent, too.
+    Raises InputError for a head of which only drafting is known, too.
     """
     head = load_head(path, target, allow_other_target, option=option)
-    if not isinstance(head, RecurrentHead):
+    if head.only_drafts:
         raise InputError(
-            f"{path}: a {type(head).__name__} can draft here, but neither be trained nor written; "
-            "give a recurrent head (ours or Apple's)"
+            f"{path}: {head.only_drafts} can draft here, but neither be trained nor written; give "
+            f"another head"
         )
     return head
-
-
-def _load_own(path: Path) -> RecurrentHead:
-    config = RecurrentHeadConfig.from_dict(read_config(path))
-    check_config(config, str(path / "config.json"))
-    return with_weights(RecurrentHead(config), path)

@@ -4,11 +4,11 @@
     save / load             as an adapter: adapter_config.json, adapter_model.safetensors
     merged(head)            a plain head with the maps added in: what is measured and exported
 
-Every `nn.Linear` of the head can be adapted: the recurrence (rnn_w, rnn_u), the residual blocks,
-the maps between widths, and the output matrix, where it is the head's own. That one is never
-called but read as a matrix (chunked loss), so the head's `vocab_matrix` adds its W + s B A: a
-gradient of the size of W is there during a step, as without LoRA; AdamW's averages and checkpoints
-are small. `dropout` does not reach it. Not adapted: a GRU cell (no linear layer), norms, biases,
+Every `nn.Linear` of the head can be adapted: a recurrence (rnn_w, rnn_u), the residual blocks, the
+maps between widths, and the output matrices, where they are the head's own. Those are never called
+but read as matrices (chunked loss), so the head's `vocab_matrix` adds its W + s B A: a gradient of
+the size of W is there during a step, as without LoRA; AdamW's averages and checkpoints are small.
+`dropout` does not reach them. Not adapted: a GRU cell (no linear layer), embeddings, norms, biases,
 and an output matrix that is the target's.
 """
 
@@ -50,9 +50,7 @@ def inject(head: PreTrainedModel, settings: LoraSettings, start: str | Path) -> 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise InputError(
-            "head.lora needs peft, which is not installed: pip install peft"
-        ) from None
+        raise InputError("head.lora needs peft, which is not installed: pip install peft") from None
     linear = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)]
     chosen = _chosen(linear, settings.target_modules)
     config = LoraConfig(
@@ -108,7 +106,7 @@ def merged(head: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):  # no random numbers are drawn: a training goes on unmoved
         plain = type(head)(head.config)
     plain.load_state_dict(tensors, assign=True)
-    plain._frozen_matrix = head._frozen_matrix
+    plain._frozen_matrix = head._frozen_matrix  # bound as the other is
     return plain.eval()
 
 

@@ -1,4 +1,4 @@
-"""IBM's and Arctic's speculators (`model_type` mlp_speculator), as drafters.
+"""The MLP speculator: IBM's, trained and written in IBM's layout, and Arctic's, as a drafter.
 
     s_0 = c, or c / (sqrt(2) rms(c)) with scale_input
     s_k = GELU(norm_k(P_k s_{k-1} + a E_k[t_k]))            sum_rnn (IBM's, and Arctic's default)
@@ -8,18 +8,20 @@
     m_k = f m_{k-1} + i GELU(norm_c(P^c_k s_{k-1} + a E^c[t_k])),  m_0 = 0
     s_k = o GELU(norm_s(m_k))
 
-c = h_t is the hidden state that feeds the target's lm_head, t_1 the token that it predicted: as in
-`heads/recurrent.py`, (h_t, t_1) first predicts token t+2. The embeddings E are the speculator's
-own. norm(x) = w x / sqrt(mean(x^2) + 1e-6) + b. With n = n_predict and D = the inner width,
-a = sqrt((1 - v^2) D / 2) / v where v = 0.5^(0.5 / n). Every level k has its own matrices, or, with
-tie_weights, all share them but P_1. Depths beyond n were never trained and are not drafted.
+c = h_t is the hidden state that feeds the target's lm_head, t_1 the token that it predicted,
+aligned as in `heads/base.py`. The embeddings E are the speculator's own. norm(x) = w x /
+sqrt(mean(x^2) + 1e-6) + b. With n = n_predict and D = the inner width, a = sqrt((1 - v^2) D / 2) /
+v where v = 0.5^(0.5 / n). Every level k has its own matrices, or, with tie_weights, all share them
+but P_1. Depths beyond n were never trained and are not drafted.
+Parameters of sum_rnn: H D + (n-1) D^2 + n (2 V D + 2 D); tied, H D + D^2 + 2 V D + 2 D.
 
 Sources: arXiv 2404.19124; foundation-model-stack/fms-extras, models/speculator.py (training);
 vllm-project/vllm, model_executor/models/mlp_speculator.py (tensor names, the form with a above);
 snowflakedb/ArcticTraining, projects/mlp_speculator and arctic_lstm_speculator, and
 snowflakedb/ArcticInference, vllm/spec_dec/arctic_speculator.py (sum_lstm, Arctic's names).
+A new head begins as fms-extras' does: matrices normal with deviation 1 / sqrt(D), norms 1 and 0.
 Refused: embeddings and projections of several layers (Arctic's "4096.4096"), which no published
-configuration uses, and weights that only a pickle holds.
+configuration uses, weights that only a pickle holds, and training a sum_lstm.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +37,73 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redrafter.contracts import InputError
-from redrafter.files import digest_weights
+from redrafter.files import digest_weights, write_json
+from redrafter.heads.base import DraftHead, DraftHeadConfig
 from redrafter.heads.reading import read_config, read_tensors, stored_shapes, weight_files
 
+#: fields of all our heads that their files have no place for
+OWN_FIELDS = (
+    "target_fingerprint", "target_name", "target_base", "target_adapter", "target_probe",
+    "trained_depth", "redrafter_version",
+)  # fmt: skip
 _EPS = 1e-6
 _GATES = ("forget", "input", "output", "cell")
 
 
-@dataclass(frozen=True)
-class SpeculatorConfig:
-    """What a speculator's `config.json` says, and what a target is compared with.
+class SpeculatorConfig(DraftHeadConfig):
+    """What a speculator is made of, beside what all heads say (`DraftHeadConfig`); `config.json`
+    has IBM's keys, and this library's own beside them.
 
-    hidden_size: H, of the target (emb_dim; Arctic: input_hidden_dim); inner_dim: D
-    n_predict: levels; tie_lstm_embs: the four gates share one embedding
-    The rest is as in `RecurrentHeadConfig`; whose head it is, their files do not say.
+    inner_dim: D (None or 0 = H); n_predict: levels
+    tie_weights, scale_input, method: see the module's docstring
+    tie_lstm_embs: the four gates of sum_lstm share one embedding
     """
 
-    vocab_size: int
-    hidden_size: int
-    inner_dim: int
-    n_predict: int
-    method: str = "sum_rnn"
+    model_type = "mlp_speculator"
+    choices = {"method": ("sum_rnn", "sum_lstm")}  # noqa: RUF012
+    least = {"inner_dim": 1, "n_predict": 1}  # noqa: RUF012
+
+    inner_dim: int | None = None
+    n_predict: int = 3
     tie_weights: bool = False
-    tie_lstm_embs: bool = False
     scale_input: bool = False
-    draft_vocab_size: int | None = None
-    target_fingerprint: str = ""
-    target_name: str = ""
-    target_base: str = ""
-    target_adapter: str = ""
-    target_probe: None = None
+    method: str = "sum_rnn"
+    tie_lstm_embs: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.inner_dim = self.inner_dim or self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def check(self, where: str = "head config") -> None:
+        super().check(where)
+        if self.draft_vocab_size is not None:
+            raise InputError(f"{where}: draft_vocab_size: a speculator drafts the whole vocabulary")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SpeculatorConfig:
+        fields = dict(config_dict)
+        if "emb_dim" in fields:
+            fields["hidden_size"] = fields.pop("emb_dim")
+        return super().from_dict(fields, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `config.json`. Levels of the candidate tree are asked for by IBM's own decoder."""
+        own = {name: getattr(self, name) for name in OWN_FIELDS}
+        n = self.n_predict
+        theirs = {
+            "architectures": ["MLPSpeculatorPreTrainedModel"],
+            "emb_dim": self.hidden_size,
+            "inner_dim": self.inner_dim,
+            "model_type": self.model_type,
+            "n_candidates": 5,
+            "n_predict": n,
+            "scale_input": self.scale_input,
+            "tie_weights": self.tie_weights,
+            "top_k_tokens_per_head": [max(2, 5 - level) for level in range(n)],
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "vocab_size": self.vocab_size,
+        }
+        write_json(Path(save_directory) / "config.json", theirs | own)
 
 
 class Norm(nn.Module):
@@ -79,12 +117,12 @@ class Norm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, _EPS) + self.bias
 
 
-class MLPSpeculator(nn.Module):
-    """See the module's docstring. Lists have one entry per level, or fewer where they are tied."""
+class Levels(nn.Module):
+    """The maps of all levels, by IBM's names: lists with one entry per level, or fewer where they
+    are tied."""
 
     def __init__(self, config: SpeculatorConfig) -> None:
         super().__init__()
-        self.config = config
         hidden, width, n = config.hidden_size, config.inner_dim, config.n_predict
         own = 1 if config.tie_weights else n
 
@@ -110,51 +148,90 @@ class MLPSpeculator(nn.Module):
         self.head = nn.ModuleList(
             nn.Linear(width, config.vocab_size, bias=False) for _ in range(own)
         )
-        state_weight = 0.5 ** (0.5 / n)
-        self.alpha = math.sqrt((1 - state_weight**2) * width / 2) / state_weight
+
+
+class MLPSpeculator(DraftHead):
+    """See the module's docstring."""
+
+    config_class = SpeculatorConfig
+    kind = "mlp_speculator"
+    paper = ("IBM's MLP speculator", "2404.19124")
+    depth_field = "n_predict"
+    smaller = "head.tie_weights true, or a smaller head.inner_dim"
+
+    def __init__(self, config: SpeculatorConfig) -> None:
+        super().__init__(config)
+        self.speculator = Levels(config)
+        state_weight = 0.5 ** (0.5 / config.n_predict)
+        self.alpha = math.sqrt((1 - state_weight**2) * config.inner_dim / 2) / state_weight
+        self.post_init()
+
+    @torch.no_grad()
+    def begin(self, target: Any) -> None:
+        for module in self.speculator.modules():
+            if isinstance(module, (nn.Embedding, nn.Linear)):
+                module.weight.normal_(0.0, 1.0 / math.sqrt(self.config.inner_dim))
 
     @property
-    def max_depth(self) -> int:
-        """Levels that it can draft."""
-        return self.config.n_predict
+    def only_drafts(self) -> str | None:
+        if self.config.method == "sum_rnn":
+            return None
+        return f"a speculator of the method {self.config.method} (trained here: sum_rnn)"
 
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.config.vocab_size
+    def output_layer(self, level: int = 1) -> nn.Linear:
+        return _of(self.speculator.head, level)
 
-    def to_vocab_ids(self, draft_ids: Tensor) -> Tensor:
-        return draft_ids
-
-    def bind(self, target: Any) -> MLPSpeculator:
-        """It borrows nothing from the target."""
-        return self
+    def summary(self) -> str:
+        config = self.config
+        weights = "tied weights" if config.tie_weights else "weights of each level"
+        return f"{config.n_predict} levels of width {config.inner_dim}, {weights}"
 
     def fingerprint(self) -> str:
-        """16 hex digits over its weights."""
+        """16 hex digits over its weights; in either layout, with and without IBM's prefix, the
+        same."""
         if not hasattr(self, "_fingerprint"):
-            self._fingerprint = digest_weights(self.state_dict().items())
+            self._fingerprint = digest_weights(self.speculator.state_dict().items())
         return self._fingerprint
 
-    def read(
+    def advance(
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
-    ) -> tuple[Tensor, Tensor]:
-        """As `RecurrentHead.read`; states: (B, w, D), of sum_lstm (B, w, 2D), s beside m."""
-        if states is None:
-            states = context.to(self.head[0].weight.dtype)
-            if self.config.scale_input:
-                states = F.rms_norm(states, states.shape[-1:], eps=_EPS) / math.sqrt(2)
+    ) -> Tensor:
+        """s_level, (..., D); of sum_lstm (..., 2D), s beside m."""
+        states = self._begun(context) if states is None else states
         if self.config.method == "sum_rnn":
-            summed = self._sum("proj", "emb", states, tokens, level)
-            states = seen = F.gelu(_of(self.ln, level)(summed))
-        else:
-            states, seen = self._lstm(states, tokens, level)
-        return states, _of(self.head, level)(seen)
+            return self._rnn(states, _of(self.speculator.emb, level)(tokens), level)
+        return self._lstm(states, tokens, level)
+
+    def forward(self, context: Tensor, tokens: Tensor, target: Any) -> Tensor:
+        """As every head's; a table that all levels share is looked up once, as each lookup would
+        bring a gradient of the size of the table."""
+        if self.config.method != "sum_rnn" or not self.config.tie_weights:
+            return super().forward(context, tokens, target)
+        states, found = self._begun(context), []
+        for level, e in enumerate(self.speculator.emb[0](tokens).unbind(-2), start=1):
+            states = self._rnn(states, e, level)
+            found.append(states)
+        return torch.stack(found, dim=-2)
+
+    def _begun(self, context: Tensor) -> Tensor:
+        """s_0."""
+        states = context.to(self.speculator.head[0].weight.dtype)
+        if self.config.scale_input:
+            states = F.rms_norm(states, states.shape[-1:], eps=_EPS) / math.sqrt(2)
+        return states
+
+    def _rnn(self, states: Tensor, e: Tensor, level: int) -> Tensor:
+        summed = _of(self.speculator.proj, level)(states) + self.alpha * e
+        return F.gelu(_of(self.speculator.ln, level)(summed))
+
+    def features(self, context: Tensor, states: Tensor, level: int = 1) -> Tensor:
+        return states if self.config.method == "sum_rnn" else states.chunk(2, dim=-1)[0]
 
     def _sum(self, proj: str, emb: str, states: Tensor, tokens: Tensor, level: int) -> Tensor:
-        z = _of(getattr(self, emb), level)(tokens)
-        return _of(getattr(self, proj), level)(states) + self.alpha * z
+        z = _of(getattr(self.speculator, emb), level)(tokens)
+        return _of(getattr(self.speculator, proj), level)(states) + self.alpha * z
 
-    def _lstm(self, states: Tensor, tokens: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    def _lstm(self, states: Tensor, tokens: Tensor, level: int) -> Tensor:
         memory = None
         if level > 1:
             states, memory = states.chunk(2, dim=-1)
@@ -162,16 +239,19 @@ class MLPSpeculator(nn.Module):
         for gate in _GATES:
             emb = "forget" if self.config.tie_lstm_embs else gate
             x[gate] = self._sum(f"{gate}_proj", f"{emb}_emb", states, tokens, level)
-        new = x["input"].sigmoid() * F.gelu(_of(self.cell_ln, level)(x["cell"]))
+        new = x["input"].sigmoid() * F.gelu(_of(self.speculator.cell_ln, level)(x["cell"]))
         if memory is not None:
             new = new + x["forget"].sigmoid() * memory
-        seen = x["output"].sigmoid() * F.gelu(_of(self.state_ln, level)(new))
-        return torch.cat((seen, new), dim=-1), seen
+        seen = x["output"].sigmoid() * F.gelu(_of(self.speculator.state_ln, level)(new))
+        return torch.cat((seen, new), dim=-1)
 
 
 def _of(modules: nn.ModuleList, level: int) -> nn.Module:
     """The module of a level (1, 2, ...): its own, or the last one, which the others share."""
     return modules[min(level, len(modules)) - 1]
+
+
+HEAD = MLPSpeculator
 
 
 def load_mlp_speculator(folder: str | Path) -> MLPSpeculator:
@@ -201,8 +281,18 @@ def load_mlp_speculator(folder: str | Path) -> MLPSpeculator:
             raise InputError(
                 f"{folder}: {', '.join(copies)} differ, but config.json says that they are tied"
             )
-    head.load_state_dict({name: tensors[names[name][0]] for name in own}, assign=True)
-    return head.requires_grad_(False)
+    # Copies: files are mapped, and whoever goes on training changes weights in place.
+    weights = {name: tensors[names[name][0]].clone() for name in own}
+    head.load_state_dict(weights, assign=True)
+    return head
+
+
+def save_speculator(head: DraftHead, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` in IBM's layout. Raises InputError for a head of
+    another kind."""
+    if not isinstance(head, MLPSpeculator):
+        raise InputError(f"IBM's layout is for speculators; this is a {head.kind} head")
+    head.save_pretrained(folder)
 
 
 def _own_name(stored: str, head: MLPSpeculator) -> str:
@@ -215,12 +305,12 @@ def _own_name(stored: str, head: MLPSpeculator) -> str:
     kind, index, end = found[1], int(found[2]), found[3]
     if head.config.tie_lstm_embs and kind in [f"{gate}_emb" for gate in _GATES]:
         kind = "forget_emb"
-    modules = getattr(head, kind, None)
+    modules = getattr(head.speculator, kind, None)
     if not isinstance(modules, nn.ModuleList) or index >= head.config.n_predict:
         return stored
     if head.config.tie_weights:
         index = min(index, len(modules) - 1)
-    return f"{kind}.{index}.{end}"
+    return f"speculator.{kind}.{index}.{end}"
 
 
 def parse_config(fields: dict[str, Any], file: Path) -> SpeculatorConfig:
@@ -259,6 +349,7 @@ def parse_config(fields: dict[str, Any], file: Path) -> SpeculatorConfig:
     else:
         hidden = number("emb_dim")
         inner = (number("inner_dim", least=0) if "inner_dim" in fields else 0) or hidden
+    own = {name: fields[name] for name in OWN_FIELDS if name in fields}
     config = SpeculatorConfig(
         vocab_size=number("vocab_size"),
         hidden_size=hidden,
@@ -268,7 +359,7 @@ def parse_config(fields: dict[str, Any], file: Path) -> SpeculatorConfig:
         tie_weights=flag("tie_weights"),
         tie_lstm_embs=flag("tie_lstm_embs") and method == "sum_lstm",
         scale_input=flag("scale_input"),
-        target_name=Path(str(fields.get("base_model_name_or_path", ""))).name,
+        **{"target_name": Path(str(fields.get("base_model_name_or_path", ""))).name, **own},
     )
     if method == "sum_lstm" and not config.tie_weights:
         raise InputError(f"{file}: method sum_lstm has tied weights, tie_weights is false")

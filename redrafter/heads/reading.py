@@ -17,12 +17,12 @@ from redrafter.contracts import InputError
 
 Head = TypeVar("Head", bound=nn.Module)
 
-_WEIGHTS = "model.safetensors"
+_PICKLES = {"model": "pytorch_model.bin"}  # of others: their own name, .pt
 #: to be run by whoever trusts the file; tied matrices share memory, which safetensors refuses
 _CONVERT = (
     'python -c "import torch, safetensors.torch as s; '
-    "s.save_file({k: v.clone() for k, v in torch.load('pytorch_model.bin', "
-    "weights_only=True).items()}, 'model.safetensors')\""
+    "s.save_file({{k: v.clone() for k, v in torch.load('{pickle}', "
+    "weights_only=True).items()}}, '{stem}.safetensors')\""
 )
 
 
@@ -44,29 +44,34 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: str | Path) -> list[Path]:
+def weight_files(folder: str | Path, *stems: str) -> list[Path]:
     """`model.safetensors` of a folder, or the shards that its index names.
 
-    Raises InputError where there is neither; what only a pickle holds is not read.
+    stems: other names that its file may have in place of `model`, looked for first
+    Raises InputError where there is none of them; what only a pickle holds is not read.
     """
     folder = Path(folder)
-    index = folder / f"{_WEIGHTS}.index.json"
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
+    names = [*stems, "model"]
+    for stem in names:
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = _read_json(index).get("weight_map")
-        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        if not names or any(Path(name).name != name for name in names):
+        found = sorted(set(shards.values())) if isinstance(shards, dict) else []
+        if not found or any(Path(name).name != name for name in found):
             raise InputError(f"{index} names no shards beside it: save the head again")
-        return [folder / name for name in names]
-    if (folder / "pytorch_model.bin").is_file():
-        raise InputError(
-            f"{folder} has its weights in pytorch_model.bin alone, a pickle, which could run any "
-            f"code and is not read. If you trust it, convert it in that folder: {_CONVERT}"
-        )
-    raise InputError(
-        f"{folder / _WEIGHTS} does not exist: save the head again or give another folder"
-    )
+        return [folder / name for name in found]
+    for stem in names:
+        pickle = _PICKLES.get(stem, f"{stem}.pt")
+        if (folder / pickle).is_file():
+            raise InputError(
+                f"{folder} has its weights in {pickle} alone, a pickle, which could run any "
+                "code and is not read. If you trust it, convert it in that folder: "
+                + _CONVERT.format(pickle=pickle, stem=stem)
+            )
+    missing = folder / f"{names[0]}.safetensors"
+    raise InputError(f"{missing} does not exist: save the head again or give another folder")
 
 
 def stored_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:

@@ -5,15 +5,9 @@
     x   = x + SiLU(A_i x + a_i)        for every residual block i
     logits = O x                       O: (V, E), or the target's own lm_head behind E -> H
 
-Alignment, stated here once for training and decoding alike
-------------------------------------------------------------
-c = h_t is the hidden state that the target's lm_head turned into its prediction of token t+1.
-e_1 is the embedding of that next token t+1, which is therefore known for sure. So *(h_t, e_{t+1})
-first predicts token t+2*, and after k steps (h_t; e_{t+1}, ..., e_{t+k}) predicts token t+1+k.
-c stays the same at all steps of a draft. In decoding, e_1 embeds the root of the tree (the last
-emitted token, not yet in the cache) and the logits of step k are about depth k.
-
-The caller supplies embeddings (`target.embed(tokens)`): the head never owns the embedding matrix.
+c is the hidden state and e_1, e_2, ... embed the tokens that are read, aligned as in
+`heads/base.py`. Parameters, with R blocks: 2 H^2 + H (simple), R (E^2 + E), V E (own matrix), and
+2 H E + E where E != 2H.
 """
 
 from __future__ import annotations
@@ -23,26 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from redrafter import __version__
-from redrafter.contracts import InputError
-from redrafter.files import digest_weights
-from redrafter.heads.lora import effective_weight
-from redrafter.heads.owner import describe
-
-_CHOICES = {
-    "first_state": ("code", "paper"),
-    "cell": ("simple", "gru", "sum"),
-    "embedding_scale": ("none", "rms"),
-    "output": ("own", "target"),
-}
+from redrafter.heads.base import DraftHead, DraftHeadConfig, ResidualBlock, embedding_rms
 
 
-class RecurrentHeadConfig(PreTrainedConfig):
-    """What a recurrent head is made of; stored as `config.json` beside its weights.
+class RecurrentHeadConfig(DraftHeadConfig):
+    """What a recurrent head is made of, beside what all heads say (`DraftHeadConfig`).
 
-    vocab_size: V of the target                hidden_size: H of the target
     exit_dim: E, width of the residual blocks (None = 2H)
     num_draft_layers: residual blocks
     first_state: "code" s_1 = SiLU(W e_1 + b), as Apple's code; "paper" s_1 = e_1
@@ -51,17 +32,17 @@ class RecurrentHeadConfig(PreTrainedConfig):
         matrix (one frozen number, saved); "none" takes them as they are
     input_norm: RMSNorm on x = [c ; s]
     output: "own" matrix (V, E), or "target": E -> H, then the target's frozen lm_head (not saved)
-    draft_vocab_size: Vd, size of a pruned draft vocabulary (None = full); the buffer `draft_ids`
-        (Vd,) then holds the target's id of each drafted id
-    target_fingerprint, target_name, target_base, target_adapter, target_probe: which target it was
-        trained for ("" or None = unknown); see `redrafter/heads/owner.py`
-    trained_depth: depths it was trained on (None = unknown)
     """
 
     model_type = "redrafter_recurrent"
+    choices = {  # noqa: RUF012
+        "first_state": ("code", "paper"),
+        "cell": ("simple", "gru", "sum"),
+        "embedding_scale": ("none", "rms"),
+        "output": ("own", "target"),
+    }
+    least = {"exit_dim": 1, "num_draft_layers": 0}  # noqa: RUF012
 
-    vocab_size: int = 0
-    hidden_size: int = 0
     exit_dim: int | None = None
     num_draft_layers: int = 2
     first_state: str = "code"
@@ -69,14 +50,6 @@ class RecurrentHeadConfig(PreTrainedConfig):
     embedding_scale: str = "none"
     input_norm: bool = False
     output: str = "own"
-    draft_vocab_size: int | None = None
-    target_fingerprint: str = ""
-    target_name: str = ""
-    target_base: str = ""
-    target_adapter: str = ""
-    target_probe: dict[str, list[float]] | None = None
-    trained_depth: int | None = None
-    redrafter_version: str = __version__
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.exit_dim is None:
@@ -84,30 +57,15 @@ class RecurrentHeadConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class ResidualBlock(nn.Module):
-    """x + SiLU(A x + a)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.silu(self.linear(x))
-
-
-class RecurrentHead(PreTrainedModel):
-    """See the module's docstring. Parameters carry Apple's names where Apple has them.
-
-    A head with output "target" must be given the frozen matrix once: `head.bind(target)`.
-    """
+class RecurrentHead(DraftHead):
+    """See the module's docstring. Parameters carry Apple's names where Apple has them."""
 
     config_class = RecurrentHeadConfig
-    main_input_name = "context"
-    #: levels that it can draft; None: any
-    max_depth: int | None = None
+    kind = "recurrent"
+    paper = ("ReDrafter", "2403.09919")
+    smaller = "head.draft_vocab_size, head.output target, or a smaller head.exit_dim"
 
     def __init__(self, config: RecurrentHeadConfig) -> None:
-        check_config(config)
         super().__init__(config)
         hidden, width = config.hidden_size, config.exit_dim
         if config.cell == "simple":
@@ -127,74 +85,19 @@ class RecurrentHead(PreTrainedModel):
         else:
             self.to_hidden = nn.Linear(width, hidden, bias=False)
         self.lm_head = nn.ModuleList(layers)
-        if config.draft_vocab_size is not None:
-            ids = torch.arange(config.draft_vocab_size)
-            self.register_buffer("draft_ids", ids)
-        self._frozen_matrix: Tensor | None = None
+        self.prune()
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: torch's own initialisation of nn.Linear is Apple's too."""
+    def begin(self, target: Any) -> None:
+        if self.config.embedding_scale == "rms":
+            self.inverse_rms.fill_(1.0 / embedding_rms(target))
 
-    def get_input_embeddings(self) -> None:
-        return None
+    def output_layer(self, level: int = 1) -> nn.Linear:
+        return self.lm_head[-1]
 
-    def get_output_embeddings(self) -> None:
-        return None
-
-    @classmethod
-    def for_target(cls, target: Any, **fields: Any) -> RecurrentHead:
-        """A new head of the target's shape, on its device, in float32, bound where needed.
-
-        target: anything with hidden_size, vocab_size, name, device, fingerprint(), parts(),
-            probe(), embed(), lm_head_weight
-        fields: of RecurrentHeadConfig; `draft_ids` (Vd,) int64 tensor prunes the draft vocabulary
-        """
-        draft_ids = fields.pop("draft_ids", None)
-        config = RecurrentHeadConfig(
-            vocab_size=target.vocab_size,
-            hidden_size=target.hidden_size,
-            draft_vocab_size=None if draft_ids is None else len(draft_ids),
-            **describe(target),
-            **fields,
-        )
-        head = cls(config)
-        if draft_ids is not None:
-            head.draft_ids.copy_(draft_ids)
-        if config.embedding_scale == "rms":
-            head.inverse_rms.fill_(1.0 / embedding_rms(target))
-        return head.to(target.device).bind(target)
-
-    @property
-    def draft_vocab_size(self) -> int:
-        """Vd: columns of `logits`."""
-        pruned = self.config.draft_vocab_size
-        return self.config.vocab_size if pruned is None else pruned
-
-    @property
-    def draws_on_target(self) -> bool:
-        """True if the vocabulary matrix is the target's frozen one."""
-        return self.config.output == "target"
-
-    def bind(self, target: Any) -> RecurrentHead:
-        """Take the target's frozen lm_head (shared, not copied, unless the vocabulary is pruned).
-
-        Its soft-caps and logit scales are left out on purpose: they keep the order of tokens, and
-        the trained map E -> H can express a scale. Does nothing for a head with its own matrix.
-        """
-        if not self.draws_on_target:
-            return self
-        matrix = target.lm_head_weight.detach()
-        if tuple(matrix.shape) != (self.config.vocab_size, self.config.hidden_size):
-            raise InputError(
-                f"this head expects an lm_head of {self.config.vocab_size} x "
-                f"{self.config.hidden_size}, the target's is {' x '.join(map(str, matrix.shape))}: "
-                "use the target that the head was trained for"
-            )
-        if self.config.draft_vocab_size is not None:
-            matrix = matrix[self.draft_ids.to(matrix.device)]
-        self._frozen_matrix = matrix
-        return self
+    def summary(self) -> str:
+        config = self.config
+        return f"{config.num_draft_layers} residual blocks, cell `{config.cell}`"
 
     def step(self, e: Tensor, s: Tensor | None = None) -> Tensor:
         """The recurrence; the only place where it exists.
@@ -216,8 +119,13 @@ class RecurrentHead(PreTrainedModel):
         recurrent = self.rnn_u.bias if s is None else self.rnn_u(s)
         return F.silu(self.rnn_w(e) + recurrent)
 
-    def features(self, c: Tensor, s: Tensor) -> Tensor:
-        """The tensor that multiplies the vocabulary matrix.
+    def advance(
+        self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
+    ) -> Tensor:
+        return self.step(target.embed(tokens), states)
+
+    def features(self, c: Tensor, s: Tensor, level: int = 1) -> Tensor:
+        """The tensor that multiplies the vocabulary matrix, by the same maps at every level.
 
         c: (..., H) hidden state of the target, broadcast against s: (..., H)
         Returns (..., E), or (..., H) where the matrix is the target's.
@@ -233,53 +141,12 @@ class RecurrentHead(PreTrainedModel):
             x = block(x)
         return self.to_hidden(x) if self.draws_on_target else x
 
-    def vocab_matrix(self) -> Tensor:
-        """(Vd, E) trained, or (Vd, H) frozen: what `features` are multiplied with."""
-        if not self.draws_on_target:
-            return effective_weight(self.lm_head[-1])
-        if self._frozen_matrix is None:
-            raise InputError(
-                "this head draws on the target's lm_head: give the target too (head.bind(target))"
-            )
-        return self._frozen_matrix
-
-    def logits(self, c: Tensor, s: Tensor) -> Tensor:
-        """Scores of the token after the last one seen. c, s: (..., H). Returns (..., Vd)."""
-        matrix = self.vocab_matrix()
-        return F.linear(self.features(c, s).to(matrix.dtype), matrix)
-
-    def read(
-        self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
-    ) -> tuple[Tensor, Tensor]:
-        """One level of a draft, as every head answers it.
-
-        tokens: (B, w) int64, read next by each path; context: (B, 1, H) c of each row
-        states: (B, w, S) of each path before, None at level 1; level: 1, 2, ...
-        Returns states after them (B, w, S), and logits of what follows (B, w, Vd).
-        """
-        states = self.step(target.embed(tokens), states)
-        return states, self.logits(context, states)
-
-    def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
-        """Features of all K steps of given paths, teacher-forced (training).
-
-        context: (..., H) c of each path; embeddings: (..., K, H) e_1 .. e_K
-        Returns (..., K, E or H); [..., k, :] is about depth k + 1.
-        """
+    def forward(self, context: Tensor, tokens: Tensor, target: Any) -> Tensor:
+        """As every head's; the maps behind the recurrence run once for all levels."""
         states: list[Tensor] = []
-        for e in embeddings.unbind(-2):
+        for e in target.embed(tokens).unbind(-2):
             states.append(self.step(e, states[-1] if states else None))
         return self.features(context.unsqueeze(-2), torch.stack(states, dim=-2))
-
-    def to_vocab_ids(self, draft_ids: Tensor) -> Tensor:
-        """Ids of the target's vocabulary for columns of `logits` (any shape, int64)."""
-        return draft_ids if self.config.draft_vocab_size is None else self.draft_ids[draft_ids]
-
-    def fingerprint(self) -> str:
-        """16 hex digits over its own weights; what it borrows from the target is left out."""
-        if not hasattr(self, "_fingerprint"):
-            self._fingerprint = digest_weights(self.state_dict().items())
-        return self._fingerprint
 
     @property
     def dtype_of_weights(self) -> torch.dtype:
@@ -288,34 +155,4 @@ class RecurrentHead(PreTrainedModel):
         return layer.weight.dtype
 
 
-def check_config(config: RecurrentHeadConfig, where: str = "head config") -> None:
-    """Raises InputError naming the first field that makes no sense."""
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(
-                f"{where}: {name} = {getattr(config, name)!r}; choose one of {', '.join(allowed)}"
-            )
-    for name, least in (
-        ("vocab_size", 1),
-        ("hidden_size", 1),
-        ("exit_dim", 1),
-        ("num_draft_layers", 0),
-    ):
-        if getattr(config, name) < least:
-            raise InputError(f"{where}: {name} = {getattr(config, name)}; at least {least} needed")
-    pruned = config.draft_vocab_size
-    if pruned is not None and not 1 <= pruned <= config.vocab_size:
-        raise InputError(
-            f"{where}: draft_vocab_size = {pruned}; must lie in 1..{config.vocab_size}"
-        )
-
-
-def embedding_rms(target: Any, rows: int = 8192) -> float:
-    """Root mean square of the target's embedding matrix, read `rows` rows at a time."""
-    total, count = 0.0, 0
-    for start in range(0, target.vocab_size, rows):
-        ids = torch.arange(start, min(start + rows, target.vocab_size), device=target.device)
-        block = target.embed(ids).detach().double()
-        total += block.pow(2).sum().item()
-        count += block.numel()
-    return (total / count) ** 0.5
+HEAD = RecurrentHead

@@ -11,7 +11,7 @@ from redrafter.hub.recipe import data, pictures_of, sources, training
 from redrafter.hub.release import CARD_CONTENT, CONTENT, matches
 from redrafter.hub.run import Result, Run
 
-TAGS = ["redrafter", "speculative-decoding", "draft-head", "recurrent-drafter"]
+TAGS = ["redrafter", "speculative-decoding", "draft-head"]
 #: key in a result: (type, name) of the metric in the Hub's model-index
 METRICS = {
     "tokens_per_step": ("tokens_per_step", "tokens per target forward"),
@@ -67,7 +67,11 @@ def metadata(run: Run, name: str, files: Sequence[str]) -> Any:
         base_model=run.target.hub_id,
         library_name="redrafter",
         pipeline_tag="text-generation",
-        tags=[*TAGS, *runs_alone],  # the Hub lists those that generate() takes by that word
+        tags=[
+            *TAGS,
+            kind_tag(run),
+            *runs_alone,
+        ],  # the Hub lists those that generate() takes by that word
         datasets=datasets or None,
         eval_results=eval_results(run) or None,
         **run.target.license,
@@ -113,13 +117,12 @@ def _introduction(run: Run) -> str:
     shown = f"[{target.hub_id}](https://huggingface.co/{target.hub_id})" if target.hub_id else (
         f"`{target.name}` (not known on the Hub)")  # fmt: skip
     weights = sum(p.numel() for p in run.head.parameters())
-    dtype = str(run.head.dtype_of_weights).removeprefix("torch.")
+    dtype = str(run.head.dtype).removeprefix("torch.")
     depth = head.trained_depth
     vocabulary = head.draft_vocab_size or head.vocab_size
     rows = [
         ("licence", _licence(run)),
-        ("head", f"{weights:,} weights in {dtype}, {head.num_draft_layers} residual blocks, "
-         f"cell `{head.cell}`, output: {_output(run)}"),
+        ("head", f"{weights:,} weights in {dtype}, {run.head.summary()}, output: {_output(run)}"),
         ("drafts from", f"{vocabulary:,} of the target's {head.vocab_size:,} tokens"),
         ("trained for", f"drafts of {depth} tokens" if depth else "a depth that was not recorded"),
         ("target's fingerprint", f"`{head.target_fingerprint or 'not recorded'}`"),
@@ -130,14 +133,27 @@ def _introduction(run: Run) -> str:
         claim = "the text should be the target's own, **which did not hold when it was checked**"
     text = (
         f"A draft head for {shown}. It guesses the target's next few tokens, and the target checks "
-        f"all guesses in one forward pass: {claim}. A recurrent head after ReDrafter "
-        "([2403.09919](https://arxiv.org/abs/2403.09919))."
+        f"all guesses in one forward pass: {claim}. {_after(run)}"
     )
     return text + "\n\n" + markdown_table(["target", shown], rows)
 
 
 def _output(run: Run) -> str:
-    return "the target's own matrix" if run.head.draws_on_target else "a matrix of its own"
+    if run.head.draws_on_target:
+        return "the target's own matrix"
+    return "a matrix of its own" if run.head.shares_matrix else "a matrix of its own per depth"
+
+
+def _after(run: Run) -> str:
+    name, number = run.head.paper
+    shown = f"{name} ([{number}](https://arxiv.org/abs/{number}))"
+    return f"Its kind is `{run.head.kind}`, after {shown}."
+
+
+def kind_tag(run: Run) -> str:
+    """What the Hub finds heads of this kind by."""
+    kind = run.head.kind.replace("_", "-")
+    return "recurrent-drafter" if kind == "recurrent" else kind
 
 
 def _licence(run: Run) -> str:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redrafter.config import KINDS
 from redrafter.contracts import InputError
 from redrafter.evaluation.methods import needed
-from redrafter.heads.load import load_head
+from redrafter.heads.base import DraftHead
+from redrafter.heads.load import load_head, own_class
 from redrafter.heads.reading import read_config
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -69,7 +70,7 @@ class Run:
     exactness, in order of name; the target"""
 
     folder: Path
-    head: RecurrentHead
+    head: DraftHead
     facts: dict[str, Any]
     speeds: tuple[Result, ...]
     proofs: tuple[Result, ...]
@@ -93,10 +94,11 @@ def read_run(
     Raises InputError naming the file that is damaged, or was measured on another head.
     """
     folder = Path(folder)
-    if (kind := read_config(folder).get("model_type")) != RecurrentHeadConfig.model_type:
+    if own_class(folder) is None:
+        kind = read_config(folder).get("model_type")
         raise InputError(
             f"head: {folder / 'config.json'}: model_type {kind!r} is not one of this library's "
-            f"heads ({RecurrentHeadConfig.model_type})"
+            f"heads (those of the kinds {', '.join(KINDS)})"
         )
     head = load_head(folder)
     facts = {}
@@ -117,7 +119,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({error}): make it again, or remove it") from None
 
 
-def _results(folder: Path, head: RecurrentHead, patterns: Sequence[str]) -> tuple[Result, ...]:
+def _results(folder: Path, head: DraftHead, patterns: Sequence[str]) -> tuple[Result, ...]:
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     found = [Result(file.relative_to(folder).as_posix(), _read(file)) for file in files]
     for result in found:
@@ -125,7 +127,7 @@ def _results(folder: Path, head: RecurrentHead, patterns: Sequence[str]) -> tupl
     return tuple(found)
 
 
-def _check(file: Path, result: Result, head: RecurrentHead) -> None:
+def _check(file: Path, result: Result, head: DraftHead) -> None:
     """A figure of another head must not get into a card."""
     again = "measure this head again, or move the file elsewhere"
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from redrafter.config import PlanConfig, StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.states import StateMaker, refuse_size
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.planning.machine import free_disk, memories, resident_bytes
 from redrafter.planning.memory import decode_memory, states_memory
 from redrafter.planning.meta import MetaTarget, borrowed_copy_bytes
@@ -81,7 +81,7 @@ def start() -> int:
     return resident_bytes()
 
 
-def head_items(head: RecurrentHead, target: MetaTarget) -> list[Item]:
+def head_items(head: DraftHead, target: MetaTarget) -> list[Item]:
     """A head that drafts, as it lies in its folder."""
     n_bytes = sum(p.numel() * p.element_size() for p in head.parameters())
     copy = borrowed_copy_bytes(head, target)

@@ -16,7 +16,7 @@ from redrafter.data.states import LOGIT_ROWS, StateMaker
 from redrafter.decode.plain import plain_loop
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative_loop
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.planning.tracing import Piece, Trace, longest_way, storage_bytes, traced
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
@@ -63,13 +63,13 @@ class StepMemory:
 class _Labelled(nn.Module):
     """The head, whose forward is told apart from the loss."""
 
-    def __init__(self, head: RecurrentHead, trace: Trace):
+    def __init__(self, head: DraftHead, trace: Trace):
         super().__init__()
         self.head, self.trace = head, trace
 
-    def forward(self, context: Tensor, embeddings: Tensor) -> Tensor:
+    def forward(self, context: Tensor, tokens: Tensor, target: Target) -> Tensor:
         with self.trace.label(ACTIVATIONS):
-            return self.head(context, embeddings)
+            return self.head(context, tokens, target)
 
 
 def meta_batch(
@@ -105,7 +105,7 @@ def batch_bytes(batch: Batch) -> int:
 
 
 def step_memory(
-    head: RecurrentHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int = 0
+    head: DraftHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int = 0
 ) -> StepMemory:
     """One optimiser step: every micro-batch forward and back, then the clipping."""
     positions = optim.batch_positions * optim.accumulation

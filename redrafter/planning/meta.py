@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from redrafter.config import HeadConfig, TargetConfig
+from redrafter.config import HeadConfig, OptimConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.fetch import fetch
 from redrafter.heads import lora
-from redrafter.heads.load import load_recurrent
+from redrafter.heads.base import DraftHead, DraftHeadConfig
+from redrafter.heads.load import head_class, load_trainable, own_class
 from redrafter.heads.reading import read_config
-from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.planning.tracing import storage_bytes
 from redrafter.targets.devices import pick_device
 from redrafter.targets.model import Target, check_path, load_model_config
@@ -103,34 +103,35 @@ def has_weights(config: TargetConfig) -> bool:
     )
 
 
-def meta_head(wanted: HeadConfig, target: MetaTarget) -> RecurrentHead:
-    """The head that a training with this configuration begins with."""
+def meta_head(wanted: HeadConfig, target: MetaTarget, depth: int = OptimConfig.depth) -> DraftHead:
+    """The head that a training of that many depths begins with."""
     if wanted.init_from is not None:
         wanted = replace(wanted, init_from=fetch(wanted.init_from, "head.init_from"))
-        if read_config(wanted.init_from).get("model_type") != RecurrentHeadConfig.model_type:
-            # Apple's: only loading tells what it is made of
-            head = load_recurrent(wanted.init_from)
-            return head.float().to("meta").bind(target)
-        config = RecurrentHeadConfig.from_dict(read_config(wanted.init_from))
+        cls = own_class(wanted.init_from)
+        if cls is None:  # another layout: only loading tells what it is made of
+            head = load_trainable(wanted.init_from).float().to("meta").bind(target)
+        else:
+            config = cls.config_class.from_dict(read_config(wanted.init_from))
+            head = make_meta_head(cls, config, target)
     else:
-        known = {f.name for f in fields(RecurrentHeadConfig)}
-        given = {f.name: getattr(wanted, f.name) for f in fields(wanted) if f.name in known}
-        config = RecurrentHeadConfig(
-            vocab_size=target.vocab_size, hidden_size=target.hidden_size, **given
-        )
-    head = make_meta_head(config, target)
+        cls, fields = head_class(wanted.kind), dict(wanted.options)
+        if cls.depth_field is not None:
+            fields[cls.depth_field] = depth
+        sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+        head = make_meta_head(cls, cls.config_class(**sizes, **fields), target)
     if wanted.lora is not None:
         with torch.device("meta"):
             lora.inject(head, wanted.lora, wanted.init_from)
     return head
 
 
-def load_meta_head(folder: str, target: MetaTarget) -> RecurrentHead:
+def load_meta_head(folder: str, target: MetaTarget) -> DraftHead:
     """The head of a folder, as it would be loaded for decoding."""
-    return meta_head(HeadConfig(init_from=folder), target).eval().requires_grad_(False)
+    head = meta_head(HeadConfig(init_from=folder), target)
+    return head.eval().requires_grad_(False)
 
 
-def make_meta_head(config: RecurrentHeadConfig, target: MetaTarget) -> RecurrentHead:
+def make_meta_head(cls: type[DraftHead], config: DraftHeadConfig, target: MetaTarget) -> DraftHead:
     for name in ("vocab_size", "hidden_size"):
         if getattr(config, name) != getattr(target, name):
             raise InputError(
@@ -138,10 +139,10 @@ def make_meta_head(config: RecurrentHeadConfig, target: MetaTarget) -> Recurrent
                 f"is {getattr(target, name)}: use the target that it was trained for"
             )
     with torch.device("meta"):
-        return RecurrentHead(config).bind(target)
+        return cls(config).bind(target)
 
 
-def borrowed_copy_bytes(head: RecurrentHead, target: Target) -> int:
+def borrowed_copy_bytes(head: DraftHead, target: Target) -> int:
     """A pruned vocabulary on the target's lm_head is a copy of its rows."""
     if not head.draws_on_target or head.config.draft_vocab_size is None:
         return 0

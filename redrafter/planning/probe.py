@@ -17,7 +17,7 @@ from redrafter.data.answers import generation_config
 from redrafter.data.rows import Rows, offsets_of
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.planning.memory import meta_batch
 from redrafter.planning.meta import has_weights
 from redrafter.planning.plan import Plan
@@ -91,7 +91,7 @@ def states_seconds(maker: StateMaker, row_tokens: int, most: float) -> float:
 
 
 def step_seconds(
-    head: RecurrentHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int, most: float
+    head: DraftHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int, most: float
 ) -> float:
     """Of an optimiser step, on random numbers."""
     optimizer = make_optimizer(head, optim)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.planning.tracing import traced
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
@@ -56,16 +56,22 @@ def target_bytes_read(target: Target) -> int:
         return trace.read_bytes(target.model.parameters())
 
 
-def level_bytes_read(head: RecurrentHead, target: Target) -> int:
-    """Weights that a drafted level after the first reads: the head's, and the matrix over the
-    vocabulary that it may borrow."""
+def level_bytes_read(head: DraftHead, target: Target, depth: int) -> int:
+    """Weights that one of K drafted levels reads, the mean of those after the first (which may read
+    less, having no state): the head's, and the matrix over the vocabulary that it may borrow."""
     hidden = torch.zeros(1, 1, target.hidden_size, dtype=target.dtype, device=target.device)
     one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
-    with torch.inference_mode(), traced() as trace:
-        state = head.step(target.embed(one), hidden.to(head.dtype_of_weights))
-        head.logits(hidden, state)
-        return trace.read_bytes([*head.parameters(), head.vocab_matrix()])
+    last = min(max(depth, 2), head.max_depth or depth + 2)
+    states, found = None, []
+    with torch.inference_mode():
+        for level in range(1, last + 1):
+            with traced() as trace:
+                states, _ = head.read(target, one, hidden, states, level)
+                weights = [*head.parameters(), head.vocab_matrix(level)]
+                found.append(trace.read_bytes(weights))
+    found = found[1:] or found
+    return sum(found) // len(found)
 
 
-def bound(head: RecurrentHead, target: Target, depth: int) -> Bound:
-    return Bound(level_bytes_read(head, target), target_bytes_read(target), depth)
+def bound(head: DraftHead, target: Target, depth: int) -> Bound:
+    return Bound(level_bytes_read(head, target, depth), target_bytes_read(target), depth)

@@ -9,8 +9,8 @@ from redrafter.data.reading import read_weights
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.load import load_recurrent
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
+from redrafter.heads.load import load_trainable
 from redrafter.planning.items import (
     PlanBuilder,
     answers_items,
@@ -41,6 +41,7 @@ from redrafter.planning.world import Shares, shares, world_of
 from redrafter.targets.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
 from redrafter.training.normalizers import projects_columns
+from redrafter.training.refusals import check_depths
 from redrafter.training.step import needed_teacher
 
 # Bytes per token of a buffer beside its columns: where the row ends, and a start, int64 each.
@@ -57,7 +58,8 @@ class TrainingPlan:
             check_settings(config)
         self.world = world_of(wanted)
         self.target = MetaTarget(config.target)
-        self.head = meta_head(config.head, self.target)
+        self.head = meta_head(config.head, self.target, config.optim.depth)
+        check_depths(config, self.head.max_depth)
         self.builder = PlanBuilder("train/redrafter.py", self.target, self.world, wanted, base)
         n = continuation_tokens(config.data, config.optim.depth)
         self.maker = StateMaker(self.target, config.data.states, n)
@@ -153,13 +155,13 @@ class TrainingPlan:
         own = self._shares()
         at = ("host" if self.world.offload_optimizer else "device",
               "host" if self.world.offload_parameters else "device")  # fmt: skip
-        wide = "head.draft_vocab_size, head.output target, or a smaller head.exit_dim"
+        smaller = self.head.smaller
         items = [
-            Item("head's weights", own.parameters, at[1], wide),
+            Item("head's weights", own.parameters, at[1], smaller),
             Item("head's copy of rows of lm_head", borrowed_copy_bytes(self.head, self.target)),
             Item("weights in float32 (DeepSpeed)", own.master, at[0], "more processes"),
             Item("optimizer's averages", own.averages, at[0],
-                 f"ZeRO stage 1 and more processes; {wide}"),
+                 f"ZeRO stage 1 and more processes; {smaller}"),
             Item("rows of the current buffer", self._buffer_bytes(), "host", "data.buffer_rows"),
         ]  # fmt: skip
         measured = self.config.eval
@@ -194,7 +196,7 @@ class TrainingPlan:
                 name, *common, Item("gradients", gradients, remedy=zero),
                 Item("activations", moment.activations, remedy=lower),
                 Item("logits chunk and loss", moment.logits,
-                     remedy="lower loss.chunk_rows, or set head.draft_vocab_size"),
+                     remedy=f"lower loss.chunk_rows; {self.head.smaller}"),
                 Item("backward pass", moment.backward, remedy=lower),
             )  # fmt: skip
         pruned = self.head.config.draft_vocab_size is not None
@@ -239,14 +241,14 @@ class TrainingPlan:
                          kept * one + 4 * (trained + frozen), config.output_dir)  # fmt: skip
 
 
-def new_head(wanted: HeadConfig, meta: RecurrentHead, target: Target) -> RecurrentHead:
+def new_head(wanted: HeadConfig, meta: DraftHead, target: Target) -> DraftHead:
     """A real head of a meta head's shape."""
     if wanted.init_from is not None:
-        return load_recurrent(wanted.init_from, target, allow_other_target=True).float()
-    return RecurrentHead(meta.config).to(target.device).bind(target)
+        return load_trainable(wanted.init_from, target, allow_other_target=True).float()
+    return type(meta)(meta.config).to(target.device).bind(target)
 
 
-def elements(head: RecurrentHead) -> tuple[int, int, int]:
+def elements(head: DraftHead) -> tuple[int, int, int]:
     """(trained, frozen, of the largest parameter) of a head; what it borrows is not its own."""
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in head.parameters() if not p.requires_grad)

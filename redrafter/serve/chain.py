@@ -28,7 +28,7 @@ def check_depth(head: Any, depth: int, option: str) -> None:
 def draft_chain(head: Any, target: Any, context: Tensor, tokens: Tensor, depth: int) -> Tensor:
     """The best chain of every row, level by level; all rows in one call of the head per level.
 
-    head: any head that answers `RecurrentHead.read`; target: has `embed(tokens)`
+    head: of any kind (`DraftHead`); target: has `embed(tokens)`
     context: (B, H), the hidden state whose logits chose `tokens`
     tokens: (B,) int64, the last known token of each row
     Returns (B, depth) int64 ids of the target's vocabulary.

@@ -26,8 +26,8 @@ from redrafter.contracts import InputError
 from redrafter.data.store import disk_errors
 from redrafter.files import new_folder, write_json
 from redrafter.heads import lora
+from redrafter.heads.base import DraftHead
 from redrafter.heads.reading import read_tensors
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.training.refusals import all_steps
 from redrafter.training.sharded import AVERAGES, trained
 
@@ -35,7 +35,7 @@ from redrafter.training.sharded import AVERAGES, trained
 def save(
     folder: Path,
     step: int,
-    head: RecurrentHead,
+    head: DraftHead,
     averages: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
@@ -69,7 +69,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({error}): resume from another one") from None
 
 
-def load_averages(path: Path, head: RecurrentHead) -> dict[str, Tensor]:
+def load_averages(path: Path, head: DraftHead) -> dict[str, Tensor]:
     """AdamW's averages of a head of the same configuration. Raises InputError naming a bad file."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, parameter in trained(head).items():
@@ -92,7 +92,7 @@ def load_generators(path: Path) -> None:
             torch.cuda.set_rng_state(state, name)
 
 
-def save_weights(path: Path, head: RecurrentHead) -> None:
+def save_weights(path: Path, head: DraftHead) -> None:
     """The head's weights, or those of its LoRA alone."""
     if lora.is_adapted(head):
         lora.save(head, path)
@@ -100,7 +100,7 @@ def save_weights(path: Path, head: RecurrentHead) -> None:
         head.save_pretrained(path)
 
 
-def load_weights(path: Path, head: RecurrentHead) -> None:
+def load_weights(path: Path, head: DraftHead) -> None:
     """Weights of a checkpoint into a head of the same configuration."""
     if lora.is_adapted(head):
         lora.load(path, head)
@@ -109,7 +109,7 @@ def load_weights(path: Path, head: RecurrentHead) -> None:
     head.load_state_dict(read_tensors(path / "model.safetensors", expected))
 
 
-def export(path: Path, head: RecurrentHead, out: Path) -> None:
+def export(path: Path, head: DraftHead, out: Path) -> None:
     """The head of a checkpoint as `load_head` reads it, into `out`. With LoRA it is merged, and the
     adapter is kept in out/adapter; `head` then has the checkpoint's weights afterwards."""
     if lora.is_adapted(head):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from redrafter.config import OptimConfig, TrainConfig
 from redrafter.contracts import InputError
+from redrafter.heads.base import DraftHead
 from redrafter.heads.lora import is_adapted
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.processes import asked_for, join
 from redrafter.targets.devices import pick_device
 from redrafter.training.feed import Batch
@@ -110,7 +110,7 @@ class Engine:
         self.world = accelerator.num_processes
         self.kind = accelerator.distributed_type
         # Copies for measuring and saving need to know how the head is made, without its hooks.
-        self._twin: RecurrentHead | None = None
+        self._twin: DraftHead | None = None
         if self.kind in (DistributedType.DEEPSPEED, DistributedType.FSDP) and is_adapted(loss.head):
             raise InputError(
                 "head.lora needs a head that every process holds whole (what is trained is small "
@@ -199,7 +199,7 @@ class Engine:
 
     # -- the whole head --------------------------------------------------------------------
 
-    def whole_head(self) -> RecurrentHead:
+    def whole_head(self) -> DraftHead:
         """The head with all of its weights, to decode with or to save; collective.
 
         Where they lie in parts (or in half precision) it is a copy, on the target's device until

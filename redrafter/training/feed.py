@@ -1,8 +1,8 @@
 """Which positions every optimiser step learns from, and what is known about them.
 
 A *start* is a position t whose token t+2 is supervised: there a draft could begin. The alignment is
-that of `redrafter/heads/recurrent.py`: depth k (1..K) of start t reads h_t and e_{t+1} .. e_{t+k}
-and predicts token t+1+k. With labels `local` the tokens after t are not the text's but those that
+that of `redrafter/heads/base.py`: depth k (1..K) of start t reads h_t and tokens t+1 .. t+k, and
+predicts token t+1+k. With labels `local` the tokens after t are not the text's but those that
 the target says when it goes on greedily from t; a start is then a t whose token t+1 is supervised.
 
 The order is a pure function of (seed, step), so a resumed run needs no state but its step. Rows are
@@ -62,6 +62,11 @@ class Batch:
         """Micro-batches, equal but for one position."""
         pieces = [[None] * parts if f is None else f.tensor_split(parts) for f in self._fields()]
         return [Batch(*piece) for piece in zip(*pieces, strict=True)]
+
+    def at(self, depths: slice) -> Batch:
+        """The same starts, some of their depths."""
+        context, *by_depth = self._fields()
+        return Batch(context, *(None if f is None else f[:, depths] for f in by_depth))
 
     def _fields(self) -> list[Tensor | None]:
         return [

@@ -23,9 +23,9 @@ from redrafter.files import (
     write_json,
 )
 from redrafter.heads import lora
-from redrafter.heads.load import load_recurrent
+from redrafter.heads.base import DraftHead
+from redrafter.heads.load import head_class, load_trainable
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.model import Target, load_target
 from redrafter.training import checkpoint
 from redrafter.training.data import (
@@ -38,7 +38,7 @@ from redrafter.training.engine import Engine, connect
 from redrafter.training.faults import Interruption, lost_peers
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
-from redrafter.training.refusals import find, refuse
+from redrafter.training.refusals import check_depths, find, refuse
 from redrafter.training.step import StepLoss, needed_teacher, total_weight
 
 #: values that may change between a checkpoint and the run that resumes from it
@@ -66,7 +66,7 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(head: DraftHead, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW; decay on matrices only."""
     trained = [p for p in head.parameters() if p.requires_grad]  # LoRA freezes the others
     matrices = [p for p in trained if p.dim() > 1]
@@ -80,30 +80,36 @@ def make_optimizer(head: RecurrentHead, config: OptimConfig) -> torch.optim.Adam
     )
 
 
-def load_initial_head(config: HeadConfig, target: Target) -> RecurrentHead:
+def load_initial_head(config: HeadConfig, target: Target) -> DraftHead:
     """`head.init_from` for this target, in float32, with LoRA where that is asked for."""
-    head = load_recurrent(config.init_from, target, True, "head.init_from").float()
+    head = load_trainable(config.init_from, target, True, "head.init_from").float()
     belong_to(head, target)
     return head if config.lora is None else lora.adapt(head, config.lora, config.init_from)
 
 
-def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> RecurrentHead:
+def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> DraftHead:
     """A new head for the target, or the one to go on from; float32."""
     wanted = config.head
     if wanted.init_from is not None:
         head = load_initial_head(wanted, target)
     else:
-        draft_ids = None
-        if wanted.draft_vocab_size is not None:
-            draft_ids = frequent_ids(parts, wanted.draft_vocab_size, target.vocab_size)
-        fields = {
-            name: getattr(wanted, name)
-            for name in ("num_draft_layers", "exit_dim", "first_state", "cell", "embedding_scale",
-                         "input_norm", "output")
-        }  # fmt: skip
-        head = RecurrentHead.for_target(target, draft_ids=draft_ids, **fields)
+        fields = dict(wanted.options)
+        if (n := fields.pop("draft_vocab_size", None)) is not None:
+            fields["draft_ids"] = frequent_ids(parts, n, target.vocab_size)
+        cls = head_class(wanted.kind)
+        if cls.depth_field is not None:  # one head, or one set of maps, for each depth
+            fields[cls.depth_field] = config.optim.depth
+        head = cls.for_target(target, **fields)
     head.config.trained_depth = config.optim.depth
     return head
+
+
+def drafted_depth(config: TrainConfig, target: Target) -> int | None:
+    """Levels that the head of this configuration can draft; None: any. What is wrong with the one
+    to go on from is said here."""
+    if config.head.init_from is not None:
+        return load_initial_head(config.head, target).max_depth
+    return None if head_class(config.head.kind).depth_field is None else config.optim.depth
 
 
 class Training:
@@ -124,8 +130,7 @@ class Training:
         # What can be refused is refused before the data is made, which may take days.
         check_settings(config)
         self.target = load_target(config.target, may_shard=True)
-        if config.head.init_from is not None:
-            load_initial_head(config.head, self.target)
+        check_depths(config, drafted_depth(config, self.target))
         folder, held_out = data_folder(config), None
         if config.eval.prompts > 0:
             held_out = held_out_prompts(config, self.target, folder)
@@ -310,9 +315,10 @@ class Training:
         self.engine.release()
         self.accelerator.wait_for_everyone()
 
-    def _read(self, path: Path, head: RecurrentHead) -> None:
+    def _read(self, path: Path, head: DraftHead) -> None:
         """Weights and progress of a checkpoint, if it is one of this run."""
         state = checkpoint.read_state(path)
+        state["config"]["head"].setdefault("kind", "recurrent")  # from when there was no other
         facts = self._facts()
         checkpoint.check_same(state["config"], facts.pop("config"), _FREE, path)
         for name, value in facts.items():

@@ -16,7 +16,7 @@ from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch, Feed
 from redrafter.training.step import depth_accuracy
@@ -62,7 +62,7 @@ class Measure:
             # Made once: the target says the same at every evaluation.
             self.batches[name] = feed.batches(max(1, chunk // depth))
 
-    def __call__(self, head: RecurrentHead) -> dict[str, Any]:
+    def __call__(self, head: DraftHead) -> dict[str, Any]:
         rates, top_1, top_5 = {}, {}, {}
         for temperature, name in zip(self.config.eval.temperatures, self.names, strict=True):
             rates[name] = self.tokens_per_step(head, temperature)
@@ -72,7 +72,7 @@ class Measure:
             top_1[name], top_5[name] = accuracy["top_1"], accuracy["top_5"]
         return {"tokens_per_step": rates, "top_1": top_1, "top_5": top_5}
 
-    def tokens_per_step(self, head: RecurrentHead, temperature: float) -> float | None:
+    def tokens_per_step(self, head: DraftHead, temperature: float) -> float | None:
         """tau, pooled over the held-out prompts."""
         measured = self.config.eval
         config = generation_config(temperature, measured.max_new_tokens)

@@ -31,6 +31,25 @@ def refuse(config: TrainConfig) -> None:
     check_tracker(config.tracker)
 
 
+def check_depths(config: TrainConfig, most: int | None) -> None:
+    """Raises InputError for depths that the head cannot be trained on or measured at.
+
+    most: levels that it has maps for; None: any
+    """
+    if most is None:
+        return
+    if config.optim.depth != most:  # some of its maps would go without a gradient, or be missing
+        raise InputError(
+            f"optim.depth {config.optim.depth}, but the head of head.init_from has maps for "
+            f"{most} depths: set optim.depth {most}"
+        )
+    if config.eval.prompts and config.eval.tree.depth > most:
+        raise InputError(
+            f"eval.tree.depth {config.eval.tree.depth}, but this head drafts {most} tokens ahead "
+            f"at most (optim.depth): set eval.tree.depth {most}, or train more depths"
+        )
+
+
 def check_tracker(name: str | None) -> None:
     """accelerate leaves out, with one warning, a tracker whose package is missing."""
     if name is None or name == "all":

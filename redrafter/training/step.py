@@ -1,4 +1,4 @@
-"""One batch: from start positions to a loss. The recurrence itself is in the head."""
+"""One batch: from start positions to a loss. What reads the tokens is in the head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from redrafter.config import LossConfig
-from redrafter.heads.recurrent import RecurrentHead
+from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch, Teacher
 from redrafter.training.losses import SOFT, chunked, mixed, top_k_log_p
@@ -40,7 +40,7 @@ def total_weight(batch: Batch, config: LossConfig) -> Tensor:
 
 def batch_loss(
     model: nn.Module,
-    head: RecurrentHead,
+    head: DraftHead,
     target: Target,
     batch: Batch,
     config: LossConfig,
@@ -52,13 +52,40 @@ def batch_loss(
     denominator: scalar, `total_weight` of the whole step
     Returns (scalar loss, (3, K) float64: supervised tokens, top-1 hits and loss sum by depth).
     """
-    with torch.no_grad():
-        embeddings = target.embed(batch.tokens)
-    features = wide(model(batch.context, embeddings))[batch.mask]  # (M, E)
-    n_depths = batch.mask.shape[1]
-    depth = torch.arange(n_depths, device=batch.mask.device).expand_as(batch.mask)[batch.mask]
+    groups = depth_groups(head, batch.mask.shape[1])
+    features = wide(model(batch.context, batch.tokens, target))  # (P, K, E)
+    rows = [features[:, depths][batch.mask[:, depths]] for depths in groups]  # (M, E) each
+    del features  # only those of supervised tokens stay
+    total, counts = None, None
+    for depths, part in zip(groups, rows, strict=True):
+        found = _loss_of(part, depths, head, target, batch, config, denominator)
+        total = found[0] if total is None else total + found[0]
+        counts = found[1] if counts is None else counts + found[1]
+    return total, counts
+
+
+def depth_groups(head: DraftHead, n_depths: int) -> list[slice]:
+    """Depths (0, 1, ...) whose features multiply one matrix: all of them, or each by itself."""
+    if head.shares_matrix:
+        return [slice(0, n_depths)]
+    return [slice(k, k + 1) for k in range(n_depths)]
+
+
+def _loss_of(
+    features: Tensor,
+    depths: slice,
+    head: DraftHead,
+    target: Target,
+    batch: Batch,
+    config: LossConfig,
+    denominator: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`batch_loss` of some depths, all of one matrix; chunk by chunk, so that whatever a head is
+    made of, no more than one chunk of logits is there at a time. features: (M, E)"""
+    n_depths, batch = batch.mask.shape[1], batch.at(depths)
+    depth = torch.arange(n_depths, device=batch.mask.device)[depths].expand_as(batch.mask)
+    depth, labels = depth[batch.mask], batch.labels[batch.mask]
     weight = depth_weights(config, n_depths, batch.mask.device)[depth] / denominator
-    labels = batch.labels[batch.mask]
     teacher = teacher_of(batch, target, getattr(head, "draft_ids", None))
     weights = loss_weights(config)
 
@@ -77,14 +104,14 @@ def batch_loss(
         nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False)
     )
     with whole:
-        return chunked(features, head.vocab_matrix(), loss, config.chunk_rows)
+        return chunked(features, head.vocab_matrix(depths.start + 1), loss, config.chunk_rows)
 
 
 class StepLoss(nn.Module):
     """`batch_loss` as a forward pass: what wraps a module (data parallel, FSDP, ZeRO, mixed
     precision) then knows of every use of the head's parameters, the vocabulary matrix's too."""
 
-    def __init__(self, head: RecurrentHead, target: Target, config: LossConfig):
+    def __init__(self, head: DraftHead, target: Target, config: LossConfig):
         super().__init__()
         self.head, self.target, self.loss_config = head, target, config
 
@@ -124,7 +151,7 @@ def teacher_of(
 
 @torch.no_grad()
 def depth_accuracy(
-    head: RecurrentHead,
+    head: DraftHead,
     target: Target,
     batches: list[Batch],
     chunk_rows: int,
@@ -137,14 +164,17 @@ def depth_accuracy(
     n_depths = batches[0].mask.shape[1]
     counts = torch.zeros(3, n_depths, dtype=torch.float64, device=target.device)
     for batch in batches:
-        features = head(batch.context, target.embed(batch.tokens))
-        depth = torch.arange(n_depths, device=target.device).expand_as(batch.mask)[batch.mask]
-        rows, labels = features[batch.mask], batch.labels[batch.mask]
-        for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
-            logits = rows[part].to(head.vocab_matrix().dtype) @ head.vocab_matrix().T
-            best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
-            found = torch.stack((torch.ones_like(labels[part]), best[:, 0], best.any(-1))).double()
-            counts.index_add_(1, depth[part], found)
+        features = head(batch.context, batch.tokens, target)
+        for depths in depth_groups(head, n_depths):
+            matrix, mask = head.vocab_matrix(depths.start + 1), batch.mask[:, depths]
+            depth = torch.arange(n_depths, device=target.device)[depths].expand_as(mask)[mask]
+            rows, labels = features[:, depths][mask], batch.labels[:, depths][mask]
+            for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
+                logits = rows[part].to(matrix.dtype) @ matrix.T
+                best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
+                all_ = torch.ones_like(labels[part])
+                found = torch.stack((all_, best[:, 0], best.any(-1))).double()
+                counts.index_add_(1, depth[part], found)
     n, top_1, top_5 = total(counts).tolist()
     return {"top_1": _shares(top_1, n), "top_5": _shares(top_5, n)}
 

@@ -1,0 +1,307 @@
+"""What a draft head is: the one contract that training, planning, decoding and exports read.
+
+A head reads one token per level and says what follows. At level k = 1, 2, ... of a draft:
+
+    state_k    = advance(token_k, c, state_{k-1})     what the path has read so far
+    features_k = features(c, state_k)
+    logits_k   = vocab_matrix_k features_k
+
+Training multiplies the features of all depths by the matrices chunk by chunk (`training/step.py`)
+and decoding level by level (`read`), so features and matrix are given apart. Where every depth has
+a matrix of its own, `shares_matrix` is False.
+
+Alignment, stated here once for training and decoding alike
+------------------------------------------------------------
+c = h_t is the hidden state that the target's lm_head turned into its prediction of token t+1.
+token_1 is that next token t+1, which is therefore known for sure. So *(h_t, token t+1) first
+predicts token t+2*, and after k levels (h_t; t+1, ..., t+k) predicts token t+1+k. c stays the same
+at all levels of a draft. In decoding, token_1 is the root of the tree (the last emitted token, not
+yet in the cache) and the logits of level k are about depth k.
+
+A head never owns the target's embeddings (`target.embed(tokens)`), and its lm_head at most by
+reference (`bind`). How to write another kind: docs/add-a-head.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from redrafter import __version__
+from redrafter.contracts import InputError
+from redrafter.files import digest_weights
+from redrafter.heads.lora import effective_weight
+from redrafter.heads.owner import describe
+from redrafter.heads.reading import read_config, with_weights
+
+
+class DraftHeadConfig(PreTrainedConfig):
+    """What a head is made of; stored as `config.json` beside its weights. A kind adds its fields.
+
+    vocab_size: V of the target                hidden_size: H of the target
+    draft_vocab_size: Vd, size of a pruned draft vocabulary (None = full); the buffer `draft_ids`
+        (Vd,) then holds the target's id of each drafted id
+    target_fingerprint, target_name, target_base, target_adapter, target_probe: which target it was
+        trained for ("" or None = unknown); see `redrafter/heads/owner.py`
+    trained_depth: depths it was trained on (None = unknown)
+    """
+
+    #: field -> what it may be, and field -> its smallest value, of a kind's own fields
+    choices = {}  # noqa: RUF012 - an annotation would make a field of it
+    least = {}  # noqa: RUF012
+
+    vocab_size: int = 0
+    hidden_size: int = 0
+    draft_vocab_size: int | None = None
+    target_fingerprint: str = ""
+    target_name: str = ""
+    target_base: str = ""
+    target_adapter: str = ""
+    target_probe: dict[str, list[float]] | None = None
+    trained_depth: int | None = None
+    redrafter_version: str = __version__
+
+    def check(self, where: str = "head config") -> None:
+        """Raises InputError naming the first field that makes no sense. where: for the message"""
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{where}: {name} = {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
+        for name, least in {"vocab_size": 1, "hidden_size": 1, **self.least}.items():
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"{where}: {name} = {getattr(self, name)}; at least {least} needed"
+                )
+        pruned = self.draft_vocab_size
+        if pruned is not None and not 1 <= pruned <= self.vocab_size:
+            raise InputError(
+                f"{where}: draft_vocab_size = {pruned}; must lie in 1..{self.vocab_size}"
+            )
+
+
+class DraftHead(PreTrainedModel):
+    """What every head answers; a kind gives `advance`, `features` and `output_layer`.
+
+    One that draws on the target's lm_head must be given the frozen matrix once: `bind(target)`.
+    """
+
+    config_class = DraftHeadConfig
+    main_input_name = "context"
+    #: as `head.kind` names it; the module of that name in `redrafter/heads` calls the class HEAD
+    kind = ""
+    #: (what it is called, arXiv number of its paper)
+    paper = ("", "")
+    #: field of its configuration with the levels that it can draft; None: any number of them
+    depth_field: str | None = None
+    #: settings that make it smaller, for a plan that does not fit
+    smaller = ""
+
+    def __init__(self, config: DraftHeadConfig) -> None:
+        config.check()
+        super().__init__(config)
+        self._frozen_matrix: Tensor | None = None
+
+    # -- what a kind gives -----------------------------------------------------------------
+
+    def advance(
+        self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
+    ) -> Tensor:
+        """The states of paths that have read one more token.
+
+        tokens: (...) int64; context: (..., H) c, broadcast against tokens
+        states: (..., S) before, S as the kind likes it at each level, 0 too; None at level 1
+        Returns (..., S'), one state for each of the tokens.
+        """
+        raise NotImplementedError
+
+    def features(self, context: Tensor, states: Tensor, level: int = 1) -> Tensor:
+        """(..., E), what multiplies `vocab_matrix(level)`. context: (..., H), broadcast against
+        states, those after the token of this level: (..., S)"""
+        raise NotImplementedError
+
+    def output_layer(self, level: int = 1) -> nn.Linear:
+        """The map whose weight (Vd, E) is the matrix of a level, where it is the head's own."""
+        raise NotImplementedError
+
+    def begin(self, target: Any) -> None:
+        """Initial values that a new head takes from its target."""
+
+    def summary(self) -> str:
+        """What it is made of, for people, in one line."""
+        raise NotImplementedError
+
+    @property
+    def only_drafts(self) -> str | None:
+        """What it is, of a head that can neither be trained nor written here; None of others."""
+        return None
+
+    # -- how it is made --------------------------------------------------------------------
+
+    @classmethod
+    def for_target(cls, target: Any, **fields: Any) -> Self:
+        """A new head of the target's shape, on its device, in float32, bound where needed.
+
+        target: anything with hidden_size, vocab_size, name, device, fingerprint(), digests(),
+            probe(), embed(), lm_head_weight
+        fields: of the kind's configuration; `draft_ids` (Vd,) int64 prunes the draft vocabulary
+        """
+        draft_ids = fields.pop("draft_ids", None)
+        config = cls.config_class(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            draft_vocab_size=None if draft_ids is None else len(draft_ids),
+            **describe(target),
+            **fields,
+        )
+        head = cls(config)
+        if draft_ids is not None:
+            head.draft_ids.copy_(draft_ids)
+        head.begin(target)
+        return head.to(target.device).bind(target)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a head of this kind from a folder in this library's layout, in the dtype that it is
+        stored in. Raises InputError naming the file that does not fit."""
+        folder = Path(folder)
+        config = cls.config_class.from_dict(read_config(folder))
+        config.check(str(folder / "config.json"))
+        return with_weights(cls(config), folder)
+
+    def prune(self) -> None:
+        """Called by a kind's constructor: the buffer of a pruned draft vocabulary."""
+        if self.config.draft_vocab_size is not None:
+            self.register_buffer("draft_ids", torch.arange(self.config.draft_vocab_size))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: torch's own initialisation stands, or `begin` says otherwise."""
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    # -- what is the same for all ----------------------------------------------------------
+
+    @property
+    def max_depth(self) -> int | None:
+        """Levels that it can draft; None: any."""
+        return None if self.depth_field is None else getattr(self.config, self.depth_field)
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Vd: columns of `logits`."""
+        pruned = self.config.draft_vocab_size
+        return self.config.vocab_size if pruned is None else pruned
+
+    @property
+    def draws_on_target(self) -> bool:
+        """True if the vocabulary matrix is the target's frozen one."""
+        return getattr(self.config, "output", "own") == "target"
+
+    @property
+    def shares_matrix(self) -> bool:
+        """True if the features of all levels multiply one matrix."""
+        return self.draws_on_target or self.output_layer(1) is self.output_layer(2)
+
+    def bind(self, target: Any) -> Self:
+        """Take the target's frozen lm_head (shared, not copied, unless the vocabulary is pruned).
+
+        Its soft-caps and logit scales are left out on purpose: they keep the order of tokens, and
+        a trained map before it can express a scale. Does nothing for a head with its own matrix.
+        """
+        if self.draws_on_target:
+            self._frozen_matrix = self.rows_of(target)
+        return self
+
+    def rows_of(self, target: Any) -> Tensor:
+        """(Vd, H), the target's lm_head or the rows of the draft vocabulary."""
+        matrix = target.lm_head_weight.detach()
+        if tuple(matrix.shape) != (self.config.vocab_size, self.config.hidden_size):
+            raise InputError(
+                f"this head expects an lm_head of {self.config.vocab_size} x "
+                f"{self.config.hidden_size}, the target's is {' x '.join(map(str, matrix.shape))}: "
+                "use the target that the head was trained for"
+            )
+        if self.config.draft_vocab_size is not None:
+            matrix = matrix[self.draft_ids.to(matrix.device)]
+        return matrix
+
+    def vocab_matrix(self, level: int = 1) -> Tensor:
+        """(Vd, E) trained, or (Vd, H) frozen: what `features` of that level are multiplied with."""
+        if not self.draws_on_target:
+            return effective_weight(self.output_layer(level))
+        if self._frozen_matrix is None:
+            raise InputError(
+                "this head draws on the target's lm_head: give the target too (head.bind(target))"
+            )
+        return self._frozen_matrix
+
+    def logits(self, context: Tensor, states: Tensor, level: int = 1) -> Tensor:
+        """Scores of the token after the last one read. Arguments: see `features`; (..., Vd)."""
+        matrix = self.vocab_matrix(level)
+        return F.linear(self.features(context, states, level).to(matrix.dtype), matrix)
+
+    def read(
+        self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
+    ) -> tuple[Tensor, Tensor]:
+        """One level of a draft.
+
+        tokens: (B, w) int64, read next by each path; context: (B, 1, H) c of each row
+        states: (B, w, S) of each path before, None at level 1; level: 1, 2, ...
+        Returns states after them (B, w, S'), and logits of what follows (B, w, Vd).
+        """
+        states = self.advance(target, tokens, context, states, level)
+        return states, self.logits(context, states, level)
+
+    def forward(self, context: Tensor, tokens: Tensor, target: Any) -> Tensor:
+        """Features of all K levels of given paths, teacher-forced (training).
+
+        context: (..., H) c of each path; tokens: (..., K) int64, read one after the other
+        Returns (..., K, E); [..., k, :] is about depth k + 1.
+        """
+        states: Tensor | None = None
+        found: list[Tensor] = []
+        for level, read in enumerate(tokens.unbind(-1), start=1):
+            states = self.advance(target, read, context, states, level)
+            found.append(self.features(context, states, level))
+        return torch.stack(found, dim=-2)
+
+    def to_vocab_ids(self, draft_ids: Tensor) -> Tensor:
+        """Ids of the target's vocabulary for columns of `logits` (any shape, int64)."""
+        return draft_ids if self.config.draft_vocab_size is None else self.draft_ids[draft_ids]
+
+    def fingerprint(self) -> str:
+        """16 hex digits over its own weights; what it borrows from the target is left out."""
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = digest_weights(self.state_dict().items())
+        return self._fingerprint
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(A x + a)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
+def embedding_rms(target: Any, rows: int = 8192) -> float:
+    """Root mean square of the target's embedding matrix, read `rows` rows at a time."""
+    total, count = 0.0, 0
+    for start in range(0, target.vocab_size, rows):
+        ids = torch.arange(start, min(start + rows, target.vocab_size), device=target.device)
+        block = target.embed(ids).detach().double()
+        total += block.pow(2).sum().item()
+        count += block.numel()
+    return (total / count) ** 0.5
