@@ -17,6 +17,7 @@ from redrafter.config.common import (
 from redrafter.config.convert import ConvertConfig
 from redrafter.config.data import (
     AnswersConfig,
+    AskedAnswersConfig,
     BigramsConfig,
     CheckConfig,
     DataConfig,
@@ -24,6 +25,7 @@ from redrafter.config.data import (
     MakeStatesConfig,
     PrepareConfig,
     ProbeConfig,
+    RequestsConfig,
     StatesConfig,
 )
 from redrafter.config.evaluation import (
@@ -51,6 +53,7 @@ from redrafter.config.training import (
 __all__ = [
     "AcceptanceConfig",
     "AnswersConfig",
+    "AskedAnswersConfig",
     "BigramsConfig",
     "ChatConfig",
     "CheckConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "PushConfig",
     "RecordsConfig",
     "RegretConfig",
+    "RequestsConfig",
     "SourceConfig",
     "SpecBenchConfig",
     "SpeedConfig",
