@@ -37,6 +37,19 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def engine_table(body: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of the methods that draft, in the engines' names and counting."""
+    columns = ["as engines count", "drafts", "mean_acceptance_length", "draft_acceptance_rate",
+               "per position"]  # fmt: skip
+    rows = []
+    for name, figures in body["methods"].items():
+        if (found := figures.get("engine")) is not None:
+            rates = " ".join(_cell(rate) for rate in found["per_position_acceptance_rate"])
+            rows.append([name, found["num_drafts"], found["mean_acceptance_length"],
+                         found["draft_acceptance_rate"], rates])  # fmt: skip
+    return columns, rows
+
+
 def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
@@ -81,6 +94,10 @@ def markdown(title: str, body: dict[str, Any]) -> str:
             f"({equal})" if m["law_only"] else equal,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    columns, rows = engine_table(body)
+    if rows:
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join([f"`{row[0]}`", *map(_cell, row[1:])]) + " |" for row in rows]
     share, facts = body["loop_share"], body["provenance"]
     lines += [
         "",
