@@ -212,6 +212,43 @@ class MakeStatesConfig:
 
 
 @dataclass(frozen=True)
+class ImportSpeculatorsConfig:
+    """`data/import_speculators.py`: a speculators folder as a store of states."""
+
+    target: TargetConfig
+    """The target whose states they are; its final norm is applied to them."""
+    folder: str
+    """Folder of the prepared data (a data set on disk, with input_ids and loss_mask)."""
+    output_dir: str
+    """Folder for the store; the same command goes on after an interruption."""
+    hidden_states: str | None = None
+    """Folder of the hs_*.safetensors; none is `hidden_states` in `folder`."""
+    states: StatesConfig = StatesConfig()
+    """How they are stored."""
+    check_rows: int = 8
+    """Rows whose states are compared with the target's own first; 0 trusts the folder."""
+    threads: int | None = None
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "check_rows")
+
+
+@dataclass(frozen=True)
+class ExportSpeculatorsConfig:
+    """`data/export_speculators.py`: a store of states as a speculators folder."""
+
+    target: TargetConfig
+    """The target whose states they are; its final norm is undone."""
+    store: str
+    """Folder or URL of states (data/states.py)."""
+    output_dir: str
+    """Folder to write, which must not exist."""
+    threads: int | None = None
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     """`data/check.py`: is every byte of a store what was written?"""
 
