@@ -23,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.contracts import InputError
-from redrafter.drafters.options import parse_name
 from redrafter.files import write_json
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.hub.run import SPEEDS, Result, results_of
-from redrafter.processes import say
 
 PROFILE = "speculation_profile.json"
 
@@ -56,7 +54,7 @@ def _entry(result: Result, name: str, figures: dict[str, Any]) -> dict[str, Any]
     above = [1.0, *marginal]
     return {
         "method": name,
-        "tree": ":".join(parse_name(name).parts) or result.config["tree"],
+        "tree": name.partition(":")[2] or result.config["tree"],
         "temperature": result.body["temperature"],
         "batch_size": result.body["batch_size"],
         "num_speculative_tokens": len(marginal),
@@ -102,6 +100,6 @@ def profile_after(out: str | None, folder: str | None, head: Any) -> None:
         return
     try:
         if write_profile(place, head) is not None:
-            say(f"acceptance by position: {place / PROFILE}")
+            print(f"acceptance by position: {place / PROFILE}")
     except InputError as error:  # what was measured now is written; an earlier file is at fault
-        say(f"warning: no {PROFILE} was made: {error}")
+        print(f"warning: no {PROFILE} was made: {error}")
