@@ -251,6 +251,7 @@ class StepStats:
               tokens past a stop not counted)
     drafted_at[k], accepted_at[k]: row-steps that drafted at least depth k+1; whose first k+1
               levels were all accepted (and emitted)
+    matched_at[k]: the same, emitted or not: a stop may lie between them. Engines count these
     seconds:  host wall-clock by part: "prefill", "draft", "lookahead", "verify", "total"
     lengths:  (B,) lists, tokens that each step emitted, in order; empty where nobody drafts, a step
               then makes one
@@ -264,6 +265,7 @@ class StepStats:
     forwards: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     lengths: list[list[int]] = field(default_factory=list)
+    matched_at: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float | None:

@@ -89,6 +89,7 @@ def test_a_run_goes_up_and_comes_down_the_same(published_run, tiny_target, hub, 
     wanted = {
         ".gitattributes", "README.md", "config.json", "model.safetensors", "config.yaml",
         "provenance.json", "lossless.json", "speed.json", "disco/config.json",
+        "speculation_profile.json",
     }  # fmt: skip
     pictures = {f"pictures/{n}.{k}" for n in ("training", "speedup", "acceptance")
                 for k in ("png", "svg")}  # fmt: skip

@@ -16,6 +16,8 @@ SUBCOMMANDS = {
     "instructions": "let a chat model write prompts itself (data/instructions.py)",
     "answers": "let the model answer prompts (data/answers.py)",
     "states": "store its hidden states of rows (data/states.py)",
+    "import_speculators": "states that speculators wrote, as a store (data/import_speculators.py)",
+    "export_speculators": "a store of states for speculators (data/export_speculators.py)",
     "check_store": "check that a store is what was written (data/check.py)",
     "count_bigrams": "count a draft table from a store (data/bigrams.py)",
     "probe_bigrams": "ask the model for a draft table, token by token (data/probe.py)",

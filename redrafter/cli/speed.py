@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.prompt_sets import check, measure, show
     from redrafter.evaluation.report import write_result
+    from redrafter.hub.profile import profile_after
 
     check(config)
     names = parse_methods(config.methods)
@@ -31,4 +32,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     body = measure(config, names, target, head)
     print(show(body))
     write_result(config.out, config, target, body, head)
+    profile_after(config.out, config.head, head)
     return 0

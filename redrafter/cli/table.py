@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.evaluation.pictures import new_figure
     from redrafter.evaluation.prompt_sets import measure_all, settings, write_table
     from redrafter.files import write_config
+    from redrafter.hub.profile import profile_after
 
     new_figure(1, 1)  # without matplotlib: say so now
     sets = settings(config)
@@ -35,4 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     bodies = measure_all(sets, names, target, head)
     write_config(Path(config.out) / "config.yaml", config)
     write_table(Path(config.out), bodies)
+    profile_after(config.out, config.head, head)
     return 0

@@ -36,6 +36,52 @@ class AnswersConfig:
 
 
 @dataclass(frozen=True)
+class RequestsConfig:
+    """How a server is asked for answers."""
+
+    model: str | None = None
+    """The model's name there; none takes the only one that the server lists."""
+    key_from: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, for servers that want one; it is stored nowhere."""
+    send: Literal["tokens", "text", "chat"] = "tokens"
+    """`tokens` sends the prompts' token ids (vLLM, SGLang, llama.cpp), `text` their text, both to
+    /completions. `chat` sends messages to /chat/completions, where the server's own template
+    renders them (conversations only)."""
+    fields: Literal["engine", "openai"] = "engine"
+    """`engine` sends what engines know besides the OpenAI API, too: nothing cut off by top_k and
+    min_p, no penalties, token ids wanted. `openai` is for servers that refuse other fields."""
+    at_once: int = 32
+    """Requests on their way at a time; of several processes each has as many."""
+    timeout_s: float = 600.0
+    """Seconds that an answer may take; then it is asked for again."""
+    retries: int = 8
+    """Further tries of a request that found no server, or an overloaded or failing one."""
+    backoff_s: float = 1.0
+    """Seconds before the second try; twice as long before each next one, up to a minute, or what
+    the server asks for."""
+    check_prompts: int = 8
+    """Prompts whose greedy answers are compared with the target's own before anything else; 0
+    trusts the server."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "at_once")
+        at_least(0, self, "retries", "backoff_s", "check_prompts")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s: {self.timeout_s} must be more than 0 (RequestsConfig)")
+
+
+@dataclass(frozen=True)
+class AskedAnswersConfig(AnswersConfig):
+    """The target's own answers, made here or by a server."""
+
+    server: str | None = None
+    """URL of an OpenAI-compatible server that serves the target and answers in its place, such as
+    http://HOST:8000/v1; none decodes here."""
+    requests: RequestsConfig = RequestsConfig()
+    """How it is asked."""
+
+
+@dataclass(frozen=True)
 class StatesConfig:
     """Hidden states of the target, for every position of every row."""
 
@@ -159,7 +205,7 @@ class MakeAnswersConfig:
     source: SourceConfig | None = None
     """Conversations, in place of prompts: every turn is answered, each next one put after the
     target's own earlier answers. source.path, .format and so on are those of data/prepare.py."""
-    answers: AnswersConfig = AnswersConfig()
+    answers: AskedAnswersConfig = AskedAnswersConfig()
     """How they are made."""
     drafter: Literal["none", "head", "lookup"] = "none"
     """Draft with a trained head or by prompt lookup: faster, and the answers are the same."""
@@ -196,6 +242,43 @@ class MakeStatesConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "continuation")
+
+
+@dataclass(frozen=True)
+class ImportSpeculatorsConfig:
+    """`data/import_speculators.py`: a speculators folder as a store of states."""
+
+    target: TargetConfig
+    """The target whose states they are; its final norm is applied to them."""
+    folder: str
+    """Folder of the prepared data (a data set on disk, with input_ids and loss_mask)."""
+    output_dir: str
+    """Folder for the store; the same command goes on after an interruption."""
+    hidden_states: str | None = None
+    """Folder of the hs_*.safetensors; none is `hidden_states` in `folder`."""
+    states: StatesConfig = StatesConfig()
+    """How they are stored."""
+    check_rows: int = 8
+    """Rows whose states are compared with the target's own first; 0 trusts the folder."""
+    threads: int | None = None
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "check_rows")
+
+
+@dataclass(frozen=True)
+class ExportSpeculatorsConfig:
+    """`data/export_speculators.py`: a store of states as a speculators folder."""
+
+    target: TargetConfig
+    """The target whose states they are; its final norm is undone."""
+    store: str
+    """Folder or URL of states (data/states.py)."""
+    output_dir: str
+    """Folder to write, which must not exist."""
+    threads: int | None = None
+    """CPU threads of torch; None takes OMP_NUM_THREADS, else all CPUs that it may use."""
 
 
 @dataclass(frozen=True)

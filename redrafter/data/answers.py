@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -14,8 +16,10 @@ from redrafter.config import AnswersConfig
 from redrafter.contracts import Drafter, Generation, InputError
 from redrafter.data.build_rows import columns_of, need_rows
 from redrafter.data.filling import Shard, fill, open_filled
+from redrafter.data.formats import Messages
 from redrafter.data.rows import TokenRow
 from redrafter.data.store import Store, open_job
+from redrafter.data.template import Tools
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.decode.refill import refilled
 from redrafter.decode.request import NOT_FINITE
@@ -26,6 +30,48 @@ from redrafter.targets.model import Target
 _OVERFLOW = "scores of the target in {} that are not finite: a wider target.dtype may hold them"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """ids: a prompt; messages, tools: the chat that it renders, where that is known"""
+
+    ids: list[int]
+    messages: Messages | None = None
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens: the prompt excluded, the EOS that ended them included; finish: "eos" or "length";
+    counted: what else a store's `tally` is to count of it"""
+
+    tokens: list[int]
+    finish: str
+    counted: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """No answer. reason: why; failed: it could not be made (else the prompt is refused)"""
+
+    reason: str
+    failed: bool = False
+
+
+class Answerer(Protocol):
+    """Who answers prompts: the target here, or a server (`served.py`).
+
+    identity: what its answers depend on, besides what `answers_identity` says of all
+    """
+
+    identity: dict[str, Any]
+
+    def __call__(
+        self, asked: Sequence[Asked], seeds: Sequence[int], temperature: float, bar: tqdm
+    ) -> list[Answer | LeftOut]:
+        """The answer to every prompt; moves the bar by one each."""
+        ...
+
+
 def build_answers(
     target: Target,
     prompts: Store,
@@ -34,6 +80,7 @@ def build_answers(
     *,
     seed: int = 0,
     drafter: Callable[[], Drafter] | None = None,
+    answerer: Answerer | None = None,
     named: bool = False,
     progress: bool = True,
 ) -> Store:
@@ -42,13 +89,17 @@ def build_answers(
     seed: with a prompt's source row, the temperature and the sample number it fixes the answer
     drafter: makes a drafter; answers are then made by speculative decoding, which is faster and
         changes none of them
+    answerer: who answers in the target's place
     named: use a folder in `folder` that is named after the content
     One shard is `config.shard_prompts` prompts at one temperature; a kill loses the one being made,
     and several processes share them out (`filling.py`). A prompt that fills the context, and an
     answer that met scores that are not finite, are left out and listed.
     """
     check_same_text(prompts, target)
-    identity = {"prompts": prompts.digest, **answers_identity(target, config, seed)}
+    answerer = answerer or OwnAnswers(target, config, drafter)
+    identity = {
+        "prompts": prompts.digest, **answers_identity(target, config, seed), **answerer.identity
+    }  # fmt: skip
     job = open_job(folder, "answers", identity, named)
     if job.complete:
         return need_rows(open_filled(job), prompts.name)
@@ -58,10 +109,10 @@ def build_answers(
 
     def make(index: int, bar: tqdm) -> Shard:
         number, group = divmod(index, len(groups))
-        rows, rejected = _answer(
-            target, prompts, groups[group], *passes[number], config, seed, drafter, bar
+        rows, rejected, tally = _answer(
+            prompts, groups[group], *passes[number], seed, target.max_positions, answerer, bar
         )
-        return columns_of(rows.values(), [number * n + i for i in rows]), rejected
+        return columns_of(rows.values(), [number * n + i for i in rows]), rejected, tally
 
     sizes = [len(group) for _ in passes for group in groups]
     store = fill(
@@ -110,83 +161,91 @@ def check_same_text(store: Store, target: Target) -> None:
 
 
 def _answer(
-    target: Target,
     prompts: Store,
     chosen: Sequence[int],
     temperature: float,
     sample: int,
-    config: AnswersConfig,
     seed: int,
-    drafter: Callable[[], Drafter] | None,
+    room: int | None,
+    answerer: Answerer,
     bar: tqdm,
-) -> tuple[dict[int, TokenRow], list[dict]]:
-    """Prompt number -> prompt and answer, in order; and the prompts that have none."""
+) -> tuple[dict[int, TokenRow], list[dict], Counter[str]]:
+    """Prompt number -> prompt and answer, in order; the prompts that have none; and a tally."""
     read = prompts.rows(chosen)
     ids = {i: read.ids(place) for place, i in enumerate(chosen)}
-    room = target.max_positions
-    why = {
-        i: f"a prompt of {len(ids[i])} tokens fills the context of {room}"
+    out: dict[int, LeftOut] = {
+        i: LeftOut(f"a prompt of {len(ids[i])} tokens fills the context of {room}")
         for i in chosen if room is not None and len(ids[i]) >= room
     }  # fmt: skip
-    bar.update(len(why))
-    fitting = [i for i in chosen if i not in why]
+    bar.update(len(out))
+    fitting = [i for i in chosen if i not in out]
     source_rows = {i: int(prompts.source_row[i]) for i in fitting}
     seeds = [answer_seed(seed, source_rows[i], temperature, sample) for i in fitting]
-    texts = answer(target, [ids[i] for i in fitting], seeds, temperature, config, drafter, bar)
+    answers = answerer([Asked(ids[i]) for i in fitting], seeds, temperature, bar)
     made: dict[int, TokenRow] = {}
-    for i, text in zip(fitting, texts, strict=True):
-        if text is None:
-            why[i] = overflowed(target)
+    for i, found in zip(fitting, answers, strict=True):
+        if isinstance(found, LeftOut):
+            out[i] = found
         else:
-            made[i] = answered_row(ids[i], text, source_rows[i])
-    rejected = [
-        {"source_row": int(prompts.source_row[i]), "failed": False, "reason": why[i]}
-        for i in chosen if i in why
-    ]  # fmt: skip
-    return made, rejected
+            made[i] = answered_row(ids[i], found.tokens, source_rows[i])
+    rejected = [left_out(int(prompts.source_row[i]), out[i]) for i in chosen if i in out]
+    return made, rejected, tally_of(answers)
 
 
-def answer(
-    target: Target,
-    rows: list[list[int]],
-    seeds: list[int],
-    temperature: float,
-    config: AnswersConfig,
-    drafter: Callable[[], Drafter] | None,
-    bar: tqdm,
-) -> list[list[int] | None]:
-    """The answer to every prompt, `config.batch_size` of them at a time; moves the bar by a row
-    each. What else is in the batch changes no answer. None: it met scores that are not finite."""
-    if not rows:
-        return []
-    generation = generation_config(temperature, config.max_new_tokens)
-    if drafter is None:
-        made = refilled(
-            target, rows, generation, slots=config.batch_size, seeds=seeds,
-            ended=lambda row: bar.update(1),
-        )  # fmt: skip
-        return _finite(made)
-    texts: dict[int, list[int] | None] = {}
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))  # of similar lengths
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
-        made = speculative(
-            target, [rows[i] for i in batch], generation,
-            seeds=[seeds[i] for i in batch], drafter=drafter(),
-        )  # fmt: skip
-        texts.update(zip(batch, _finite(made), strict=True))
-        bar.update(len(batch))
-    return [texts[i] for i in range(len(rows))]
+def left_out(source_row: int, why: LeftOut) -> dict[str, Any]:
+    """A prompt without an answer, as a shard's receipt lists it."""
+    return {"source_row": source_row, "failed": why.failed, "reason": why.reason}
 
 
-def _finite(made: Generation) -> list[list[int] | None]:
-    ends = zip(made.tokens, made.finish, strict=True)
-    return [None if finish == NOT_FINITE else tokens for tokens, finish in ends]
+def tally_of(answers: Iterable[Answer | LeftOut]) -> Counter[str]:
+    """How often answers ended why, and what else they count."""
+    tally: Counter[str] = Counter()
+    for found in answers:
+        if isinstance(found, Answer):
+            tally.update({f"ended by {found.finish}": 1, **(found.counted or {})})
+    return tally
 
 
-def overflowed(target: Target) -> str:
-    """Why an answer is left out that met scores that are not finite."""
-    return _OVERFLOW.format(str(target.dtype).removeprefix("torch."))
+class OwnAnswers:
+    """The target answers here, `config.batch_size` prompts at a time. What else is in the batch
+    changes no answer."""
+
+    def __init__(
+        self, target: Target, config: AnswersConfig, drafter: Callable[[], Drafter] | None = None
+    ):
+        self.target, self.config, self.drafter = target, config, drafter
+        self.identity: dict[str, Any] = {}
+
+    def __call__(
+        self, asked: Sequence[Asked], seeds: Sequence[int], temperature: float, bar: tqdm
+    ) -> list[Answer | LeftOut]:
+        """LeftOut: those that met scores that are not finite."""
+        rows, size = [prompt.ids for prompt in asked], self.config.batch_size
+        if not rows:
+            return []
+        generation = generation_config(temperature, self.config.max_new_tokens)
+        if self.drafter is None:
+            made = refilled(
+                self.target, rows, generation, slots=size, seeds=list(seeds),
+                ended=lambda row: bar.update(1),
+            )  # fmt: skip
+            return self._read(made)
+        answers: dict[int, Answer | LeftOut] = {}
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))  # of similar lengths
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            made = speculative(
+                self.target, [rows[i] for i in batch], generation,
+                seeds=[seeds[i] for i in batch], drafter=self.drafter(),
+            )  # fmt: skip
+            answers.update(zip(batch, self._read(made), strict=True))
+            bar.update(len(batch))
+        return [answers[i] for i in range(len(rows))]
+
+    def _read(self, made: Generation) -> list[Answer | LeftOut]:
+        ends = zip(made.tokens, made.finish, strict=True)
+        why = LeftOut(_OVERFLOW.format(str(self.target.dtype).removeprefix("torch.")))
+        return [why if end == NOT_FINITE else Answer(tokens, end) for tokens, end in ends]
 
 
 def answered_row(prompt: Sequence[int], text: Sequence[int], source_row: int) -> TokenRow:

@@ -228,6 +228,8 @@ def report(store: Store) -> str:
             f"  they are {store.manifest['source_rows']} rows of the source: where the chat "
             "template rewrites what was said before, each answer is a row of its own"
         )
+    if tally := store.manifest.get("tally"):
+        lines.append("  " + ", ".join(f"{n} {what}" for what, n in tally.items()))
     listed: dict[str, list[int]] = {}
     for entry in (r for shard in store.manifest["shards"] for r in shard["rejected"]):
         listed.setdefault(entry["reason"], []).append(entry["source_row"])

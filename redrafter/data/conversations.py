@@ -9,6 +9,7 @@ source row and stand one after the other.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,17 @@ from tqdm.auto import tqdm
 from redrafter.config import AnswersConfig, SourceConfig
 from redrafter.contracts import Drafter, InputError
 from redrafter.data.answers import (
-    answer,
+    Answerer,
+    Asked,
+    LeftOut,
+    OwnAnswers,
     answer_seed,
     answered_row,
     answers_identity,
     groups_of,
-    overflowed,
+    left_out,
     passes_of,
+    tally_of,
 )
 from redrafter.data.build_rows import columns_of, need_rows, origin, source_identity
 from redrafter.data.chat import Renderer
@@ -63,13 +68,14 @@ def build_conversations(
     *,
     seed: int = 0,
     drafter: Callable[[], Drafter] | None = None,
+    answerer: Answerer | None = None,
     named: bool = False,
     progress: bool = True,
 ) -> Store:
     """Let the target answer every turn of a source's conversations, or open what it said before.
 
-    seed, drafter, named: as for `build_answers`. One shard is `config.shard_prompts` conversations
-    at one temperature.
+    seed, drafter, answerer, named: as for `build_answers`. One shard is `config.shard_prompts`
+    conversations at one temperature.
     A conversation ends early where its next prompt fills the target's context; the turns left are
     counted as skipped. An answer that `config.max_new_tokens` cut short is part of the history as
     it is (`cut_turns` counts them). Rows that cannot be read are failed ones, and repeated
@@ -78,9 +84,10 @@ def build_conversations(
     """
     source = main_first(lambda: read_source(source_config))
     tokenizer = tokenizer_of(target, source_config.path)
+    answerer = answerer or OwnAnswers(target, config, drafter)
     identity = {
         **source_identity(source, tokenizer), "turns": "all",
-        **answers_identity(target, config, seed),
+        **answers_identity(target, config, seed), **answerer.identity,
     }  # fmt: skip
     place = job_folder(folder, "answers", identity, named)
     day = by_main(lambda: day_of(tokenizer, begun(place)))
@@ -88,23 +95,24 @@ def build_conversations(
     job = open_job(folder, "answers", identity, named)
     if job.complete:
         return need_rows(open_filled(job), source_config.path)
-    found, left_out = _conversations(source, renderer, target.vocab_size)
+    found, unread = _conversations(source, renderer, target.vocab_size)
     passes, groups = passes_of(config), groups_of(len(found), config.shard_prompts)
     turns = sum(len(chat.turns) for chat in found)
 
     def make(index: int, bar: tqdm) -> Shard:
         number, group = divmod(index, len(groups))
         chats = [found[i] for i in groups[group]]
-        rows, rejected = _converse(
-            target, renderer, chats, *passes[number], config, seed, drafter, bar
+        rows, rejected, tally = _converse(
+            target, renderer, chats, *passes[number], seed, answerer, bar
         )
         numbers = [number * turns + place for place in rows]
-        return columns_of(rows.values(), numbers), [*rejected, *(left_out if index == 0 else ())]
+        rejected += unread if index == 0 else []
+        return columns_of(rows.values(), numbers), rejected, tally
 
     sizes = [sum(len(found[i].turns) for i in group) for _ in passes for group in groups]
     store = fill(
         job, sizes, make, what="answers", unit="turn", progress=progress, together=target.together,
-        input=sum(sizes) + len(left_out), made_from=[origin(source)],
+        input=sum(sizes) + len(unread), made_from=[origin(source)],
         conversations=len(found), turns=turns,
     )  # fmt: skip
     return need_rows(store, source_config.path)
@@ -124,7 +132,7 @@ def _conversations(
     Rendered once with a made-up answer, so that what the template refuses is known beforehand.
     """
     found: list[Conversation] = []
-    left_out, seen, failed, first = [], set(), 0, 0
+    unread, seen, failed, first = [], set(), 0, 0
     for row, content in source:
         where, reason = source.where(row), "duplicate"
         try:
@@ -142,14 +150,14 @@ def _conversations(
             turns, tools, reason = [], None, str(error)
         said = json.dumps([turns, tools])
         if not turns or said in seen:
-            left_out.append({"source_row": row, "failed": not turns, "reason": reason})
+            unread.append({"source_row": row, "failed": not turns, "reason": reason})
             continue
         seen.add(said)
         found.append(Conversation(turns, tools, row, where, first))
         first += len(turns)
     if not found:
         raise InputError(f"{source.config.path}: none of its rows asks anything; give another")
-    return found, left_out
+    return found, unread
 
 
 def _converse(
@@ -158,11 +166,10 @@ def _converse(
     chats: list[Conversation],
     temperature: float,
     sample: int,
-    config: AnswersConfig,
     seed: int,
-    drafter: Callable[[], Drafter] | None,
+    answerer: Answerer,
     bar: tqdm,
-) -> tuple[dict[int, TokenRow], list[dict[str, Any]]]:
+) -> tuple[dict[int, TokenRow], list[dict[str, Any]], Counter[str]]:
     """Number of a turn -> what was asked and said; and the turns that leave no room for an answer.
 
     The first turns of all are answered together, then the second ones, and so on.
@@ -170,14 +177,15 @@ def _converse(
     room = target.max_positions
     rows: dict[int, TokenRow] = {}
     rejected: list[dict[str, Any]] = []
+    tally: Counter[str] = Counter()
     history: dict[int, Messages] = {place: [] for place in range(len(chats))}
 
-    def end(place: int, turn: int, why: str) -> None:
+    def end(place: int, turn: int, why: LeftOut) -> None:
         """Of a conversation: this turn and those behind it are left out."""
         del history[place]
-        entry = {"source_row": chats[place].row, "failed": False}
+        why = LeftOut(f"turn {turn + 1}, {why.reason}", why.failed)
         left = len(chats[place].turns) - turn
-        rejected.extend([{**entry, "reason": f"turn {turn + 1}, {why}"}] * left)
+        rejected.extend([left_out(chats[place].row, why)] * left)
 
     for turn in range(max(len(chat.turns) for chat in chats)):
         prompts: dict[int, list[int]] = {}
@@ -194,16 +202,18 @@ def _converse(
             if ids and (room is None or len(ids) < room):
                 prompts[place] = ids
                 continue
-            end(place, turn, why)
+            end(place, turn, LeftOut(why))
             bar.update(len(chat.turns) - turn)
         seeds = [answer_seed(seed, chats[p].row, temperature, sample, turn) for p in prompts]
-        made = answer(target, list(prompts.values()), seeds, temperature, config, drafter, bar)
-        for (place, ids), text in zip(prompts.items(), made, strict=True):
-            if text is None:
-                end(place, turn, overflowed(target))
+        asked = [Asked(ids, [*history[p]], chats[p].tools) for p, ids in prompts.items()]
+        answers = answerer(asked, seeds, temperature, bar)
+        tally += tally_of(answers)
+        for (place, ids), found in zip(prompts.items(), answers, strict=True):
+            if isinstance(found, LeftOut):
+                end(place, turn, found)
                 bar.update(len(chats[place].turns) - turn - 1)
                 continue
-            rows[chats[place].first + turn] = answered_row(ids, text, chats[place].row)
-            said = renderer.tokenizer.decode(text, skip_special_tokens=True)
+            rows[chats[place].first + turn] = answered_row(ids, found.tokens, chats[place].row)
+            said = renderer.tokenizer.decode(found.tokens, skip_special_tokens=True)
             history[place].append({"role": "assistant", "content": said})
-    return dict(sorted(rows.items())), rejected
+    return dict(sorted(rows.items())), rejected, tally

@@ -7,7 +7,7 @@ on with by another of any size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,8 +17,11 @@ from redrafter.bars import Bar
 from redrafter.data.store import Job, Store
 from redrafter.processes import by_main, everyone, is_main, launched, mine, share_of, wait_to_see
 
-#: columns of a shard, and the rows left out (see `Job.write`)
-Shard = tuple[dict[str, Tensor], Sequence[dict[str, Any]]]
+#: columns of a shard, the rows left out, and where there is one its tally (see `Job.write`)
+Shard = (
+    tuple[dict[str, Tensor], Sequence[dict[str, Any]]]
+    | tuple[dict[str, Tensor], Sequence[dict[str, Any]], Mapping[str, int]]
+)
 
 
 def fill(

@@ -253,6 +253,17 @@ def groups_of(sizes: Tensor, limit: int) -> list[Tensor]:
     return groups
 
 
+def check_target(store: Store, target: Target) -> None:
+    """Raises InputError naming the part of the target that a store was not made with."""
+    made, here = store.identity["target"], target_identity(target)
+    for part in ("weights", "config", "tokenizer", "template"):
+        if part in here and made.get(part) != here[part]:
+            raise InputError(
+                f"{store.name} was made with another target: its {part} has digest "
+                f"{made.get(part)}, {target.name} has {here[part]}; make it anew for this target"
+            )
+
+
 def check_context(rows: Store, target: Target) -> None:
     """Raises InputError where there are no rows, or one is longer than the target can read."""
     if not rows.n_rows:

@@ -22,7 +22,8 @@ from __future__ import annotations
 import errno
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,15 @@ class Job:
         return complete, receipts
 
     def write(
-        self, index: int, columns: dict[str, Tensor], rejected: Sequence[dict[str, Any]] = ()
+        self,
+        index: int,
+        columns: dict[str, Tensor],
+        rejected: Sequence[dict[str, Any]] = (),
+        tally: Mapping[str, int] | None = None,
     ) -> None:
         """One shard, whole or absent. columns: as in the module's docstring, `check` left out;
-        no columns where all of its rows were left out."""
+        no columns where all of its rows were left out. tally: counts, which the manifest adds up
+        over the shards."""
         # One that had written nothing may have given way to another meanwhile (see above).
         _check_identity(_read_json(self.folder / "job.json"), self.identity, self.folder)
         receipt: dict[str, Any] = {"rows": 0, "tokens": 0, "file": None, "bytes": 0, "sha256": None}
@@ -125,6 +131,8 @@ class Job:
                     "file": path.name, "bytes": path.stat().st_size, "sha256": digest_file(path),
                 }  # fmt: skip
             receipt["rejected"] = plain_values(list(rejected))
+            if tally is not None:
+                receipt["tally"] = dict(tally)
             write_json(self.folder / f"{shard_name(index)}.json", receipt)
         self.receipts[index] = receipt
 
@@ -158,6 +166,9 @@ class Job:
             "failed": sum(r["failed"] for r in rejected),
         }
         content = {"identity": self.identity, "counts": counts, "shards": shards, **facts}
+        tallies = [s["tally"] for s in shards if "tally" in s]
+        if tallies:
+            content["tally"] = dict(sorted(sum(map(Counter, tallies), Counter()).items()))
         with disk_errors(self.folder):
             write_json(self.folder / "manifest.json", content)
 

@@ -65,6 +65,7 @@ def speculative(
         made = plain(target, prompts, generation_config, **asked)
         depth = drafter.max_depth
         made.stats.drafted_at, made.stats.accepted_at = [0] * depth, [0] * depth
+        made.stats.matched_at = [0] * depth
         made.stats.seconds["lookahead"] = 0.0
         made.extra["drafter"] = {}
         return made
@@ -264,7 +265,7 @@ class _Decoding:
                 continue
             stats.nodes_verified += n_nodes
             kept = emitter.emit(row, rest[: count + 1])
-            count_step(stats, row, reached, min(count, kept), kept)
+            count_step(stats, row, reached, count, kept)
             path = rest[len(rest) // 2 :]
             in_order &= path[: count + 1] == list(range(count + 1))
         return in_order

@@ -7,8 +7,12 @@ figure is computed anew on prompts drawn from them with replacement.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+
+from redrafter.contracts import StepStats
 
 BOOTSTRAP_DRAWS = 2000
 #: Two-sided, in percent.
@@ -84,6 +88,33 @@ def acceptance(drafted_at: Sequence[int], accepted_at: Sequence[int]) -> dict[st
     for rate, above in zip(unconditional, [1.0, *unconditional], strict=False):
         conditional.append(rate / above if rate is not None and above else None)
     return {"unconditional": unconditional, "conditional": conditional}
+
+
+def engine_figures(stats: StepStats, tokens: int, draft_tokens: int) -> dict[str, Any]:
+    """The same run as engines count it, under the names that vLLM gives (docs/serving.md).
+
+    stats: pooled over rows; tokens: emitted, the prefill's own included; draft_tokens: verified
+    num_drafts: steps with a draft; accepted tokens behind a stop count, steps without a draft do
+        not. mean_acceptance_length: 1 + accepted / drafts; draft_acceptance_rate: accepted / draft
+        tokens; per_position_acceptance_rate: of all drafts, those accepted to that position;
+        acceptance_histogram: drafts by how many of their tokens were accepted, 0 .. K
+    spec_accept_length: SGLang's, tokens / steps
+    None where nothing was drafted.
+    """
+    drafts = stats.drafted_at[0] if stats.drafted_at else 0
+    accepted, steps = sum(stats.matched_at), sum(stats.steps)
+    at_least = [drafts, *stats.matched_at, 0]
+    return {
+        "num_drafts": drafts,
+        "num_draft_tokens": draft_tokens,
+        "num_accepted_tokens": accepted,
+        "mean_acceptance_length": 1 + accepted / drafts if drafts else None,
+        "draft_acceptance_rate": accepted / draft_tokens if draft_tokens else None,
+        "per_position_acceptance_rate": [n / drafts if drafts else None for n in stats.matched_at],
+        "acceptance_histogram": [a - b for a, b in pairwise(at_least)],
+        "spec_accept_length": tokens / steps if steps else None,
+        "steps_without_draft": steps - drafts,
+    }
 
 
 def speed_bound(tau: float, t_1_s: float, draft_s: float, t_n_s: float) -> float:

@@ -17,7 +17,14 @@ from redrafter.evaluation.methods import build_method
 from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.pictures import save_figure
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
-from redrafter.evaluation.report import markdown, read_result, table, with_interval, write_result
+from redrafter.evaluation.report import (
+    engine_table,
+    markdown,
+    read_result,
+    table,
+    with_interval,
+    write_result,
+)
 from redrafter.evaluation.speed import decoding, make_batches, measure_speed
 from redrafter.files import write_text
 from redrafter.targets.model import Target
@@ -74,6 +81,8 @@ def show(body: dict[str, Any]) -> str:
              f"({equal})" if m["law_only"] else equal, shares]
         )  # fmt: skip
     lines = [table(columns, rows), ""]
+    columns, rows = engine_table(body)
+    lines += [table(columns, rows), ""] if rows else []
     exact = {True: "yes", False: "NO: see eval/lossless.py for why", None: "nothing drafted"}
     share = body["loop_share"]
     lines.append(

@@ -42,6 +42,19 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def engine_table(body: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of the methods that draft, in the engines' names and counting."""
+    columns = ["as engines count", "drafts", "mean_acceptance_length", "draft_acceptance_rate",
+               "per position"]  # fmt: skip
+    rows = []
+    for name, figures in body["methods"].items():
+        if (found := figures.get("engine")) is not None:
+            rates = " ".join(_cell(rate) for rate in found["per_position_acceptance_rate"])
+            rows.append([name, found["num_drafts"], found["mean_acceptance_length"],
+                         found["draft_acceptance_rate"], rates])  # fmt: skip
+    return columns, rows
+
+
 def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
@@ -85,9 +98,14 @@ def markdown(title: str, body: dict[str, Any]) -> str:
             _cell(m["efficiency"]),
             f"({equal})" if m["law_only"] else equal,
         ])  # fmt: skip
+    engines = engine_table(body)
+    tables = [markdown_table(columns, rows)]
+    if engines[1]:
+        named = [[f"`{row[0]}`", *map(_cell, row[1:])] for row in engines[1]]
+        tables.append(markdown_table(engines[0], named))
     share, facts = body["loop_share"], body["provenance"]
     return "\n".join([
-        f"## {title}", "", markdown_table(columns, rows), "",
+        f"## {title}", "", "\n\n".join(tables), "",
         f"{body['n_prompts']} prompts, temperature {body['temperature']:g}; loop share of plain "
         f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "

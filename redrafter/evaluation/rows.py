@@ -84,7 +84,7 @@ def decode_rows(
                 cache.crop(count - w)
         new = choice[winner].tolist()
         kept = emit(new[: count + 1])
-        count_step(stats, 0, int(valid.sum(1).max()), min(count, kept), kept)
+        count_step(stats, 0, int(valid.sum(1).max()), count, kept)
         stats.forwards += 1
         stats.nodes_verified += k * (w + 1)
         with timer("draft"):

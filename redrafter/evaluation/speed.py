@@ -26,6 +26,7 @@ from redrafter.evaluation.figures import (
     Interval,
     acceptance,
     bootstrap,
+    engine_figures,
     loop_share,
     mean_of_ratios,
     median,
@@ -148,13 +149,17 @@ def total_stats(runs: list[list[TimedCall]]) -> StepStats:
         total.emitted += first.emitted
         total.forwards += first.forwards
         total.nodes_verified += first.nodes_verified
-        if not total.drafted_at:
-            total.drafted_at = [0] * len(first.drafted_at)
-            total.accepted_at = [0] * len(first.drafted_at)
-        for level in range(len(first.drafted_at)):
-            total.drafted_at[level] += first.drafted_at[level]
-            total.accepted_at[level] += first.accepted_at[level]
+        for name in ("drafted_at", "accepted_at", "matched_at"):
+            own, more = getattr(total, name), getattr(first, name)
+            setattr(total, name, [a + b for a, b in zip(own or [0] * len(more), more, strict=True)])
     return total
+
+
+def _draft_tokens(method: Method, stats: StepStats) -> int:
+    """Tokens that were verified besides the roots: of chains those drafted, of trees all nodes."""
+    if method.drafter.max_nodes == method.drafter.max_depth + 1:
+        return sum(stats.drafted_at)
+    return stats.nodes_verified - sum(stats.steps)
 
 
 def sum_seconds(runs: list[list[TimedCall]]) -> dict[str, float]:
@@ -247,10 +252,11 @@ class Summary:
             for side in (low, high):
                 side["efficiency"] = side["decode_speedup_plain"] / out["bound"]
         out["loop_share"] = self.loop_share
+        made = [row for r in runs for row in r[0].tokens]
         if method.drafter is not None:
             out["acceptance"] = acceptance(stats.drafted_at, stats.accepted_at)
+            out["engine"] = engine_figures(stats, sum(map(len, made)), _draft_tokens(method, stats))
             out["drafter_reports"] = distinct(r[0].report for r in runs)
-        made = [row for r in runs for row in r[0].tokens]
         equal = sum(a == b for a, b in zip(made, self.answers, strict=True))
         out |= {
             "equal_rows": equal,

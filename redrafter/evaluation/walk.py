@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from redrafter.contracts import Drafter, InputError, RowState, StepStats, TokenTree, Truth
-from redrafter.decode.stats import count_step
+from redrafter.decode.stats import count_step, no_steps
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def walk(
         raise InputError(f"walk: the drafter needs the target's {needs}, texts alone do not do")
     depth = drafter.max_depth
     n = len(prompts)
-    stats = StepStats([0] * n, [0] * n, [0] * depth, [0] * depth, lengths=[[] for _ in prompts])
+    stats = no_steps(n, depth)
     stats.seconds = {"draft": 0.0}
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         limit = len(answer) if max_new_tokens is None else max_new_tokens
@@ -91,7 +91,7 @@ def _walk_one(
         drafted = int(torch.where(tree.valid, tree.depth, 0).max())
         accepted = accepted_depth(tree, text[len(prompt) + known :])
         new = answer[known : known + accepted + 1]
-        count_step(stats, row, drafted, min(accepted, len(new)), len(new))
+        count_step(stats, row, drafted, accepted, len(new))
         stats.nodes_verified += tree.n_nodes
         truth = emit(new, depth + 1)
         truth.tree = tree

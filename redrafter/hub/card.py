@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.evaluation.report import markdown_table, with_interval
+from redrafter.hub.profile import PROFILE, profile_of
 from redrafter.hub.recipe import data, pictures_of, sources, training
 from redrafter.hub.release import CARD_CONTENT, CONTENT, matches
 from redrafter.hub.run import Result, Run
@@ -202,6 +203,7 @@ def _measured(run: Run, pictures: Mapping[str, str]) -> str:
         parts.append("\n".join(lines))
         parts.append(pictures_of(pictures, ["speedup", "acceptance"]))
         parts += [_measured_table(result) for result in run.speeds]
+        parts.append(_acceptance(run))
     else:
         parts.append("Speed was not measured: no speed is claimed.")
     return "\n\n".join(part for part in parts if part)
@@ -248,6 +250,28 @@ def _measured_table(result: Result) -> str:
         f"and seconds stand in [{result.name}]({result.name})."
     )
     return f"### {result.title} (`{result.name}`)\n\n{markdown_table(columns, rows)}\n\n{caption}"
+
+
+def _acceptance(run: Run) -> str:
+    """The content of speculation_profile.json."""
+    made = profile_of(run.speeds, run.head)
+    if made is None:
+        return ""
+    rows = []
+    for p in made["profiles"]:
+        rates = (p["marginal_accept_rates"], p["conditional_accept_rates"])
+        where, new = (p["measurement_conditions"][key] for key in ("dataset", "osl"))
+        rows.append([f"`{p['method']}`", f"{where}, T = {p['temperature']:g}", new,
+                     f"{p['mean_accept_length']:.2f}", f"{p['draft_acceptance_rate']:.3f}",
+                     *(" ".join("-" if r is None else f"{r:.3f}" for r in kind) for kind in rates)
+                     ])  # fmt: skip
+    columns = ["method", "prompts", "most new tokens", "mean length", "of drafted tokens",
+               "accepted to position k", "... of those to k - 1"]  # fmt: skip
+    caption = (
+        "As engines count: accepted tokens behind a stop are counted, steps without a draft are "
+        f"not; the length holds the bonus token. Also in [{PROFILE}]({PROFILE})."
+    )
+    return f"### Acceptance by position\n\n{markdown_table(columns, rows)}\n\n{caption}"
 
 
 def _compared(run: Run) -> list[list[Any]]:

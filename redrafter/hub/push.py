@@ -15,6 +15,7 @@ from redrafter.config import PushConfig
 from redrafter.contracts import InputError
 from redrafter.hub.card import model_card
 from redrafter.hub.pictures import pictures_or_none
+from redrafter.hub.profile import PROFILE, write_profile
 from redrafter.hub.release import Files, files_of, is_ours, write_card
 from redrafter.hub.run import read_run
 
@@ -53,6 +54,10 @@ def prepare(config: PushConfig) -> Release:
     check_repo(config.repo)
     files, left_out = files_of(config.head)
     run = read_run(config.head, config.base_model, config.license, online=not config.dry_run)
+    if write_profile(config.head, run.head) is None:
+        files.pop(PROFILE, None)
+    else:
+        files[PROFILE] = Path(config.head) / PROFILE
     folder = Path(config.card or Path(config.head) / "card")
     drawn = pictures_or_none(run)
     made = {

@@ -26,6 +26,7 @@ CONTENT = {
     "provenance.json": "versions, commit, data receipt and what was measured while training",
     "lossless*.json": "drafted text beside plain decoding, token by token (eval/lossless.py)",
     "speed*.json": "tokens per step and speed (eval/speed.py)",
+    "speculation_profile.json": "acceptance by position, as serving engines count it",
     "results/*.json": "measured tables (eval/table.py)",
     "results/*.yaml": "what they were asked for",
     "results/*.md": "the tables for people",

@@ -17,6 +17,8 @@ from redrafter.heads.load import load_head, own_class
 from redrafter.heads.reading import read_config
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: where eval/speed.py and eval/table.py leave their results beside a head
+SPEEDS = ("speed*.json", "results/*.json")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -107,8 +109,8 @@ def read_run(
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
         raise InputError(f"base_model: {base_model!r} is no owner/name of the Hub")
     target = target_facts(head.config, facts, base_model, license, online)
-    speeds = _results(folder, head, ("speed*.json", "results/*.json"))
-    proofs = _results(folder, head, ("lossless*.json",))
+    speeds = results_of(folder, head, SPEEDS)
+    proofs = results_of(folder, head, ("lossless*.json",))
     return Run(folder, head, facts, speeds, proofs, target)
 
 
@@ -119,7 +121,8 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} cannot be read ({error}): make it again, or remove it") from None
 
 
-def _results(folder: Path, head: DraftHead, patterns: Sequence[str]) -> tuple[Result, ...]:
+def results_of(folder: Path, head: DraftHead, patterns: Sequence[str]) -> tuple[Result, ...]:
+    """What was measured on a head, in order of name. Raises InputError for another head's file."""
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     found = [Result(file.relative_to(folder).as_posix(), _read(file)) for file in files]
     for result in found:

@@ -72,7 +72,9 @@ def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
         head = load_meta_head(config.head, target)
         drafter, items = RecurrentDrafter(head, target, config.tree), head_items(head, target)
         builder.plan.tail = bound_lines(bound(head, target, config.tree.depth), target)
-    rows = how.batch_size if prompts.rows is None else min(how.batch_size, prompts.rows)
+    served = how.server is not None
+    batch = 1 if served else how.batch_size  # of a server's answers a sample is compared here
+    rows = batch if prompts.rows is None else min(batch, prompts.rows)
     builder.phase("answers", *items, *answers_items(
         target, rows, prompts.longest, how.max_new_tokens, max(how.temperatures), drafter
     ))  # fmt: skip
@@ -80,9 +82,8 @@ def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
     answers = prompts.answered(passes, how.max_new_tokens)
     if answers.tokens is not None:
         builder.disk("answers", answers.tokens * _ROW_BYTES, config.output_dir)
-    unknown = (
-        None if answers.rows is not None else "how many prompts is not known (--plan_for.rows)"
-    )
+    unknown = None if answers.rows is not None else "how many prompts: --plan_for.rows"
+    unknown = "as fast as the server is" if served else unknown
     if unmeasured(builder, config.target, wanted, "answers", unknown):
         return builder.plan
     one = decode_seconds(load_target(config.target), rows, round(prompts.mean),

@@ -117,6 +117,31 @@ def continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -
     return whole[next(differ, min(len(before), len(whole))) :]
 
 
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """What tokens are as text, special ones included."""
+    return tokenizer.decode(
+        list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
+def tokens_behind(tokenizer: Any, prompt: Sequence[int], text: str) -> list[int] | None:
+    """Tokens that render as `text` behind a prompt; None where none do, or the text has a character
+    of which only a part was said.
+
+    Tokenised with the prompt, where that leaves the prompt's own tokens as they are, else alone.
+    """
+    if _HALF in text:
+        return None
+    before, ids = text_of(tokenizer, prompt), list(prompt)
+    whole = tokenizer(before + text, add_special_tokens=False, verbose=False).input_ids
+    alone = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    tried = [whole[len(ids) :]] if whole[: len(ids)] == ids else []
+    for tokens in (*tried, alone):
+        if text_of(tokenizer, [*ids, *tokens]) == before + text:
+            return tokens
+    return None
+
+
 def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(
         list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -23,12 +23,11 @@ from redrafter.data.prompts import rendered, say_left_out
 from redrafter.data.reading import Fresh, Hybrid, Part, Stored, read_weights
 from redrafter.data.rows import RejectedRow, TokenRow
 from redrafter.data.sources import read_source
-from redrafter.data.states import StateMaker, build_states, check_context
+from redrafter.data.states import StateMaker, build_states, check_context, check_target
 from redrafter.data.store import Store, begun, job_folder
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.files import digest_json
 from redrafter.processes import by_main, say
-from redrafter.targets.identity import target_identity
 from redrafter.targets.model import Target
 from redrafter.targets.text import tokenizer_of
 from redrafter.training.step import needed_teacher
@@ -176,17 +175,6 @@ def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
         for part, weight in zip(parts, weights, strict=True)
     ]
     return TrainingData(parts, weights, digest_json(content), receipt)
-
-
-def check_target(store: Store, target: Target) -> None:
-    """Raises InputError naming the part of the target that a store was not made with."""
-    made, here = store.identity["target"], target_identity(target)
-    for part in ("weights", "config", "tokenizer", "template"):
-        if part in here and made.get(part) != here[part]:
-            raise InputError(
-                f"{store.name} was made with another target: its {part} has digest "
-                f"{made.get(part)}, {target.name} has {here[part]}; make it anew for this target"
-            )
 
 
 def held_out_prompts(config: TrainConfig, target: Target, folder: Path) -> Store:
