@@ -134,6 +134,27 @@ def test_a_second_signal_later_ends_the_process(tmp_path):
     assert done.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--optm.lr", "3"], "unrecognized arguments: --optm.lr 3; did you mean --optim.lr?"),
+        (["--tracker", "tensorbord"], "tracker: 'tensorbord' is unknown; did you mean"),
+    ],
+)
+def test_an_error_is_the_last_line_under_the_launcher_of_one_process(argv, says, tmp_path):
+    rest = ["--target.path=x", "--data.source.path=x", f"--output_dir={tmp_path / 'x'}"]
+    command = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        "--num_processes", "1", "train/redrafter.py", *argv, *rest,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=quiet(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {says}"), done.stderr
+
+
 #: the session's leader takes the terminal and becomes the launcher
 _IN_TERMINAL = """\
 import fcntl, os, sys, termios

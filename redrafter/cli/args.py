@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from redrafter.config import PlanConfig
 from redrafter.contracts import InputError
-from redrafter.launcher import follow, last_word, sigterm_interrupts
+from redrafter.launcher import end_launcher, follow, last_word, sigterm_interrupts
 from redrafter.processes import (
     check_alone,
     check_launch,
@@ -42,7 +42,7 @@ class _Parser(ArgumentParser):
             for word in re.findall(r"--[\w.-]+", message):
                 near += difflib.get_close_matches(word, known, n=1)
         meant = f"; did you mean {' '.join(near)}?" if near else ""
-        self.exit(2, f"error: {message}{meant} ({self.prog} --help explains all options)\n")
+        self.exit(_REFUSED, f"error: {message}{meant} ({self.prog} --help explains all options)\n")
 
 
 def parse(
@@ -158,12 +158,15 @@ def show_plan(plan: str, config: object, wanted: PlanConfig) -> None:
     made.check()
 
 
+#: exit status of a command that has said in one line what it cannot take, as argparse has it
+_REFUSED = 2
 _STOPPED = "what is written is whole, the same command goes on from it or begins anew"
 
 
 def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorates a command's main(): an InputError becomes its message and status 2, no traceback;
-    SIGINT and SIGTERM (or a launcher that is gone) one line and 128 + their number.
+    """Decorates a command's main(): an InputError becomes its message and status 2, no traceback,
+    also not of a launcher; SIGINT and SIGTERM (or a launcher that is gone) one line and 128 +
+    their number.
 
     Any other exception is a fault of ours and keeps its traceback. What all processes of a launch
     have to say is said once.
@@ -180,7 +183,12 @@ def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             linger()
             print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            end_launcher()
+            raise SystemExit(_REFUSED) from None
+        except SystemExit as end:
+            if end.code == _REFUSED:  # the parser has said why
+                end_launcher()
+            raise
         except KeyboardInterrupt as stop:
             name = str(stop) or "SIGINT"
             if is_main():
