@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from redrafter.targets.model import load_target
-from redrafter.training.normalizers import CHUNK, Normalizers, projects_columns
+from redrafter.training.normalizers import Normalizers, projects_columns
 
 
 class Capped:
     """A target of 3 numbers and 11 tokens."""
 
     sharded, dtype, device = False, torch.float64, torch.device("cpu")
+    vocab_size = 11
 
     def __init__(self):
         torch.manual_seed(0)
@@ -45,12 +46,12 @@ def test_a_row_is_projected_once_and_its_numbers_do_not_depend_on_its_neighbours
     columns, offsets = columns_of([4, 3], [1] * 7)
     normalizers = Normalizers(target)
     first = normalizers.of(columns, offsets, torch.tensor([[0, 7], [1, 7]]))
-    assert target.asked == 2 * CHUNK
+    assert target.asked == 2 * normalizers.chunk
     other = {name: torch.cat((c[4:], c[:4])) for name, c in columns.items()}
     again = normalizers.of(other, torch.tensor([0, 3, 7]), torch.tensor([[1, 7], [0, 7]]))
     alone = {name: c[4:] for name, c in columns.items()}
     fresh = Normalizers(target).of(alone, torch.tensor([0, 3]), torch.tensor([[1, 7]]))
-    assert target.asked == 3 * CHUNK
+    assert target.asked == 3 * normalizers.chunk
     assert torch.equal(again, torch.cat((first[4:], first[:4])))
     assert torch.equal(fresh, first[4:])
 

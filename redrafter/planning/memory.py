@@ -22,7 +22,7 @@ from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.loop import make_optimizer
-from redrafter.training.normalizers import CHUNK, log_normalizer, projects_columns
+from redrafter.training.normalizers import chunk_of, log_normalizer, projects_columns
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"
@@ -134,7 +134,8 @@ def step_memory(
 
 def normalizer_bytes(target: Target) -> int:
     """What making log Z of a pruned head's rows takes at once (`training/normalizers.py`)."""
-    hidden = torch.zeros(CHUNK, target.hidden_size, dtype=target.dtype, device=target.device)
+    shape = (chunk_of(target), target.hidden_size)
+    hidden = torch.zeros(shape, dtype=target.dtype, device=target.device)
     with traced() as trace:
         log_normalizer(target, hidden)
     return trace.peak_bytes

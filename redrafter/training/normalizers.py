@@ -17,14 +17,19 @@ from redrafter.data.states import decoded
 from redrafter.processes import is_main
 from redrafter.targets.model import Target
 
-#: positions projected onto V columns at a time, always as many: products of one shape need the same
-#: memory again and again, of many shapes an allocator's heap grows to several GB
-CHUNK = 64
+#: numbers of logits that are made at once, 16 MB in float32
+_LOGITS = 1 << 22
 
 
 def projects_columns(target: Target) -> bool:
     """Whether `Target.project` can give some columns only: of a plain matrix that is all here."""
     return type(target.lm_head) is nn.Linear and not target.sharded
+
+
+def chunk_of(target: Target) -> int:
+    """Positions projected onto V columns at a time, always as many: products of one shape need the
+    same memory again and again, of many shapes an allocator's heap grows to several GB."""
+    return max(8, min(64, _LOGITS // target.vocab_size))
 
 
 @torch.no_grad()
@@ -39,7 +44,7 @@ class Normalizers:
     of that row alone, whatever was asked for before, so a resumed run finds the same."""
 
     def __init__(self, target: Target):
-        self.target = target
+        self.target, self.chunk = target, chunk_of(target)
         self.dtype = torch.promote_types(target.dtype, torch.float32)
         self._known: dict[tuple[int, int], Tensor] = {}
 
@@ -63,11 +68,11 @@ class Normalizers:
         return found
 
     def _made(self, columns: dict[str, Tensor], at: Tensor) -> Tensor:
-        target = self.target
+        target, chunk = self.target, self.chunk
         found = torch.empty(len(at), dtype=self.dtype)
-        for first in range(0, len(at), CHUNK):
-            part = at[first : first + CHUNK]
-            hidden = F.pad(decoded(columns, part, target.dtype), (0, 0, 0, CHUNK - len(part)))
+        for first in range(0, len(at), chunk):
+            part = at[first : first + chunk]
+            hidden = F.pad(decoded(columns, part, target.dtype), (0, 0, 0, chunk - len(part)))
             log_z = log_normalizer(target, hidden.to(target.device))
-            found[first : first + CHUNK] = log_z[: len(part)].cpu()
+            found[first : first + chunk] = log_z[: len(part)].cpu()
         return found

@@ -1,12 +1,10 @@
 #!/usr/bin/env python
 """Compare what `--plan` says of memory with what the same job then takes, in a process of its own.
 
-Each case plans a job, runs it for a few steps, and looks at its resident memory a hundred times a
-second. The plan's figure is for the same thing on a CPU: everything that one process holds at once,
-interpreter and libraries included (the plan measures those of its own process). Of mapped files no
-more is counted than those libraries: a checkpoint is mapped while it is copied, and the kernel
-takes such pages back whenever it needs them. "beside libraries" compares what is left without them.
-Linux; a CPU.
+Each case plans a job, runs it for a few steps, and reads the kernel's figure of its largest
+resident set (wait4). The plan's figure is for the same thing on a CPU: everything that one process
+holds at once, interpreter and libraries included (the plan measures those of its own process).
+"beside libraries" compares what is left without them. Linux; a CPU.
 
   python scripts/dev/measure_plan.py --cases wide-train,wide-states,wide-answers,wide-online
   python scripts/dev/measure_plan.py --target MODEL --prompts PROMPTS.jsonl --out plan.json
@@ -18,13 +16,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,10 +40,7 @@ config = parse(getattr(configs, cls), sys.argv[4:], "plan")
 plan = getattr(importlib.import_module("redrafter.planning." + module), function)(
     config, PlanConfig(probe_s=0))
 need, phase = plan.peak("device")
-status = [line.split() for line in open("/proc/self/status")]
-mapped = next(int(words[1]) << 10 for words in status if words[0] == "RssFile:")
-print(json.dumps({"peak": need, "mapped": mapped, "when": phase.name,
-                  "libraries": phase.items[0].n_bytes,
+print(json.dumps({"peak": need, "when": phase.name, "libraries": phase.items[0].n_bytes,
                   "items": {i.name: i.n_bytes for i in phase.items}}))
 """
 JOBS = {
@@ -157,33 +149,16 @@ def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, list[s
     return found
 
 
-def run(command: list[str], log: Path, mapped: int = 0) -> tuple[int, str]:
-    """(largest memory in bytes, output). Ends the program where the command fails.
-
-    mapped: bytes of files that count at most
-    """
+def run(command: list[str], log: Path) -> tuple[int, str]:
+    """(largest resident set in bytes, output). Ends the program where the command fails."""
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
-        most, status = 0, Path(f"/proc/{process.pid}/status")
-
-        def watch() -> None:
-            nonlocal most
-            while process.poll() is None:
-                kb = dict(re.findall(r"(RssAnon|RssFile|RssShmem):\s+(\d+)", status.read_text()))
-                if kb:  # a process that has ended has none
-                    now = {name: int(n) << 10 for name, n in kb.items()}
-                    held = now["RssAnon"] + now["RssShmem"] + min(now["RssFile"], mapped)
-                    most = max(most, held)
-                time.sleep(0.01)
-
-        watcher = Thread(target=watch)
-        watcher.start()
         output = process.stdout.read()
-        process.wait()
-        watcher.join()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-    return most, output
+    return usage.ru_maxrss * 1024, output
 
 
 def compare(job: str, arguments: list[str], folder: Path) -> dict:
@@ -192,8 +167,7 @@ def compare(job: str, arguments: list[str], folder: Path) -> dict:
     planned = json.loads(run(planner, folder / "plan.log")[1].splitlines()[-1])
     out = folder / "out"
     subprocess.run(["rm", "-rf", str(out)], check=True)
-    command = [sys.executable, str(ROOT / launcher), *arguments]
-    measured, _ = run(command, folder / "run.log", planned["mapped"])
+    measured, _ = run([sys.executable, str(ROOT / launcher), *arguments], folder / "run.log")
     subprocess.run(["rm", "-rf", str(out)], check=True)
     beside = (planned["peak"] - planned["libraries"]) / (measured - planned["libraries"])
     return {
