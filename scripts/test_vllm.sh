@@ -47,6 +47,7 @@ if ! .venv-vllm/bin/python -c 'import vllm' >/dev/null 2>&1; then
   .venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
   .venv-vllm/bin/python -m pip install -q --no-deps -e .
 fi
+python_here=$(command -v python)
 export PATH="$PWD/.venv-vllm/bin:$PATH" VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
 # Small models: one thread is no slower, and cores that others use too do not hold it up.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
@@ -55,4 +56,8 @@ python scripts/dev/vllm_real.py --model "$model" --head "$head" --rows "$work/ro
   ${PARTS:+--parts "$PARTS"} 2>&1 | tee "$work/real.log" | grep --line-buffered '^==' || status=1
 python scripts/dev/vllm_server.py --model "$model" --head "$head" --rows "$work/rows.json" \
   --log "$work/server.log" || status=1
+rm -rf "$work/answers-served"
+"$python_here" scripts/dev/vllm_answers.py --vllm "$PWD/.venv-vllm/bin/python" --model "$model" \
+  --head "$head" --rows "$work/rows.json" --log "$work/answers-server.log" \
+  --work "$work/answers-served" | grep --line-buffered '^==' || status=1
 exit $status

@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from answer_server import PASSING, AnswerServer
 
 from redrafter.cli.answers import main as answers_command
 from redrafter.config import AskedAnswersConfig, RequestsConfig, SourceConfig, TargetConfig
 from redrafter.contracts import InputError
-from redrafter.data.answers import Asked, answer_seed, build_answers, generation_config
+from redrafter.data.answers import Answer, Asked, answer_seed, build_answers, generation_config
 from redrafter.data.build_rows import build_rows, report, write_rows
 from redrafter.data.conversations import build_conversations
 from redrafter.data.rows import TokenRow
@@ -331,11 +332,9 @@ def test_a_near_tie_is_explained_and_a_clear_choice_is_not(target, monkeypatch, 
     def scores(along):
         return lambda target, prompt, config, seed, text=None: along
 
-    import torch
-
     made = torch.zeros(2, target.vocab_size)
     made[0, 9], made[0, 8], made[1, 9] = 1.0, 0.99, 1.0
-    answer = ServedAnswers.__call__.__globals__["Answer"]([8, 9], "length")
+    answer = Answer([8, 9], "length")
     for rounding, explained in ((0.006, True), (0.004, False)):
         along = Reference([8, 9], "length", made, rounding)
         monkeypatch.setattr(served_sample, "reference", scores(along))
@@ -345,6 +344,24 @@ def test_a_near_tie_is_explained_and_a_clear_choice_is_not(target, monkeypatch, 
         else:
             with pytest.raises(InputError, match=r"1 of 2 tokens in 1 of 1 .*by 0.01; .* 0.008"):
                 compare_sample(target, [Asked([1])], [answer])
+
+
+def test_a_text_is_compared_as_a_text(target, prompts):
+    """Its tokens may be others than those that were said, which the target would not say so."""
+    tokenizer = target.tokenizer
+    for prompt in (prompts.rows().ids(i) for i in range(prompts.n_rows)):
+        said = by_the_target(target)(prompt, None, 0.0, NEW)
+        letters = tokenizer([*text_of(tokenizer, said)], add_special_tokens=False).input_ids
+        split = [token for letter in letters for token in letter]
+        same = text_of(tokenizer, split) == text_of(tokenizer, said)
+        if same and split != said and not set(split) & target.eos_token_ids:
+            break
+    else:
+        pytest.fail("no answer can be split into smaller tokens: this tested nothing")
+    as_text = Answer(split, "length", {"as text": 1})
+    compare_sample(target, [Asked(prompt)], [as_text])
+    with pytest.raises(InputError, match="not the target's"):
+        compare_sample(target, [Asked(prompt)], [replace(as_text, counted={"as token ids": 1})])
 
 
 def test_what_no_prompt_can_be_asked_with_is_said_at_once(target, tmp_path, monkeypatch):

@@ -5,9 +5,11 @@ import pytest
 from redrafter.cli.args import parse
 from redrafter.config import (
     AnswersConfig,
+    ImportSpeculatorsConfig,
     MakeAnswersConfig,
     MakeStatesConfig,
     OptimConfig,
+    RequestsConfig,
     SourceConfig,
     StatesConfig,
     TrainConfig,
@@ -15,6 +17,9 @@ from redrafter.config import (
 )
 from redrafter.contracts import InputError
 from redrafter.training import loop
+
+#: of fields without a default
+_NEEDED = {ImportSpeculatorsConfig: {"target": None, "folder": "f", "output_dir": "o"}}
 
 
 @pytest.mark.parametrize(
@@ -24,13 +29,16 @@ from redrafter.training import loop
         (AnswersConfig, "samples_per_prompt", 0), (AnswersConfig, "max_new_tokens", -1),
         (AnswersConfig, "temperatures", ()), (AnswersConfig, "temperatures", (1.0, -0.5)),
         (StatesConfig, "teacher_top_k", 0), (StatesConfig, "forward_tokens", 0),
+        (RequestsConfig, "at_once", 0), (RequestsConfig, "retries", -1),
+        (RequestsConfig, "timeout_s", 0.0), (RequestsConfig, "timeout_s", float("nan")),
+        (RequestsConfig, "check_prompts", -1), (ImportSpeculatorsConfig, "check_rows", -1),
         (OptimConfig, "depth", 0), (OptimConfig, "steps", 0), (OptimConfig, "accumulation", 0),
         (TrainEvalConfig, "every_steps", 0), (TrainEvalConfig, "temperatures", ()),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(section, name, value):
     with pytest.raises(ValueError, match=rf"{name}: .* must be"):
-        section(**{name: value})
+        section(**{**_NEEDED.get(section, {}), name: value})
 
 
 def test_the_smallest_values_are_taken():

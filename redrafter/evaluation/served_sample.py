@@ -52,8 +52,10 @@ def differences(
         choices = choose(along.scores, None).tolist()
         places = [i for i, own in enumerate(choices) if own != answer.tokens[i]]
         if places and "as text" in (answer.counted or {}):
-            own_text = reference(target, question.ids, config, 0).tokens
-            if text_of(target.tokenizer, own_text) == text_of(target.tokenizer, answer.tokens):
+            more = generation_config(0.0, 2 * len(answer.tokens))  # of shorter tokens it needs more
+            own_tokens = reference(target, question.ids, more, 0).tokens
+            said, own_text = (text_of(target.tokenizer, t) for t in (answer.tokens, own_tokens))
+            if own_text.startswith(said):
                 continue
         for i in places:
             token, own = answer.tokens[i], choices[i]

@@ -17,8 +17,10 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from openai import OpenAI
+if TYPE_CHECKING:  # vllm_answers.py runs where it is not
+    from openai import OpenAI
 
 _N_ROWS, _AT_A_TIME, _PATIENCE_S = 24, 8, 1800
 
@@ -87,6 +89,8 @@ def main() -> int:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
+        from openai import OpenAI
+
         wait_for(url, server)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
         served = client.models.list().data[0].id
