@@ -8,46 +8,54 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of commands that tests st
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; nothing is measured
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from launching import Copy, quiet
+from published import make_run
 
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="session")
-def tiny_target(tmp_path_factory, worker_id) -> Path:
-    """Folder of a small trained Llama with tokenizer, chat template and prompt files.
-
-    Made once per test run: the workers of pytest-xdist share it, the first one trains it.
-    """
+def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
+    """once(name, make): a folder that `make` fills, once per test run: the first worker of
+    pytest-xdist that needs it makes it, the others wait. Not to be written to."""
     base = tmp_path_factory.getbasetemp()
     shared = base if worker_id == "master" else base.parent
-    folder = shared / "tiny_target"
-    script = ROOT / "scripts" / "make_tiny_target.py"
-    command = [sys.executable, str(script), "--size", "test", "--output_dir", str(folder)]
-    with FileLock(f"{folder}.lock"):  # a second run of the script finds the result and returns
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def published_run(tiny_target, tmp_path_factory) -> Path:
-    """A training run that was measured: the folder that people publish. Not to be written to."""
-    from published import make_run
+def tiny_target(once) -> Path:
+    """Folder of a small trained Llama with tokenizer, chat template and prompt files."""
 
-    out = tmp_path_factory.mktemp("made") / "run"
-    make_run(tiny_target, out)
-    return out
+    def make(folder: Path) -> None:
+        script, log = "scripts/make_tiny_target.py", folder.with_suffix(".log")
+        made = Copy(script, ["--size", "test", "--output_dir", str(folder)], quiet(), log)
+        made.start()
+        assert made.wait(600) == 0, log.read_text()
+
+    return once("tiny_target", make)
+
+
+@pytest.fixture(scope="session")
+def published_run(tiny_target, once) -> Path:
+    """A training run that was measured: the folder that people publish. Not to be written to."""
+    return once("published", lambda folder: make_run(tiny_target, folder / "run")) / "run"
 
 
 @pytest.fixture

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from unittest import mock
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parent.parent
+_ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
 
 
 def training_argv(folder: Path, target: Path, settings: dict) -> Callable[..., list[str]]:
@@ -39,8 +49,98 @@ def quiet(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **more}
 
 
+class Copy(ForkProcess):
+    """A script run by a copy of this process, which has imported already what a start of its own
+    would spend most of its time on. What it says goes to a file."""
+
+    def __init__(self, script: str, argv: Sequence[str], env: dict[str, str], log: Path):
+        super().__init__()
+        self.script, self.argv, self.env, self.log = str(ROOT / script), argv, env, log
+
+    def run(self) -> None:
+        with open(self.log, "w") as out:
+            for stream in (1, 2):
+                os.dup2(out.fileno(), stream)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
+        os.environ.clear()
+        os.environ.update(self.env)
+        os.chdir(ROOT)
+        sys.argv = [self.script, *self.argv]
+        AcceleratorState._reset_state(reset_partial_state=True)  # this process's own, which is one
+        runpy.run_path(self.script, run_name="__main__")
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, timeout_s: float) -> int:
+        self.join(timeout_s)
+        assert self.exitcode is not None, f"{self.script} goes on: {self.log.read_text()[-2000:]}"
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def ranks(
+    n: int,
+    script: str,
+    argv: Sequence[str],
+    logs: Path,
+    told: Mapping[str, str] = _ON_CPUS,
+    port: int | None = None,
+) -> list[Copy]:
+    """A launcher's n processes as torchrun would start them, without anyone who looks after them.
+
+    told: what accelerate tells its processes; what process i says goes to logs/rank-i.txt
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    shared = {
+        "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()),
+    }  # fmt: skip
+    started = []
+    for rank in range(n):
+        env = quiet(**told, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        started.append(Copy(script, argv, env, logs / f"rank-{rank}.txt"))
+        started[-1].start()
+    return started
+
+
 def launch(options: Sequence[str], script: str, argv: Sequence[str], **env: str) -> str:
-    """`accelerate launch` of a launcher, to its end. Returns its output; fails where it fails."""
+    """`accelerate launch` of a launcher, to its end. Returns its output; fails where it fails.
+
+    accelerate itself reads the options and says what each process is told. Only the processes that
+    torchrun would start are copies of this one; `launch_anew` has torchrun start them.
+    """
+    said: list[str] = []
+
+    def torchrun(given: argparse.Namespace) -> None:
+        told = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
+        with tempfile.TemporaryDirectory() as logs:
+            started = ranks(
+                int(given.nproc_per_node), script, argv, Path(logs), told, int(given.master_port)
+            )
+            try:  # one that fails ends the others
+                while running := [p for p in started if p.exitcode is None]:
+                    assert wait([p.sentinel for p in running], 300), "they go on and on"
+                    if any(p.exitcode for p in started):
+                        break
+            finally:
+                for process in started:
+                    process.kill()
+                    process.join()
+                said.extend(p.log.read_text() for p in started)
+            assert not any(p.exitcode for p in started), "".join(said)[-8000:]
+
+    words = ["--main_process_port", str(free_port()), *options, str(ROOT / script), *argv]
+    with mock.patch.dict(os.environ, quiet(**env), clear=True):
+        with mock.patch("torch.distributed.run.run", torchrun):
+            launch_command(launch_command_parser().parse_args(words))
+    return "".join(said)
+
+
+def launch_anew(options: Sequence[str], script: str, argv: Sequence[str], **env: str) -> str:
+    """As `launch`, through the command itself: every process is started and imports anew."""
     command = [
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
         "--main_process_port", str(free_port()), *options, str(ROOT / script), *argv,
@@ -50,26 +150,3 @@ def launch(options: Sequence[str], script: str, argv: Sequence[str], **env: str)
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout
-
-
-def ranks(n: int, script: str, argv: Sequence[str], logs: Path) -> list[subprocess.Popen]:
-    """A launcher's n processes as torchrun would start them, without anyone who looks after them.
-
-    What process i says goes to logs/rank-i.txt.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    shared = {
-        "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
-    started = []
-    for rank in range(n):
-        with open(logs / f"rank-{rank}.txt", "w") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, str(ROOT / script), *argv], cwd=ROOT,
-                    env=quiet(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
-                    stdout=log, stderr=subprocess.STDOUT,
-                )
-            )  # fmt: skip
-    return started

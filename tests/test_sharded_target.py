@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import ROOT, launch
+from launching import ROOT, launch_anew
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from redrafter.cli.args import parse
@@ -59,7 +59,7 @@ def whole(argv):
 def test_a_target_in_parts_teaches_what_a_whole_one_does(argv, whole, tiny_target, tmp_path):
     pytest.importorskip("deepspeed")
     parts, settings = argv("parts", **{"target.shard": "zero3"})
-    launch(
+    launch_anew(
         ["--config_file", str(ROOT / "configs/accelerate/zero3.yaml")],
         "tests/sharded_training.py", [str(tmp_path), *settings], DS_ACCELERATOR="cpu",
     )  # fmt: skip
