@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from launching import Copy, quiet
+from launching import run_copy
 from published import make_run
 
 torch.set_num_threads(1)
@@ -44,10 +44,9 @@ def tiny_target(once) -> Path:
     """Folder of a small trained Llama with tokenizer, chat template and prompt files."""
 
     def make(folder: Path) -> None:
-        script, log = "scripts/make_tiny_target.py", folder.with_suffix(".log")
-        made = Copy(script, ["--size", "test", "--output_dir", str(folder)], quiet(), log)
-        made.start()
-        assert made.wait(600) == 0, log.read_text()
+        argv = ["--size", "test", "--output_dir", folder]
+        status, said = run_copy("scripts/make_tiny_target.py", argv, folder.with_suffix(".log"))
+        assert status == 0, said
 
     return once("tiny_target", make)
 

@@ -53,7 +53,7 @@ class Copy(ForkProcess):
     """A script run by a copy of this process, which has imported already what a start of its own
     would spend most of its time on. What it says goes to a file."""
 
-    def __init__(self, script: str, argv: Sequence[str], env: dict[str, str], log: Path):
+    def __init__(self, script: str | Path, argv: Sequence[str], env: dict[str, str], log: Path):
         super().__init__()
         self.script, self.argv, self.env, self.log = str(ROOT / script), argv, env, log
 
@@ -65,25 +65,37 @@ class Copy(ForkProcess):
         os.environ.clear()
         os.environ.update(self.env)
         os.chdir(ROOT)
+        tempfile.tempdir = None  # is looked up anew
         sys.argv = [self.script, *self.argv]
+        sys.path.insert(0, os.path.dirname(self.script))
         AcceleratorState._reset_state(reset_partial_state=True)  # this process's own, which is one
         runpy.run_path(self.script, run_name="__main__")
+
+    def said(self) -> str:
+        return self.log.read_text()
 
     def poll(self) -> int | None:
         return self.exitcode
 
     def wait(self, timeout_s: float) -> int:
         self.join(timeout_s)
-        assert self.exitcode is not None, f"{self.script} goes on: {self.log.read_text()[-2000:]}"
+        assert self.exitcode is not None, f"{self.script} goes on: {self.said()[-2000:]}"
         return self.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
 
+def run_copy(script: str | Path, argv: Sequence[object], log: Path, **env: str) -> tuple[int, str]:
+    """(exit status, what it said) of a script, to its end."""
+    started = Copy(script, [str(word) for word in argv], quiet(**env), log)
+    started.start()
+    return started.wait(600), started.said()
+
+
 def ranks(
     n: int,
-    script: str,
+    script: str | Path,
     argv: Sequence[str],
     logs: Path,
     told: Mapping[str, str] = _ON_CPUS,
@@ -129,7 +141,7 @@ def launch(options: Sequence[str], script: str, argv: Sequence[str], **env: str)
                 for process in started:
                     process.kill()
                     process.join()
-                said.extend(p.log.read_text() for p in started)
+                said.extend(p.said() for p in started)
             assert not any(p.exitcode for p in started), "".join(said)[-8000:]
 
     words = ["--main_process_port", str(free_port()), *options, str(ROOT / script), *argv]

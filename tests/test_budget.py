@@ -198,7 +198,7 @@ def make(kind, target, **options):
     return DraftModel(draft, target, 4, 3, budget=budget)
 
 
-@pytest.mark.parametrize("mode", range(3))
+@pytest.mark.parametrize("mode", [0, 1])
 @pytest.mark.parametrize("kind", ["head", "close", "small", "nodes"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_text_is_plain_decoding(family, kind, mode):

@@ -62,12 +62,10 @@ def test_a_conversation_through_the_command(folder):
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(folder, capsys):
-    done = command("nowhere", "a\n", "--drafter", "head:4x4")
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr
-        == "error: drafter: 'head:4x4' needs --head, the folder of a trained draft head\n"
-    )
+    with pytest.raises(SystemExit) as ended:
+        main(["--target.path", "nowhere", "--drafter", "head:4x4"])
+    wanted = "error: drafter: 'head:4x4' needs --head, the folder of a trained draft head\n"
+    assert ended.value.code == 2 and tuple(capsys.readouterr()) == ("", wanted)
     for name, said in (
         ("hed", "'hed' is unknown"), ("bigram:2x2", "needs --bigrams"), ("replay", "already known"),
         ("suffix:rule=x", "rule 'x' is not one of"),

@@ -89,7 +89,7 @@ def test_user_has_no_library(found):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_greedy_is_plain_generates(found, batch):
     made = found["greedy"][str(batch)]
-    assert sum(map(len, made["ours"])) == 50
+    assert sum(map(len, made["ours"])) == 24
     assert made["ours"] == made["plain"]
     # A head of random weights: that drafts are accepted at all must still show.
     most = {1: 0.85, 4: 0.92}[batch] * made["forwards"]["plain"]
@@ -100,7 +100,7 @@ def test_texts_put_every_stop_to_the_test(found):
     """Rows that end by EOS at once, later, and by length, in one batch."""
     new = [row[-18:] for group in found["greedy"]["1"]["plain"] for row in group]
     by_eos = sum(row[-1] in EOS for row in new)
-    assert 10 < by_eos < 40, by_eos
+    assert 5 < by_eos < 20, by_eos
     assert any(0 in row[-18:] for group in found["greedy"]["4"]["plain"] for row in group)
 
 

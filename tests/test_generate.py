@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import prompts, settings, tiny
+from models import alone, prompts, settings, tiny
 from test_build import EXAMPLES
 from test_build import partners as partners  # the fixture
 from test_text import TEMPLATE, sentencepiece_like
@@ -47,10 +47,9 @@ def told() -> Target:
     return Target(copy.deepcopy(tiny("llama").model), tokenizer, name="told")
 
 
-def wanted(rows, temperature=0.0, **more) -> list[list[int]]:
+def wanted(rows, temperature=0.0, seeds=None) -> list[list[int]]:
     sampled = {"do_sample": True, "temperature": temperature} if temperature else {}
-    config = GenerationConfig(**FREE, **sampled)
-    return plain(tiny("llama"), rows, config, **more).tokens
+    return alone(tiny("llama"), rows, GenerationConfig(**FREE, **sampled), seeds)[0]
 
 
 # ---------------------------------------------------------------- names

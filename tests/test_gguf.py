@@ -4,13 +4,12 @@ is one clear error that leaves nothing behind."""
 import errno
 import json
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_copy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter.config import TargetConfig
@@ -212,11 +211,8 @@ def test_without_the_package_the_remedy_is_named(tmp_path, cache, monkeypatch):
 def test_a_command_takes_it(written, tmp_path):
     source = tmp_path / "q.jsonl"
     source.write_text('{"question": "What is x?"}\n')
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, "data/prepare.py", "--target.path", str(written.parent),
-         "--target.gguf_file", written.name, "--source.path", str(source), "--show", "1"],
-        cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"What is x\?", done.stdout)
+    argv = ["--target.path", written.parent, "--target.gguf_file", written.name,
+            "--source.path", source, "--show", 1]  # fmt: skip
+    status, said = run_copy("data/prepare.py", argv, tmp_path / "said.txt")
+    assert status == 0, said
+    assert "What is x?" in said

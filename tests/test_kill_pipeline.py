@@ -1,13 +1,8 @@
 """The command that kills the data pipeline, with fewer kills; and that it would see a fault."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launching import ROOT, run_copy
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "dev" / "kill_pipeline.py"
 
 # Receipts written before their shards: a kill between the two leaves what looks finished.
@@ -28,24 +23,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(command, target, kills):
-    return subprocess.run(
-        [sys.executable, *command, "--target", str(target),
-         "--source", str(target / "prompts_train.jsonl"), "--rows", "16", "--kills", str(kills)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+def run(script, target, kills, tmp_path, *argv):
+    given = [*argv, "--target", target, "--source", target / "prompts_train.jsonl",
+             "--rows", 16, "--kills", kills]  # fmt: skip
+    return run_copy(script, given, tmp_path / "said.txt", TMPDIR=str(tmp_path))
 
 
 @pytest.mark.slow
-def test_no_kill_leaves_a_trace(tiny_target):
-    done = run([str(SCRIPT)], tiny_target, 12)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 kills over" in done.stdout and "no difference" in done.stdout
+def test_no_kill_leaves_a_trace(tiny_target, tmp_path):
+    status, said = run(SCRIPT, tiny_target, 12, tmp_path)
+    assert status == 0, said
+    assert "12 kills over" in said and "no difference" in said
 
 
 @pytest.mark.slow
 def test_a_receipt_that_comes_too_early_is_caught(tiny_target, tmp_path):
     (tmp_path / "fault.py").write_text(_EARLY_RECEIPTS)
-    done = run([str(tmp_path / "fault.py"), str(SCRIPT)], tiny_target, 40)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAULT" in done.stdout
+    status, said = run(tmp_path / "fault.py", tiny_target, 40, tmp_path, SCRIPT)
+    assert status == 1, said
+    assert "FAULT" in said

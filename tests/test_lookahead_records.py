@@ -25,7 +25,7 @@ from redrafter.records.policies import Records, oracle, static
 def test_replayed_lengths_are_those_of_decoding(kind, mode):
     target, drafter, rows, config, texts = walked(kind, mode)
     records = Records.of(texts, config.max_new_tokens)
-    for levels in range(K + 1):
+    for levels in (0, 1, K):
         made = counted(target, drafter, rows, config, lambda k=levels: StaticLookahead(k))
         said = replayed(records, static(levels))
         assert made == said

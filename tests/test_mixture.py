@@ -17,7 +17,7 @@ from models import (
     settings,
     tiny,
 )
-from test_draft_model import MODES, close_draft
+from test_draft_model import BOTH, MODES, close_draft
 
 from redrafter.contracts import Drafter, InputError, RowState, TokenTree
 from redrafter.decode.speculative import speculative
@@ -47,7 +47,7 @@ def members(target, texts):
     }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", BOTH)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_text_is_plain_decoding(family, mode):
     target, rows, config = tiny(family), prompts(), settings(**MODES[mode])

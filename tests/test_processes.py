@@ -4,18 +4,17 @@ and launches that did not give what was asked for."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from launching import ROOT, ranks, run_copy
 from safetensors.torch import load_file
 
 from redrafter import processes
@@ -39,7 +38,6 @@ from redrafter.tables.probed import probe_bigrams
 from redrafter.targets.devices import pick_device
 from redrafter.targets.model import load_target
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "dev" / "kill_processes.py"
 
 
@@ -337,26 +335,13 @@ def test_a_parent_that_cannot_be_read_stops_nothing(monkeypatch):
     processes.check_launch()
 
 
-def test_processes_without_accelerates_environment_join():
+def test_processes_without_accelerates_environment_join(tmp_path):
     """As torchrun alone starts them; accelerate by itself makes copies that know of no other."""
     code = "from redrafter.processes import everyone, join; join(); print(everyone(7))"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")}
-    env |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port())}  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**env, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    assert [process.communicate(timeout=120)[0] for process in started] == ["[7, 7]\n"] * 2
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    (tmp_path / "join.py").write_text(code)
+    started = ranks(2, tmp_path / "join.py", [], tmp_path, told={})
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert [process.said().splitlines()[-1] for process in started] == ["[7, 7]"] * 2
 
 
 def test_the_silent_one_process_is_refused_for_real(tiny_target, tmp_path):
@@ -397,12 +382,8 @@ def test_commands_of_one_process_refuse_more(rank, tiny_target, tmp_path, monkey
 
 @pytest.mark.slow
 def test_killing_one_of_several_leaves_no_trace(tiny_target, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--target", str(tiny_target), "--rows", "12",
-         "--source", str(tiny_target / "prompts_train.jsonl"), "--kills", "4",
-         "--processes", "1,2,3", "--start", "fork", "--seed", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
-        capture_output=True, text=True, cwd=ROOT, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kills over" in done.stdout and "no difference" in done.stdout
+    argv = ["--target", tiny_target, "--rows", 12, "--source", tiny_target / "prompts_train.jsonl",
+            "--kills", 4, "--processes", "1,2,3", "--start", "fork", "--seed", 1]  # fmt: skip
+    status, said = run_copy(SCRIPT, argv, tmp_path / "said.txt", TMPDIR=str(tmp_path))
+    assert status == 0, said
+    assert "4 kills over" in said and "no difference" in said

@@ -21,10 +21,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["greedy", "warped"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_are_those_of_every_row_alone(family, name):
-    target, rows, config = tiny(family), prompts(LENGTHS[:8]), CONFIGS[name]
+    target, rows, config = tiny(family), prompts(LENGTHS[:6]), CONFIGS[name]
     want, finish = alone(target, rows, config)
     for slots in (1, 3):
         made = refilled(target, rows, config, slots=slots, seeds=range(len(rows)))

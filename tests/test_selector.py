@@ -5,7 +5,7 @@ import math
 
 import pytest
 from models import RandomLookahead, alone, endless, prompts, settings, tiny
-from test_draft_model import MODES, close_draft, keys_of
+from test_draft_model import BOTH, MODES, close_draft, keys_of
 from test_mixture import members
 
 from redrafter.contracts import InputError
@@ -25,7 +25,7 @@ def ticking(step_s: float = 1e-3):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", BOTH)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_text_is_plain_decoding(family, mode, policy):
     target, rows, config = tiny(family), prompts(), settings(**MODES[mode])

@@ -2,11 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import PartialState
+from launching import ROOT, Copy, quiet
 
 from redrafter.cli.args import parse
 from redrafter.cli.train_redrafter import main
@@ -32,7 +29,6 @@ from redrafter.training.feed import Batch, Feed, frequent_ids
 from redrafter.training.loop import Training, learning_rate
 from redrafter.training.step import batch_loss, depth_accuracy, total_weight
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "data.source.format": "text", "data.source.n_rows": 24, "data.source.holdout_rows": 8,
     "data.answers.max_new_tokens": 24, "data.answers.temperatures": "[0, 1]",
@@ -192,18 +188,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(argv, tmp_path):
     steps = 40  # enough that the run cannot end between its first checkpoint and the kill
     longer = {"optim.steps": steps, "keep_checkpoints": 100}
     straight, _ = run(parse(TrainConfig, argv("straight", **longer), "test"))
-    command = [sys.executable, str(ROOT / "train" / "redrafter.py"), *argv("killed", **longer)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    log = tmp_path / "said.txt"
+    process = Copy("train/redrafter.py", argv("killed", **longer), quiet(), log)
+    process.start()
     folder = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 120
     while not checkpoint.all_steps(folder) and process.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint within two minutes"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.wait(20)
     stopped_at = checkpoint.all_steps(folder)[-1]
     assert stopped_at < steps, "the run ended before it was killed: this tested nothing"
     assert not (tmp_path / "killed" / "model.safetensors").exists()
