@@ -1,38 +1,37 @@
 #!/usr/bin/env python
-"""Train a very small language model on Python's own standard library, as a target to try things on.
+"""Train a very small language model, as a target to try things on.
 
-No download is needed: every Python installation carries the text. The result is an ordinary
-Hugging Face folder (Llama, byte-level BPE tokenizer, chat template). Two prompt files lie in it,
-cut from disjoint source files, one {"text": ...} per row: prompts_train.jsonl (files the model
-was trained on, for training heads) and prompts_heldout.jsonl (files it never saw).
+No download is needed. `--size quickstart` learns small word problems that are made up by rule
+(word_problems.py), and answers new ones; `--size test` learns Python's own standard library, which
+every installation carries. The result is an ordinary Hugging Face folder (Llama, byte-level BPE
+tokenizer, chat template). Two prompt files lie in it: prompts_train.jsonl (what the model was
+trained on, for training heads) and prompts_heldout.jsonl (what it never saw), with rows of
+{"question": ..., "answer": ...}, or {"text": ...} cut from disjoint source files.
 
-Random weights would not do in its place: a draft head learns nothing from them. This model writes
-Python-looking text whose next token can often be guessed, and is good for nothing else.
+Random weights would not do in its place: a draft head learns nothing from them. This model's next
+token can often be guessed, and it is good for nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import os
 import platform
-import random
 import shutil
 import sys
-import sysconfig
 import time
-import warnings
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tiny_corpora import Corpus, cut_up, made_up, read_sources
+
 from redrafter.threads import settle, wait_asleep
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 MANIFEST = "tiny_target.json"
 PROMPT_FILES = {"train": "prompts_train.jsonl", "heldout": "prompts_heldout.jsonl"}
 #: Raised when a change to this file changes what it makes, so that old results are made again.
-RECIPE = 1
+RECIPE = 2
 BOS, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1; BOS is EOS too, as in GPT-2
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -51,15 +50,6 @@ CHAT_TEMPLATE = (
     "{% generation %}{{ m['content'] | trim }}{{ eos_token }}{% endgeneration %}"
     "{% endif %}{% endfor %}"
 )
-#: Folders of the standard library that are tables, tests or not installed everywhere.
-SKIPPED_FOLDERS = {
-    "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data",
-    "site-packages", "test", "tests", "turtledemo",
-}  # fmt: skip
-FILE_CHARS = (1_000, 200_000)  # shorter files say nothing, longer ones are generated tables
-HELDOUT_EVERY = 12  # one file in so many
-TRAIN_PIECE_CHARS = 1_400  # about 450 tokens
-PROMPT_CHARS = 300  # about 100 tokens: leaves room in the context to generate
 LOOP_PROMPTS, LOOP_PROMPT_TOKENS, LOOP_NEW_TOKENS = 16, 64, 128
 
 
@@ -81,86 +71,32 @@ class Size:
     lr_other: float
     """Peak learning rate of the embedding and the norms (Adam)."""
     corpus_chars: int
-    """Source text to read at most."""
+    """Text to learn from at most."""
+    text: Literal["problems", "sources"]
+    """Word problems, or the standard library's sources."""
 
 
 SIZES = {
     "quickstart": Size(
-        vocab=1024, width=128, layers=4, heads=4, kv_heads=2, ffn=384, context_tokens=512,
-        batch_rows=2, steps=1000, lr=0.02, lr_other=4e-3, corpus_chars=20_000_000,
+        vocab=512, width=128, layers=3, heads=4, kv_heads=2, ffn=384, context_tokens=256,
+        batch_rows=4, steps=300, lr=0.02, lr_other=4e-3, corpus_chars=2_000_000, text="problems",
     ),
     "test": Size(
         vocab=512, width=64, layers=2, heads=4, kv_heads=2, ffn=176, context_tokens=512,
-        batch_rows=2, steps=120, lr=0.03, lr_other=8e-3, corpus_chars=1_500_000,
+        batch_rows=2, steps=120, lr=0.03, lr_other=8e-3, corpus_chars=1_500_000, text="sources",
     ),
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- text
+# ---------------------------------------------------------------- prompts
 
 
-def read_sources(max_chars: int) -> dict[str, str]:
-    """{path below the library's folder: source}, in an order that is the same everywhere."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [d for d in subfolders if d not in SKIPPED_FOLDERS and "config-" not in d]
-        found += [Path(folder, n).relative_to(root).as_posix() for n in names if n.endswith(".py")]
-    sources, chars = {}, 0
-    # By a hash of the path, so that any stretch of this order is a fair sample of the library.
-    for name in sorted(found, key=lambda name: (zlib.crc32(name.encode()), name)):
-        try:
-            text = (root / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if FILE_CHARS[0] <= len(text) <= FILE_CHARS[1] and chars < max_chars:
-            sources[name] = text
-            chars += len(text)
-    if chars < 1_000_000:
-        raise SystemExit(
-            f"error: found {chars} characters of Python source under {root}, the standard library "
-            "of this interpreter; 1000000 are needed. Some embedded and zipped installations leave "
-            "the sources out: run this with a full Python (python.org, your system's, conda)."
-        )
-    return sources
-
-
-def bare_code(source: str) -> str | None:
-    """The code in one uniform layout, without comments and docstrings: prose is much harder to
-    predict, and a model of this size would only learn to stammer it. None if it does not parse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in old modules
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return None
-    for node in ast.walk(tree):
-        scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, scopes) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree) + "\n"
-
-
-def pieces(text: str, chars: int) -> Iterator[str]:
-    """Cuts whole lines into stretches of at least `chars`; a short rest is dropped."""
-    piece = ""
-    for line in text.splitlines(keepends=True):
-        piece += line
-        if len(piece) >= chars:
-            yield piece
-            piece = ""
-
-
-def write_prompts(folder: Path, texts: dict[str, dict[str, str]], seed: int) -> None:
-    """texts: {"train": {name: text}, "heldout": ...}. Rows are shuffled, so that the first few
-    come from many files."""
+def write_prompts(folder: Path, prompts: dict[str, list[dict[str, str]]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for split, chars in (("train", TRAIN_PIECE_CHARS), ("heldout", PROMPT_CHARS)):
-        rows = [piece for text in texts[split].values() for piece in pieces(text, chars)]
-        random.Random(seed).shuffle(rows)
+    for split, rows in prompts.items():
         partial = folder / f"{PROMPT_FILES[split]}.partial"
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         partial.replace(folder / PROMPT_FILES[split])
 
 
@@ -211,6 +147,20 @@ def token_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int
             i += length - 1
             while i < len(ids) and text[starts[i] - 1] != "\n" and text[starts[i]] != "\n":
                 i += 1
+    return torch.tensor(rows)
+
+
+def packed_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> torch.Tensor:
+    """(rows, length) int64: short texts one behind the other, BOS, which is EOS too, before each. A
+    row begins with a text, and its last one is cut."""
+    import torch
+
+    rows, row = [], []
+    for text in texts:
+        row += [0, *tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids]
+        if len(row) >= length:
+            rows.append(row[:length])
+            row = []
     return torch.tensor(rows)
 
 
@@ -356,7 +306,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--size",
         choices=SIZES,
         default="quickstart",
-        help="quickstart: about two minutes on two cores; test: under half a minute "
+        help="quickstart: about a minute on two cores; test: under half a minute "
         "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
@@ -379,9 +329,7 @@ def earlier_identity(folder: Path) -> dict | None:
         ) from None
 
 
-def make(
-    partial: Path, texts: dict[str, dict[str, str]], identity: dict, size: Size, seed: int
-) -> dict:
+def make(partial: Path, corpus: Corpus, identity: dict, size: Size, seed: int) -> dict:
     """Writes model, tokenizer and manifest into the folder `partial`. Returns the manifest."""
     started = time.perf_counter()
     print("importing torch and transformers", flush=True)
@@ -389,10 +337,11 @@ def make(
     import transformers
 
     torch.manual_seed(seed)
-    train_texts, heldout_texts = ([*texts[split].values()] for split in ("train", "heldout"))
-    tokenizer = train_tokenizer(train_texts, size)
-    rows = token_rows(tokenizer, train_texts, size.context_tokens)
-    heldout_rows = token_rows(tokenizer, heldout_texts, size.context_tokens)
+    tokenizer = train_tokenizer(corpus.texts["train"], size)
+    in_rows = packed_rows if size.text == "problems" else token_rows
+    rows, heldout_rows = (
+        in_rows(tokenizer, corpus.texts[split], size.context_tokens) for split in PROMPT_FILES
+    )
     model = new_model(size)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
@@ -413,7 +362,7 @@ def make(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "files": {split: sorted(texts[split]) for split in texts},
+        "files": corpus.files,
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -424,8 +373,12 @@ def main(argv: list[str] | None = None) -> int:
     wait_asleep()
     size, folder = SIZES[args.size], args.output_dir
     prompts = args.prompts or folder
-    sources = read_sources(size.corpus_chars)
-    digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    if size.text == "problems":
+        corpus = made_up(size.corpus_chars, args.seed)
+        read = corpus.texts
+    else:
+        read = read_sources(size.corpus_chars)
+    digest = hashlib.sha256(json.dumps(read).encode()).hexdigest()
     # Through JSON, so that it compares equal to what is read back.
     identity = json.loads(
         json.dumps({"recipe": RECIPE, "seed": args.seed, "corpus": digest, **asdict(size)})
@@ -435,18 +388,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{folder}: made earlier from the same text and settings, nothing to do")
         return 0
 
-    texts: dict[str, dict[str, str]] = {"train": {}, "heldout": {}}
-    for i, (name, source) in enumerate(sources.items()):
-        if code := bare_code(source):
-            texts["train" if i % HELDOUT_EVERY else "heldout"][name] = code
+    if size.text == "sources":
+        corpus = cut_up(read, args.seed)
     if before != identity:
         settle()
         partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
         partial.mkdir(parents=True)
         try:
-            manifest = make(partial, texts, identity, size, args.seed)
+            manifest = make(partial, corpus, identity, size, args.seed)
             if prompts == folder:
-                write_prompts(partial, texts, args.seed)
+                write_prompts(partial, corpus.prompts)
             if folder.exists():
                 shutil.rmtree(folder)  # ours or empty, see earlier_identity
             partial.rename(folder)
@@ -455,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in manifest["results"].items():
             print(f"  {name}: {value}")
     if not all((prompts / name).exists() for name in PROMPT_FILES.values()) or prompts != folder:
-        write_prompts(prompts, texts, args.seed)
+        write_prompts(prompts, corpus.prompts)
     print(f"model: {folder}\nprompts: {' '.join(str(prompts / n) for n in PROMPT_FILES.values())}")
     return 0
 

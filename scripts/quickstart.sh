@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From an empty machine to a measured draft head, in five to eight minutes after
-# installing: makes a small target model, trains a ReDrafter head for it, proves that drafting
-# changes no token, and measures the speed. Everything lands in quickstart/; a second run keeps the
-# target model and makes the rest again.
+# From an empty machine to a measured draft head, in a few minutes after installing: makes a small
+# target model, trains a ReDrafter head for it, proves that drafting changes no token, and measures
+# the speed. Everything lands in quickstart/; a second run keeps the target model and makes the rest
+# again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -13,15 +13,15 @@ step() {
 }
 SECONDS=0
 
-step "1/6 a small target model, trained on the standard library's sources"
+step "1/6 a small target model, trained on made-up word problems"
 python scripts/make_tiny_target.py --output_dir quickstart/target
 
 step "2/6 its own answers to prompts, and its hidden states on them"
 rm -rf quickstart/prompts quickstart/answers quickstart/states quickstart/head
 python data/prepare.py --target.path quickstart/target --output_dir quickstart/prompts \
-  --source.path quickstart/target/prompts_train.jsonl --source.n_rows 600 --show 1
+  --source.path quickstart/target/prompts_train.jsonl --source.n_rows 500 --show 1
 python data/answers.py --target.path quickstart/target --prompts quickstart/prompts \
-  --output_dir quickstart/answers
+  --answers.max_new_tokens 80 --output_dir quickstart/answers
 python data/states.py --target.path quickstart/target --rows quickstart/answers \
   --states.forward_tokens 4096 --output_dir quickstart/states
 

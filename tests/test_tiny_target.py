@@ -1,8 +1,10 @@
 """scripts/make_tiny_target.py, run as users run it, at `--size test`."""
 
+import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_tiny_target.py"
+STEP = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 
 
 def run(*args: object, **env: str) -> subprocess.CompletedProcess:
@@ -123,3 +126,45 @@ def test_says_so_when_there_are_no_sources(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "the standard library" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- word problems
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from tiny_corpora import made_up
+
+    return made_up(150_000, seed=0)
+
+
+def test_word_problems_are_solved_right(corpus):
+    rows = [*corpus.prompts["train"], *corpus.prompts["heldout"]]
+    lengths = set()
+    for row in rows:
+        numbers = [int(n) for n in re.findall(r"\d+", row["question"])]
+        steps = [(int(a), sign, int(b), int(c)) for a, sign, b, c in STEP.findall(row["answer"])]
+        lengths.add(len(steps))
+        assert [b for _, _, b, _ in steps] == numbers[1:] and steps[0][0] == numbers[0]
+        for (_, _, _, before), (after, *_) in itertools.pairwise(steps):
+            assert before == after
+        assert all(c == a + (b if sign == "+" else -b) > 0 for a, sign, b, c in steps), row
+        assert int(re.findall(r"\d+", row["answer"])[-1]) == steps[-1][-1]
+    assert lengths == {2, 3}
+    questions = [{row["question"] for row in rows} for rows in corpus.prompts.values()]
+    assert len(set.union(*questions)) == len(rows), "what is held out is nowhere else"
+    assert min(map(len, questions)) > 20
+
+
+def test_a_word_problem_is_taught_as_the_template_asks_it(corpus, loaded):
+    """A row of training is texts one behind the other; BOS, which is EOS, stands before each."""
+    from make_tiny_target import packed_rows
+
+    tokenizer = loaded[1]
+    texts, rows = corpus.texts["train"], corpus.prompts["train"]
+    (packed, *_) = packed_rows(tokenizer, texts, 256).tolist()
+    messages = [{"role": "user", "content": rows[0]["question"]},
+                {"role": "assistant", "content": rows[0]["answer"]}]  # fmt: skip
+    asked = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert len(packed) == 256 and packed[: len(asked)] == asked
