@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import redrafter
-from redrafter.config import TreeConfig
+from redrafter.config import KINDS, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
@@ -35,7 +36,11 @@ from redrafter.targets.model import Target
 
 LIBRARY = Path(redrafter.__file__).parent
 FILES = vendored_files("recurrent")
-SOURCES = {name: text for name, text in FILES.items() if name.endswith(".py")}
+#: of every kind of heads, by "kind/file"
+SOURCES = {
+    f"{kind}/{name}": text
+    for kind in KINDS for name, text in vendored_files(kind).items() if name.endswith(".py")
+}  # fmt: skip
 COMMIT = "0123456789" * 4
 
 
@@ -307,9 +312,14 @@ def statements(text):
     return found
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_copy_is_the_librarys(name):
-    text = SOURCES[name]
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_are_the_librarys(kind):
+    for name, text in SOURCES.items():
+        if name.startswith(f"{kind}/"):
+            check_copy(text)
+
+
+def check_copy(text):
     first = text.splitlines()[0]
     origin = LIBRARY / first.split(" redrafter/")[1].split(" of ")[0]
     assert redrafter.__version__ in first and "Apache-2.0" in text.splitlines()[1]
@@ -329,7 +339,8 @@ def test_nothing_but_these_packages_is_needed():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 if node.level:
-                    assert f"{node.module}.py" in SOURCES, (name, node.module)
+                    beside = f"{name.split('/')[0]}/{node.module}.py"
+                    assert beside in SOURCES, (name, node.module)
                     continue
                 names = [node.module]
             assert {n.split(".")[0] for n in names} <= allowed, (name, names)
@@ -369,7 +380,15 @@ def test_every_export_carries_them(folders, tmp_path):
     assert {p.name: p.read_text() for p in (tmp_path / "custom_generate").iterdir()} == FILES
 
 
-def test_old_files_go(tmp_path):
+def test_other_kinds_stay_at_home():
+    for kind, other in itertools.permutations(KINDS, 2):
+        assert f"{kind}/heads_{other}.py" not in SOURCES
+
+
+def test_old_files_go(folders, tmp_path):
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
+        write_custom_generate(tmp_path)
+    shutil.copy(folders / "head/config.json", tmp_path)
     write_custom_generate(tmp_path)
     (tmp_path / "custom_generate/old.py").touch()
     folder = write_custom_generate(tmp_path)

@@ -1,13 +1,13 @@
 """Every kind of heads the whole way: trained, resumed, exported, verified, run by transformers."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from launching import ROOT, launch
 from test_training import SETTINGS
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +15,6 @@ from redrafter.cli.args import parse
 from redrafter.cli.verify import main as verify
 from redrafter.config import KINDS, PlanConfig, TrainConfig
 from redrafter.contracts import InputError
-from redrafter.export.custom_generate import vendored_files
 from redrafter.heads.load import head_class, load_head
 from redrafter.hub.card import model_card
 from redrafter.hub.run import read_run
@@ -28,8 +27,8 @@ CHANGES = {"optim.steps": 6, "save_steps": 3, "eval.every_steps": 3, "eval.promp
 
 
 @pytest.fixture(scope="module")
-def config_of(tiny_target, tmp_path_factory):
-    """config_of(kind, name, **changes) of a short run; answers and states are made once."""
+def argv_of(tiny_target, tmp_path_factory):
+    """argv_of(kind, name, **changes) of a short run; answers and states are made once."""
     base = tmp_path_factory.mktemp("kinds")
 
     def make(kind, out, **changes):
@@ -38,9 +37,14 @@ def config_of(tiny_target, tmp_path_factory):
             "data.source.path": tiny_target / "prompts_train.jsonl", "data.folder": base / "data",
             **SETTINGS, **CHANGES, **changes,
         }  # fmt: skip
-        return parse(TrainConfig, [f"--{key}={value}" for key, value in given.items()], "test")
+        return [f"--{key}={value}" for key, value in given.items()]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def config_of(argv_of):
+    return lambda *args, **changes: parse(TrainConfig, argv_of(*args, **changes), "test")
 
 
 # Recurrent heads go this way in test_training.py, test_verify.py and test_custom_generate.py.
@@ -124,10 +128,23 @@ def test_goes_on_from_it_and_retunes_it(run, config_of):
             Training(config_of("recurrent", "deep", **{**still, "optim.depth": 4}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_vendored_code_stands_alone(kind):
-    files = vendored_files(kind)
-    for name, text in files.items():
-        if name.endswith(".py"):
-            compile(text, name, "exec")
-            assert not re.search(r"^\s*(from|import) redrafter", text, re.MULTILINE), name
+@pytest.mark.slow
+def test_zero_3_splits_matrices_of_every_depth(argv_of, config_of, tiny_target):
+    """They are read outside of their modules' own forward passes; as is a table of embeddings."""
+    pytest.importorskip("deepspeed")
+    changes = {"head.inner_dim": 256, "optim.steps": 3, "eval.prompts": 0}
+    alone = config_of("mlp_speculator", "alone", **changes)
+    Training(alone).train()
+    options = ["--config_file", str(ROOT / "configs/accelerate/zero3.yaml")]
+    argv = argv_of("mlp_speculator", "zero3", **changes)
+    launch(options, "train/redrafter.py", argv, DS_ACCELERATOR="cpu")
+    split = parse(TrainConfig, argv, "test")
+    one, two = (
+        safetensors.torch.load_file(Path(config.output_dir) / "model.safetensors")
+        for config in (alone, split)
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (two[name] - value).norm() <= 1e-3 * value.norm(), name
+    # ZeRO-3 splits parameters of more than 100,000 numbers.
+    assert one["speculator.head.1.weight"].numel() > 100_000, "nothing was split"

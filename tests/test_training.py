@@ -236,6 +236,11 @@ def test_resume_refuses_what_would_not_be_the_same_run(config, tmp_path):
             Training(config("r", **options))
     same = {"optim.steps": 4, "eval.prompts": 0, "log_steps": 1, "resume": "auto"}
     assert Training(config("r", **same)).done == 4
+    state = tmp_path / "r" / "checkpoints" / "step-4" / "state.json"
+    before = json.loads(state.read_text())
+    del before["config"]["head"]["kind"]  # as it was when there was one kind
+    state.write_text(json.dumps(before))
+    assert Training(config("r", **same)).done == 4
     with pytest.raises(InputError, match="not a checkpoint"):
         Training(config("r2", resume=tmp_path))
     file = tmp_path / "r" / "checkpoints" / "step-4" / "optimizer.safetensors"

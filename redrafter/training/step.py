@@ -172,8 +172,8 @@ def depth_accuracy(
             for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
                 logits = rows[part].to(matrix.dtype) @ matrix.T
                 best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
-                all_ = torch.ones_like(labels[part])
-                found = torch.stack((all_, best[:, 0], best.any(-1))).double()
+                one = torch.ones_like(labels[part])
+                found = torch.stack((one, best[:, 0], best.any(-1))).double()
                 counts.index_add_(1, depth[part], found)
     n, top_1, top_5 = total(counts).tolist()
     return {"top_1": _shares(top_1, n), "top_5": _shares(top_5, n)}
