@@ -19,7 +19,7 @@ from redrafter.contracts import Drafter, Generation, InputError, Lookahead
 from redrafter.data.chat import Renderer
 from redrafter.data.formats import messages_of
 from redrafter.decode.plain import plain
-from redrafter.decode.request import FIELDS, Prompts, as_rows, nearest
+from redrafter.decode.request import FIELDS, Prompts, as_rows, nearest, sample_seeds
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.build import MISSING, Resources, needs
@@ -43,6 +43,7 @@ _ELSEWHERE = {
     "rule": "write it into the name, draft='multi:children=[2]:rule=ratio'",
     "generation_config": "give its fields, or call redrafter.speculative",
     "partners": "they are called resources now",
+    "num_return_sequences": "it is called samples_per_prompt",
     "attention_mask": "give prompt as the tokenizer returned it, both in one",
 }
 
@@ -63,6 +64,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seeds: int | Sequence[int] = 0,
+    samples_per_prompt: int = 1,
     logits_processor: LogitsProcessorList | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None,
@@ -83,16 +85,21 @@ def generate(
     resources: the same in one; what is given by itself comes first
     temperature: 0 is greedy
     seeds: one for all rows or one each; a row's text depends on its own alone
+    samples_per_prompt: N rows of every prompt in one batch; sample j of prompt i is row i * N + j.
+        Its seed is the prompt's + j, unless `seeds` has one for every row. draft="consensus" lets
+        the samples of a prompt draft for each other. At temperature 0 they are all the same
     streamer: of transformers' kind, for one row, see `redrafter.TextStream`
     generation_options: further fields of a transformers GenerationConfig, e.g. top_p=0.9
     Returns a Generation whose `extra["texts"]` are the decoded continuations (where the target has
     a tokenizer). Raises InputError naming the argument that is wrong, before anything is decoded.
     """
     config = _config(max_new_tokens, temperature, generation_options)
-    rows = as_rows(_token_ids(target, prompt, messages), None, target)
+    _check_positive("samples_per_prompt", samples_per_prompt)
+    given = as_rows(_token_ids(target, prompt, messages), None, target)
+    rows = [row for row in given for _ in range(samples_per_prompt)]
     common = {
-        "seeds": seeds, "logits_processor": logits_processor,
-        "stopping_criteria": stopping_criteria,
+        "seeds": sample_seeds(seeds, len(given), samples_per_prompt),
+        "logits_processor": logits_processor, "stopping_criteria": stopping_criteria,
     }  # fmt: skip
     if isinstance(draft, str) and "texts" in _needs(draft):
         answers = plain(target, rows, config, **common).tokens
@@ -206,12 +213,7 @@ def _config(max_new_tokens: int, temperature: float, options: dict[str, Any]) ->
             there = name in vars(GenerationConfig())
             why = "nothing here reads it" if there else "generate has no such argument"
             raise InputError(f"{name}: {why}{nearest(name, known)}")
-    try:
-        good = operator.index(max_new_tokens) > 0
-    except TypeError:
-        good = False
-    if not good:
-        raise InputError(f"max_new_tokens: {max_new_tokens!r} is not a whole number above 0")
+    _check_positive("max_new_tokens", max_new_tokens)
     real = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not real or not 0 <= temperature < math.inf:
         raise InputError(f"temperature: {temperature!r} is not a number of at least 0")
@@ -220,6 +222,15 @@ def _config(max_new_tokens: int, temperature: float, options: dict[str, Any]) ->
         return GenerationConfig(max_new_tokens=max_new_tokens, **sampled, **options)
     except (TypeError, ValueError) as error:
         raise InputError(f"generation options: {error}") from error
+
+
+def _check_positive(name: str, value: Any) -> None:
+    try:
+        good = operator.index(value) > 0
+    except TypeError:
+        good = False
+    if not good:
+        raise InputError(f"{name}: {value!r} is not a whole number above 0")
 
 
 def _token_ids(target: Target, prompt: Any, messages: Any) -> Prompts:

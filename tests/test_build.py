@@ -28,6 +28,8 @@ EXAMPLES = {
     "lookup:10x3:recent=true": {"max_depth": 10, "max_ngram": 3, "occurrence": "recent"},
     "suffix:10x2": {"max_depth": 10, "min_match": 2, "factor": 2.0},
     "suffix:depth=7:min_match=2:factor=1.5": {"max_depth": 7, "min_match": 2, "factor": 1.5},
+    "consensus:8x2": {"max_depth": 8, "min_match": 2, "max_nodes": 17},
+    "mix(head:4x4,consensus:8x2)": {"max_depth": 8, "max_nodes": 17},
     "model:1x3": {"width": 1, "max_depth": 3, "seeded": True, "temperature": None},
     "model:width=2:depth=4:temperature=0.7": {"width": 2, "max_depth": 4, "temperature": 0.7},
     "replay:1x4": {"width": 1, "max_depth": 4, "acceptance": 1.0},

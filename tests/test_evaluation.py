@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from models import tiny
+from models import alone, prompts, tiny
 
 import redrafter.evaluation.lossless as lossless
 import redrafter.evaluation.methods as methods
@@ -43,10 +44,19 @@ from redrafter.evaluation.methods import (
     Resources,
     TimedCall,
     build_method,
+    check_resources,
     parse_methods,
 )
+from redrafter.evaluation.prompt_sets import check, show
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
-from redrafter.evaluation.speed import Summary, noise_warning, run_interleaved
+from redrafter.evaluation.report import described_prompts, n_rows, read_result, write_result
+from redrafter.evaluation.speed import (
+    Summary,
+    decoding,
+    make_batches,
+    noise_warning,
+    run_interleaved,
+)
 from redrafter.files import write_config
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.model import load_target
@@ -206,6 +216,48 @@ def test_speed_figures_of_a_known_clock():
     assert head["outside_share"] == pytest.approx(0.1)
     assert plain["plain_overhead"] == pytest.approx(1 / 0.9)
     assert (head["equal_share"], body["methods"]["lookup"]["equal_share"]) == (1.0, 0.5)
+
+
+def test_samples_of_a_prompt_are_one_batch_and_count_as_one_prompt():
+    target, rows = tiny("llama"), prompts((5, 9))
+    config = SpeedConfig(
+        TargetConfig("x"), "x", n_prompts=2, max_new_tokens=6, samples_per_prompt=3, temperature=1.0
+    )
+    batches, answers = make_batches(target, rows, config)
+    assert [batch.prompts for batch in batches] == [[rows[0]] * 3, [rows[1]] * 3]
+    assert [batch.seeds for batch in batches] == [[0, 1, 2], [3, 4, 5]]
+    assert answers == alone(target, [rows[0]] * 3 + [rows[1]] * 3, decoding(config))[0]
+    ways = [build_method(n, target, decoding(config), Resources()) for n in ("plain", "consensus")]
+    runs = run_interleaved(ways, batches)
+    exact = Cost(1.0, 1.0, 1.0)
+    costs = CostTable(
+        [TargetCost(n, 5, 3, exact) for n in (1, 17)], [DrafterCost("consensus", 5, 3, exact, [])]
+    )
+    summary = Summary(ways, runs, batches, answers, costs, config)
+    assert summary._of_prompts([1, 2, 3, 4, 5, 6]).tolist() == [6, 15]
+    body = summary.body() | {"warnings": []}
+    assert body["exact"] and body["methods"]["consensus"]["equal_rows"] == n_rows(body) == 6
+    assert body["n_prompts"] == 2 and len(body["per_prompt"]["consensus"]["tokens"]) == 2
+    shown = show(body)
+    assert "6/6" in shown and "2 prompts, 3 samples of each" in shown
+    del body["samples_per_prompt"]  # as files before had none
+    assert n_rows(body) == 2 and described_prompts(body) == "2 prompts"
+    with pytest.raises(InputError, match="samples_per_prompt to 1"):
+        check_resources(["hf-lookup"], config)
+    with pytest.raises(InputError, match="samples_per_prompt: 0 must be at least 1"):
+        check(replace(config, samples_per_prompt=0))
+
+
+def test_results_from_before_an_option_are_those_of_its_default(tmp_path):
+    file, config = tmp_path / "speed.json", SpeedConfig(TargetConfig("x"), "x")
+    write_result(str(file), config, tiny("llama"), {"figure": 1})
+    body = json.loads(file.read_text())
+    del body["provenance"]["config"]["samples_per_prompt"]
+    file.write_text(json.dumps(body))
+    fingerprint = tiny("llama").fingerprint()
+    assert read_result(file, config, fingerprint, "x")["figure"] == 1
+    with pytest.raises(InputError, match="another samples_per_prompt"):
+        read_result(file, replace(config, samples_per_prompt=2), fingerprint, "x")
 
 
 def test_method_names():

@@ -161,6 +161,53 @@ def test_an_object_takes_no_resources():
         generate(tiny("llama"), [1], draft=SuffixDrafter(), tree=TreeConfig())
 
 
+# ---------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("draft", ["plain", "consensus", "replay:1x4", "suffix:6x1"])
+def test_samples_are_what_each_is_alone(draft):
+    """So whatever is made of them, a majority's answer say, is what it was."""
+    rows, target = prompts((9, 3, 14)), tiny("llama")
+    options = dict(draft=draft, temperature=0.7, samples_per_prompt=4, **FREE)
+    of_rows = {
+        5: [5, 6, 7, 8] * 3,  # one for all prompts,
+        (5, 90, 7): [5, 6, 7, 8, 90, 91, 92, 93, 7, 8, 9, 10],  # one for each,
+        tuple(range(20, 32)): range(20, 32),  # or one for every row
+    }
+    for seeds, each in of_rows.items():
+        made = generate(target, rows, seeds=seeds, **options)
+        repeated = [row for row in rows for _ in range(4)]
+        for row, seed, tokens in zip(repeated, each, made.tokens, strict=True):
+            assert [tokens] == wanted([row], 0.7, seeds=seed)
+        assert len({tuple(text) for text in made.tokens}) > 3, "samples of a prompt differ"
+    greedy = generate(target, rows, **{**options, "temperature": 0.0}).tokens
+    assert greedy == [text for text in wanted(rows) for _ in range(4)]
+
+
+def test_samples_have_their_prompts_texts(told):
+    made = generate(told, ["a b c", "c a"], temperature=1, samples_per_prompt=2, **FREE)
+    for i, text in enumerate(["a b c", "a b c", "c a", "c a"]):
+        same = generate(told, text, temperature=1, seeds=i % 2, **FREE)
+        assert same.extra["texts"] == made.extra["texts"][i : i + 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"samples_per_prompt": 0}, "samples_per_prompt: 0 is not a whole number above 0"),
+        ({"samples_per_prompt": 1.5}, "samples_per_prompt: 1.5 is not a whole number"),
+        ({"num_return_sequences": 4}, "num_return_sequences: it is called samples_per_prompt"),
+        ({"samples_per_prompt": 4, "seeds": [1, 2, 3]}, "3 given for 2 prompts of 4 samples; give"),
+        ({"samples_per_prompt": 4, "seeds": ["a", "b"]}, "neither an integer nor one for each"),
+        ({"samples_per_prompt": 4, "seeds": 0.5}, "0.5 is neither an integer"),
+        ({"samples_per_prompt": 2, "seeds": 2**63 - 1}, "is not a signed 64-bit integer"),
+    ],
+)
+def test_samples_that_cannot_be(given, said):
+    with pytest.raises(InputError, match=said):
+        generate(tiny("llama"), prompts((3, 4)), temperature=1, **given, **FREE)
+
+
 # ---------------------------------------------------------------- prompts
 
 

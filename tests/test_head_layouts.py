@@ -14,7 +14,7 @@ from redrafter.cli.convert_head import main
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.heads.load import load_head
 
 VOCAB, HIDDEN, HEADS = 48, 32, 3
@@ -51,7 +51,7 @@ def check_drafts(head, target):
     """Its drafts are verified as anybody's, and some are taken."""
     rows, config = prompts(), settings(eos_token_id=-1)
     texts = [plain(target, [row], config).tokens[0] for row in rows]
-    drafter = build_drafter(f"head:3x{HEADS}", target, Partners(head=head))
+    drafter = build_drafter(f"head:3x{HEADS}", target, Resources(head=head))
     made = speculative(target, rows, config, drafter=drafter)
     assert made.tokens == texts and sum(made.stats.accepted_at) > 0
 

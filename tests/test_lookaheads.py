@@ -16,6 +16,7 @@ from redrafter.costs import CostMeter
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.build import DRAFTERS, Resources
+from redrafter.drafters.consensus import Consensus
 from redrafter.drafters.dummy import DummyDrafter
 from redrafter.drafters.frontier import ModelFrontier
 from redrafter.drafters.lookup import PromptLookup
@@ -125,6 +126,7 @@ KINDS = {
     "skip:step": lambda t, x, b: LayerSkipping(
         t, 3, threshold=None, max_skipped=1, refresh="step"),
     "suffix": lambda t, x, b: SuffixDrafter(4),
+    "consensus": lambda t, x, b: Consensus(4),
     "lookup": lambda t, x, b: PromptLookup(4, 2),
     "ngrammys": lambda t, x, b: NGrammys(b, 4, 3),
     "bigram": lambda t, x, b: CountedBigrams(b, 2, 3),
@@ -140,7 +142,9 @@ LOOKS = {
     "static": dict(depth=2), "exit": {}, "heuristic": dict(start=2), "confidence": {},
     "roc": dict(least_samples=2), "oracle": {},
 }  # fmt: skip
-SAY_Q = {"head", "model", "multi", "skip", "suffix", "lookup", "bigram", "recycling"}
+SAY_Q = {
+    "head", "model", "multi", "skip", "suffix", "consensus", "lookup", "bigram", "recycling",
+}  # fmt: skip
 #: what they guess depends on what they were told or drew before
 MOODY = {"recycling", "mix", "select", "replay"}
 

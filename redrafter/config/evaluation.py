@@ -100,7 +100,10 @@ class SpeedConfig(DraftingConfig, PromptFileConfig):
     temperature: float = 0.0
     """0 is greedy."""
     batch_size: int = 1
-    """Rows decoded at a time."""
+    """Prompts decoded at a time."""
+    samples_per_prompt: int = 1
+    """Rows of every prompt, each with a seed of its own, in the same batch: they draft for each
+    other by the method `consensus`."""
     repeats: int = 1
     """Times that every prompt is run by every method; the median counts."""
     ignore_eos: bool = False

@@ -334,6 +334,21 @@ def _eos(config: GenerationConfig, target: Target) -> set[int]:
     return {e for e in ([eos] if isinstance(eos, int) else eos) if e >= 0}
 
 
+def sample_seeds(seeds: int | Sequence[int], n_prompts: int, samples: int) -> Sequence[int] | int:
+    """Of `samples` rows of every prompt, one prompt's behind the other's: as given, where every row
+    has its own; else sample j of a prompt has the prompt's seed + j. Raises InputError."""
+    n_given = len(seeds) if hasattr(seeds, "__len__") else 0
+    if samples == 1 or n_given == n_prompts * samples:
+        return seeds
+    if n_given not in (0, n_prompts):
+        raise InputError(
+            f"seeds: {n_given} given for {n_prompts} prompts of {samples} samples; give one for "
+            f"all, one for each prompt or one for each of the {n_prompts * samples} rows"
+        )
+    own = _seeds(seeds, n_prompts).tolist()
+    return [seed + j for seed in own for j in range(samples)]
+
+
 def _seeds(seeds: int | Sequence[int], n_rows: int) -> Tensor:
     """One seed for every row, or one each: a row's text depends on its own seed alone."""
     try:

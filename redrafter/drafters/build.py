@@ -18,6 +18,7 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, NoDraft
 from redrafter.drafters.bigram import BigramTable, CountedBigrams
 from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.consensus import Consensus
 from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.mixture import Mixture
@@ -126,6 +127,11 @@ def suffix(
     reference: copy from --reference too, where the match there is the longer one
     """
     return SuffixDrafter(reference=resources.reference if reference else None, **options)
+
+
+def consensus(target: Target, resources: Resources, **options) -> Consensus:
+    """What the other samples of the prompt said after the same text."""
+    return Consensus(**options)
 
 
 def bigram(target: Target, resources: Resources, **options) -> CountedBigrams:
@@ -272,6 +278,7 @@ DRAFTERS: dict[str, Kind] = {
     "suffix": Kind(
         suffix, ("depth", "min_match"), needs=lambda o: {"reference": 1} if o["reference"] else {}
     ),
+    "consensus": Kind(consensus, ("depth", "min_match")),
     "bigram": Kind(bigram, ("width", "depth"), needs=lambda o: {"bigrams": o["width"]}),
     "ngrammys": Kind(ngrammys, ("k", "w"), needs=_needs_of_ngrammys),
     "recycling": Kind(recycling, needs=lambda o: {"bigrams": o["k"]} if o["warm"] else {}),

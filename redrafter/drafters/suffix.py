@@ -24,29 +24,82 @@ _END = -1  # stands behind every reference text; no token has this id, so no mat
 OWN_TEXT, REFERENCE = 1.0, 2.0  # the feature `source`; 0 where nothing is drafted
 
 
-class SuffixAutomaton:
-    """All substrings of a text that grows token by token.
+class SuffixStates:
+    """The states of a suffix automaton over texts that grow token by token.
 
     A state is a class of substrings that end at the same places. Lists over the states:
     next[s]: token -> state of the string continued
     link[s]: state of the longest suffix that ends at more places (-1 for the root)
     longest[s]: tokens of the class's longest string
-    recent[s]: the position behind an occurrence of it, the most recent one that was noted
+    operations: elementary steps so far (states made or passed, transitions written or copied)
+    """
+
+    def __init__(self) -> None:
+        self.next: list[dict[int, int]] = [{}]
+        self.link, self.longest = [-1], [0]
+        self.operations = 0
+
+    def _append(self, last: int, token: int) -> int:
+        """The state of the whole text of state `last` and then `token`: amortised O(1)."""
+        if token in self.next[last]:  # as another text went on
+            return self._string(last, token)
+        new = self._add({}, ROOT, self.longest[last] + 1)
+        self._made(None)
+        state = last
+        while state >= 0 and token not in self.next[state]:
+            self.next[state][token] = new
+            state = self.link[state]
+            self.operations += 1
+        if state >= 0:
+            self.link[new] = self._string(state, token)
+        return new
+
+    def _add(self, following: dict[int, int], link: int, longest: int) -> int:
+        self.next.append(following)
+        self.link.append(link)
+        self.longest.append(longest)
+        self.operations += 1 + len(following)
+        return len(self.next) - 1
+
+    def _made(self, source: int | None) -> None:
+        """A state was made, a new one or one split off from `source`: note what is kept of it."""
+        raise NotImplementedError
+
+    def _string(self, state: int, token: int) -> int:
+        """The state whose longest string is that of `state` and then `token`, which occurred."""
+        target = self.next[state][token]
+        longest = self.longest[state] + 1
+        self.operations += 1
+        if self.longest[target] == longest:
+            return target
+        # The longer strings of the class have not just occurred once more: split them off.
+        clone = self._add(self.next[target].copy(), self.link[target], longest)
+        self._made(target)
+        self.link[target] = clone
+        while state >= 0 and self.next[state].get(token) == target:
+            self.next[state][token] = clone
+            state = self.link[state]
+            self.operations += 1
+        return clone
+
+
+class SuffixAutomaton(SuffixStates):
+    """All substrings of one text.
+
+    recent[s]: of a state, the position behind an occurrence, the most recent one that was noted
 
     refresh_links: an occurrence is noted for this many suffixes of the text that occurred before,
         the longest ones first. Noting it for all makes `recent` exact at the price of a walk that
         is quadratic on runs; with fewer, a shorter suffix may show an older occurrence, which is
         an occurrence all the same. None means all. Measured as in `SuffixDrafter`: 0, 1, 2, 4,
         all give 1.837, 1.901, 1.906, 1.903, 1.903 and 2.432, 2.509, 2.520, 2.520, 2.520.
-    operations: elementary steps so far (states made or passed, transitions written or copied)
     """
 
     def __init__(self, tokens: Iterable[int] = (), refresh_links: int | None = 4):
+        super().__init__()
         self.text: list[int] = []
-        self.next: list[dict[int, int]] = [{}]
-        self.link, self.longest, self.recent = [-1], [0], [0]
+        self.recent = [0]
         self.refresh_links = refresh_links
-        self.operations = 0
         self._last = ROOT  # the state of the whole text
         #: position behind the earlier occurrence of the text's longest repeated suffix, and the
         #: suffix's tokens; (0, 0) if no suffix occurred before
@@ -61,43 +114,13 @@ class SuffixAutomaton:
         one that occurred before is its link's longest string: the match needs no search.
         """
         self.text.append(token)
-        n = len(self.text)
-        new = self._add({}, ROOT, n, n)
-        state = self._last
-        while state >= 0 and token not in self.next[state]:
-            self.next[state][token] = new
-            state = self.link[state]
-            self.operations += 1
-        if state >= 0:
-            self.link[new] = self._string(state, token)
-        self._last = new
-        found = self.link[new]
+        self._last = self._append(self._last, token)
+        found = self.link[self._last]
         self.match = (self.recent[found], self.longest[found])
-        self._note(found, n)
+        self._note(found, len(self.text))
 
-    def _add(self, following: dict[int, int], link: int, longest: int, recent: int) -> int:
-        self.next.append(following)
-        self.link.append(link)
-        self.longest.append(longest)
-        self.recent.append(recent)
-        self.operations += 1 + len(following)
-        return len(self.next) - 1
-
-    def _string(self, state: int, token: int) -> int:
-        """The state whose longest string is that of `state` and then `token`, which occurred."""
-        target = self.next[state][token]
-        longest = self.longest[state] + 1
-        self.operations += 1
-        if self.longest[target] == longest:
-            return target
-        # The longer strings of the class have not just occurred once more: split them off.
-        clone = self._add(self.next[target].copy(), self.link[target], longest, self.recent[target])
-        self.link[target] = clone
-        while state >= 0 and self.next[state].get(token) == target:
-            self.next[state][token] = clone
-            state = self.link[state]
-            self.operations += 1
-        return clone
+    def _made(self, source: int | None) -> None:
+        self.recent.append(len(self.text) if source is None else self.recent[source])
 
     def _note(self, state: int, place: int) -> None:
         left = len(self.next) if self.refresh_links is None else self.refresh_links

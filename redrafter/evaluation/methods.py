@@ -43,6 +43,7 @@ __all__ = [
     "needed",
     "parse_methods",
     "plain_answers",
+    "rows_at_a_time",
 ]  # fmt: skip
 
 
@@ -164,8 +165,13 @@ def check_resources(names: Sequence[str], config: Any) -> None:
             # What is known, counted or measured is made here where it is not given.
             if resource not in ("bigrams", "texts", "price") and getattr(config, resource) is None:
                 raise InputError(f"methods: {name!r} needs {MISSING[resource]}")
-        if name.startswith("hf-") and getattr(config, "batch_size", 1) > 1:
+        if name.startswith("hf-") and rows_at_a_time(config) > 1:
             raise InputError("methods: " + ONE_ROW.format(name))
+
+
+def rows_at_a_time(config: Any) -> int:
+    """Of any configuration; those without a batch decode one row."""
+    return getattr(config, "batch_size", 1) * getattr(config, "samples_per_prompt", 1)
 
 
 def build_method(

@@ -15,7 +15,7 @@ from redrafter.config import DraftingConfig
 from redrafter.data.prompts import Prompt
 from redrafter.drafters.bigram import BigramTable, count_bigrams
 from redrafter.drafters.build import Resources
-from redrafter.evaluation.methods import needed, plain_answers
+from redrafter.evaluation.methods import needed, plain_answers, rows_at_a_time
 from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
 from redrafter.resources import gather
@@ -35,7 +35,7 @@ def load_both(config: Any, measured: bool = False) -> tuple[Target, Module | Non
     threads.settle(config.threads)
     target = load_target(config.target)
     if measured and target.device.type == "cpu" and not threads.fixed(config.threads):
-        threads.choose(lambda: _one_step(target, getattr(config, "batch_size", 1)))
+        threads.choose(lambda: _one_step(target, rows_at_a_time(config)))
     if getattr(config, "head", None) is None:
         return target, None
     path = fetch(config.head, "head")
@@ -88,8 +88,7 @@ def load_resources(
         given["bigrams"], counted_on = _bigrams(config, target, width, others, generation_config)
     if "draft" in wanted:
         given["draft"] = load_draft(config)
-    batch_size = getattr(config, "batch_size", 1)
-    return gather(wanted, target, given, config.tree, batch_size), counted_on
+    return gather(wanted, target, given, config.tree, rows_at_a_time(config)), counted_on
 
 
 def _bigrams(
@@ -103,7 +102,8 @@ def _bigrams(
     if config.bigrams is not None:
         path = config.bigrams if "://" in config.bigrams else fetch(config.bigrams, "bigrams")
         return open_bigrams(path, target, width)
-    seeds = [config.seed + config.n_prompts + i for i in range(len(others))]
+    used = config.n_prompts * getattr(config, "samples_per_prompt", 1)
+    seeds = [config.seed + used + i for i in range(len(others))]
     rows = [list(p.ids) for p in others]
     answers = plain_answers(target, rows, generation_config, seeds, batch_size=4)
     where = f"plain answers to rows {others[0].row}..{others[-1].row} of {config.prompts}"

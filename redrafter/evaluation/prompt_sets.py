@@ -18,8 +18,10 @@ from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.pictures import save_figure
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
 from redrafter.evaluation.report import (
+    described_prompts,
     engine_table,
     markdown,
+    n_rows,
     read_result,
     table,
     with_interval,
@@ -34,7 +36,8 @@ from redrafter.targets.model import Target
 
 def check(config: SpeedConfig) -> None:
     """Raises InputError naming a number that makes no sense."""
-    for name in ("batch_size", "repeats", "cost_rounds", "bigram_prompts"):
+    counts = ("batch_size", "samples_per_prompt", "repeats", "cost_rounds", "bigram_prompts")
+    for name in counts:
         if getattr(config, name) < 1:
             raise InputError(f"{name}: {getattr(config, name)} must be at least 1")
     if config.temperature < 0:
@@ -70,7 +73,7 @@ def show(body: dict[str, Any]) -> str:
         def shown(key: str, m: dict[str, Any] = m) -> str:
             return with_interval(m[key], m["low"].get(key), m["high"].get(key))
 
-        equal = f"{m['equal_rows']}/{body['n_prompts']}"
+        equal = f"{m['equal_rows']}/{n_rows(body)}"
         seconds = m["seconds"]
         parts = [seconds.get(part) for part in ("draft", "verify", "other")]
         decode = seconds["total"] - seconds.get("prefill", 0.0)
@@ -89,7 +92,7 @@ def show(body: dict[str, Any]) -> str:
         f"exact: {exact[body['exact']]}; loop share of plain text: "
         f"{'-' if share is None else f'{share:.2f}'}; best plain loop: {body['best_plain']}; "
         f"temperature {body['temperature']:g}, batch {body['batch_size']}, "
-        f"{body['n_prompts']} prompts; intervals: 95 % bootstrap over prompts"
+        f"{described_prompts(body)}; intervals: 95 % bootstrap over prompts"
     )
     overhead = body["methods"].get("plain", {}).get("plain_overhead")
     if overhead is not None:

@@ -138,7 +138,10 @@ class Assisted(Stock):
         return TimedCall(tokens, {}, stats, counter.new[1:])
 
 
-ONE_ROW = "{!r}: assisted generation of transformers takes one row at a time; set batch_size 1"
+ONE_ROW = (
+    "{!r}: assisted generation of transformers takes one row at a time; set batch_size and "
+    "samples_per_prompt to 1"
+)
 
 
 def stock(name: str, target: Target, config: GenerationConfig, resources: Resources) -> Stock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def with_interval(
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def n_rows(body: dict[str, Any]) -> int:
+    """Of `measure_speed`'s figures: the rows that were decoded, every sample one."""
+    return body["n_prompts"] * body.get("samples_per_prompt", 1)
+
+
+def described_prompts(body: dict[str, Any]) -> str:
+    """ "40 prompts", or "6 prompts, 4 samples of each"."""
+    samples = body.get("samples_per_prompt", 1)
+    return f"{body['n_prompts']} prompts" + (f", {samples} samples of each" * (samples > 1))
+
+
 def markdown(title: str, body: dict[str, Any]) -> str:
     """The figures of `measure_speed` as a table in Markdown."""
     depth = min(_DEPTHS, max((len(a["unconditional"]) for m in body["methods"].values()
@@ -81,7 +93,7 @@ def markdown(title: str, body: dict[str, Any]) -> str:
     for name, m in body["methods"].items():
         rates = m.get("acceptance", {}).get("unconditional", [])[:depth]
         parts = m.get("bound_parts") or {}
-        equal = f"{m['equal_rows']}/{body['n_prompts']}"
+        equal = f"{m['equal_rows']}/{n_rows(body)}"
         rows.append([
             f"`{name}`",
             with_interval(m["tokens_per_step"], m["low"].get("tokens_per_step"),
@@ -106,7 +118,7 @@ def markdown(title: str, body: dict[str, Any]) -> str:
     share, facts = body["loop_share"], body["provenance"]
     return "\n".join([
         f"## {title}", "", "\n\n".join(tables), "",
-        f"{body['n_prompts']} prompts, temperature {body['temperature']:g}; loop share of plain "
+        f"{described_prompts(body)}, temperature {body['temperature']:g}; loop share of plain "
         f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
         "prompts; in brackets: plain's law by a rule of its own, another text. "
@@ -152,11 +164,13 @@ def read_result(file: Path, config: Any, fingerprint: str, command: str) -> dict
         made, target = body["provenance"]["config"], body["provenance"]["target"]["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is no result of {command}: remove it") from None
+    # What older files lack was what is now its default.
+    then = {f.name: plain_values(f.default) for f in fields(config)} | made
     # A threads or out that differs changes no figure's meaning.
     differ = [
         key
         for key, value in plain_values(config).items()
-        if key not in ("out", "threads") and made.get(key) != value
+        if key not in ("out", "threads") and then.get(key) != value
     ]
     differ += [] if target == fingerprint else ["target (its weights)"]
     if differ:

@@ -53,14 +53,16 @@ def decoding(config: SpeedConfig) -> GenerationConfig:
 def make_batches(
     target: Target, prompts: Sequence[Sequence[int]], config: SpeedConfig
 ) -> tuple[list[PromptBatch], list[list[int]]]:
-    """Prompts in batches, with plain's text on each row alone. Returns the answers too."""
-    seeds = [config.seed + i for i in range(len(prompts))]
-    answers = plain_answers(target, prompts, decoding(config), seeds)
-    texts = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
-    size = config.batch_size
+    """Prompts in batches, all samples of one in the same, with plain's text on each row alone.
+    Returns the answers too, row by row; row i has seed + i."""
+    rows = [list(p) for p in prompts for _ in range(config.samples_per_prompt)]
+    seeds = [config.seed + i for i in range(len(rows))]
+    answers = plain_answers(target, rows, decoding(config), seeds)
+    texts = [[*p, *a] for p, a in zip(rows, answers, strict=True)]
+    size = config.batch_size * config.samples_per_prompt
     batches = [
-        PromptBatch([list(p) for p in prompts[i:j]], seeds[i:j], texts[i:j])
-        for i, j in ((i, i + size) for i in range(0, len(prompts), size))
+        PromptBatch(rows[i:j], seeds[i:j], texts[i:j])
+        for i, j in ((i, i + size) for i in range(0, len(rows), size))
     ]
     return batches, answers
 
@@ -240,8 +242,9 @@ class Summary:
         if stats is None:  # one token per forward by construction
             out |= {"tokens_per_step": 1.0, "tokens_per_step_mean": 1.0}
         else:
-            put("tokens_per_step", bootstrap(pooled, stats.emitted, stats.steps))
-            put("tokens_per_step_mean", bootstrap(mean_of_ratios, stats.emitted, stats.steps))
+            emitted, steps = self._of_prompts(stats.emitted), self._of_prompts(stats.steps)
+            put("tokens_per_step", bootstrap(pooled, emitted, steps))
+            put("tokens_per_step_mean", bootstrap(mean_of_ratios, emitted, steps))
         put("speedup_stock", self.speedup(name, "stock"))
         put("speedup_plain", self.speedup(name, self.best_plain))
         put("decode_speedup_plain", self.speedup(name, self.best_plain, decode=True))
@@ -272,6 +275,10 @@ class Summary:
             "high": high,
         }
         return out
+
+    def _of_prompts(self, of_rows: Sequence[int]) -> np.ndarray:
+        """Sums over the samples of each prompt, which are no prompts of their own."""
+        return np.reshape(of_rows, (-1, self.config.samples_per_prompt)).sum(1)
 
     def per_prompt(self, name: str) -> dict[str, Any]:
         """Of every batch: tokens, steps (None where they are not known), seconds."""
@@ -329,7 +336,8 @@ class Summary:
             "best_plain": self.best_plain,
             "exact": all(figures[n]["equal_share"] == 1.0 for n in drafting) if drafting else None,
             "loop_share": self.loop_share,
-            "n_prompts": len(self.answers),
+            "n_prompts": len(self.answers) // self.config.samples_per_prompt,
+            "samples_per_prompt": self.config.samples_per_prompt,
             "per_prompt": {m.name: self.per_prompt(m.name) for m in self.methods},
             "temperature": self.config.temperature,
             "batch_size": self.config.batch_size,

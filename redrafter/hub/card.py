@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redrafter.evaluation.report import markdown_table, with_interval
+from redrafter.evaluation.report import described_prompts, markdown_table, n_rows, with_interval
 from redrafter.hub.profile import PROFILE, profile_of
 from redrafter.hub.recipe import data, pictures_of, sources, training
 from redrafter.hub.release import CARD_CONTENT, CONTENT, matches
@@ -219,7 +219,7 @@ def _headlines(result: Result) -> list[str]:
         lines.append(
             f"- `{method}` on {result.title}: **{rates['tokens_per_step']} tokens per step**, "
             f"{rates['speedup_stock']} x `model.generate`, {rates['speedup_plain']} x the best "
-            f"plain loop ({result.body['n_prompts']} prompts, {facts['device']}, "
+            f"plain loop ({described_prompts(result.body)}, {facts['device']}, "
             f"{facts['threads']} thread(s), {facts['target']['dtype']})"
         )
     return lines + [f"    - warning: {warning}" for warning in result.body["warnings"] if lines]
@@ -234,7 +234,7 @@ def _measured_table(result: Result) -> str:
             with_interval(m[key], m["low"].get(key), m["high"].get(key)) for key in METRICS
         )
         bound, efficiency = (with_interval(m[key], None, None) for key in ("bound", "efficiency"))
-        equal = f"{m['equal_rows']}/{body['n_prompts']}"
+        equal = f"{m['equal_rows']}/{n_rows(body)}"
         rows.append([f"`{method}`", tau, stock, plain, bound, efficiency,
                      f"({equal})" if m["law_only"] else equal])  # fmt: skip
     columns = ["method", "tokens/step", "x `model.generate`", "x best plain loop", "bound",

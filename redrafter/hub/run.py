@@ -44,7 +44,9 @@ class Result:
         """Prompts and how they were decoded."""
         temperature = self.body["temperature"]
         how = "greedy" if temperature == 0 else f"T = {temperature:g}"
-        return f"{self.prompts}, {how}, batch {self.body['batch_size']}"
+        samples = self.body.get("samples_per_prompt", 1)
+        batch = f"batch {self.body['batch_size']}" + f" x {samples} samples" * (samples > 1)
+        return f"{self.prompts}, {how}, {batch}"
 
     def of_head(self) -> dict[str, Any]:
         """Figures of the methods that draft with this head."""
