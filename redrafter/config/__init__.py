@@ -27,6 +27,7 @@ from redrafter.config.data import (
     ProbeConfig,
     StatesConfig,
 )
+from redrafter.config.doctor import DoctorConfig
 from redrafter.config.evaluation import (
     CostsConfig,
     LosslessConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DiscoTrainConfig",
+    "DoctorConfig",
     "DraftingConfig",
     "HeadConfig",
     "InstructionsConfig",
