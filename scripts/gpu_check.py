@@ -3,8 +3,9 @@
 
   python scripts/gpu_check.py --target MODEL --head runs/head --prompts PROMPTS.jsonl --out gpu.json
 
-Runs on a CUDA device or a CPU, downloads nothing, and needs no more than torch and transformers
-(5.17 or later) beside this clone. Part by part, each written to --out as soon as it is known:
+Runs on a CUDA device or a CPU, downloads nothing, and needs torch, transformers and jsonargparse
+beside this clone (the parts states and training accelerate, too; without it they fail by
+themselves). Part by part, each written to --out as soon as it is known:
 
   environment    device, memory, versions
   operations     per step of decoding: reads of the host, operations, those that are no views
@@ -68,16 +69,16 @@ from redrafter.export.inflated import inflate_head
 from redrafter.files import plain_values, provenance, write_json
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
-from redrafter.planning.memory import averages_per_element, meta_batch, step_memory
-from redrafter.planning.probe import states_seconds, step_seconds
 from redrafter.processes import hide_bars
 from redrafter.targets.inflation import Shape, inflate
 from redrafter.targets.model import Target, load_model_config, load_target
+from redrafter.training.feed import Batch
 from redrafter.training.step import batch_loss, total_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 _STATES_ROW_TOKENS = 256
 _PROBE_S = 5.0  # of repeated work
+_POSITIONS, _DEPTH = 32, 3  # of the batch whose gradients are compared
 
 
 class StandIn:
@@ -225,6 +226,8 @@ class Check:
         return {"target": target.name, **measure_speed(target, methods, batches, answers, config)}
 
     def states(self) -> dict[str, Any]:
+        from redrafter.planning.probe import states_seconds  # needs accelerate
+
         target, _ = self.large
         tokens = min(_STATES_ROW_TOKENS, target.max_positions or _STATES_ROW_TOKENS)
         maker = StateMaker(target, StatesConfig(), 1)
@@ -232,6 +235,8 @@ class Check:
         return {"tokens_per_second": 1.0 / states_seconds(maker, tokens, most)}
 
     def training(self) -> dict[str, Any]:
+        from redrafter.planning.probe import step_seconds  # needs accelerate
+
         args, device = self.args, self.small.device
         optim = OptimConfig(batch_positions=args.positions, depth=5)
         planned = _planned_bytes(args, optim)
@@ -272,14 +277,14 @@ class Check:
     def _gradients(self, wrap: Callable[[RecurrentHead], Any]) -> list[Tensor]:
         """Of one step of a new head for the small target's matrix."""
         torch.manual_seed(0)
-        head = RecurrentHead.for_target(self.small).train()
-        batch, loss = meta_batch(self.small, LossConfig(), 32, 3), LossConfig()
-        batch.context.normal_()
-        batch.tokens.random_(self.small.vocab_size)
-        batch.labels.random_(self.small.vocab_size)
-        batch_loss(wrap(head), head, self.small, batch, loss, total_weight(batch, loss))[
-            0
-        ].backward()
+        small, loss = self.small, LossConfig()
+        head = RecurrentHead.for_target(small).train()
+        context = torch.randn(_POSITIONS, small.hidden_size, device=small.device)
+        grid = (2, _POSITIONS, _DEPTH)
+        tokens, labels = torch.randint(small.vocab_size, grid, device=small.device)
+        batch = Batch(context, tokens, labels, torch.ones_like(tokens, dtype=torch.bool))
+        value, _ = batch_loss(wrap(head), head, small, batch, loss, total_weight(batch, loss))
+        value.backward()
         return [p.grad for p in head.parameters()]
 
 
@@ -302,6 +307,8 @@ def _new_head(args: argparse.Namespace) -> RecurrentHead:
 
 def _planned_bytes(args: argparse.Namespace, optim: OptimConfig) -> int:
     """What `--plan` adds up on the device: the frozen matrix, the head, AdamW, and the step."""
+    from redrafter.planning.memory import averages_per_element, step_memory
+
     target = StandIn(args.train_vocab, args.train_hidden, "meta", getattr(torch, args.dtype))
     with torch.device("meta"):
         head = _new_head(args)

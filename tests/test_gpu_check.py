@@ -4,6 +4,7 @@ first run."""
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def toy(script, tiny_target, published_run, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_says_what_it_found(script, toy, capsys):
     status, body = toy()
     parts = body["parts"]
@@ -71,6 +73,37 @@ def test_every_part_runs_and_says_what_it_found(script, toy, capsys):
     assert found["ddp"] == {"backend": "gloo", "largest_difference": 0.0}
     said = capsys.readouterr().out
     assert "(inflated)" in said and "x stock" in said and "exact_bf16" in said
+
+
+#: hides packages as if they were not installed
+BARE = """
+import sys
+from importlib.machinery import PathFinder
+hidden = {"accelerate", "datasets", "peft", "deepspeed", "matplotlib", "pandas", "tensorboard"}
+known = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *a, **k: None if name.split(".")[0] in hidden else known(name, *a, **k)
+)
+sys.path.insert(0, sys.argv[1])
+import gpu_check
+sys.exit(gpu_check.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_little_beside_torch_and_transformers_is_needed(tiny_target, tmp_path):
+    out = tmp_path / "out.json"
+    words = [f"--target={tiny_target}", f"--out={out}", "--parts=environment,tokens,training,ddp"]
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, str(ROOT / "scripts"), *words, f"--like={tmp_path}", *TOY],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    parts = json.loads(out.read_text())["parts"]
+    found = {name: part["status"] for name, part in parts.items()}
+    assert found == {"environment": "done", "tokens": "done", "training": "failed", "ddp": "done"}
+    assert "accelerate" in parts["training"]["why"]
 
 
 def test_a_part_that_fails_is_named_and_the_others_go_on(script, toy, monkeypatch, capsys):
