@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
     "lookahead_records": "record what a drafter says of its guesses (data/lookahead.py)",
     "train_disco": "train a lookahead for any drafter (train/disco.py)",
+    "doctor": "say whether drafting pays here, with which tree, and why (eval/doctor.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "verify": "compute again what was stored with a head, and say what differs (eval/verify.py)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",

@@ -31,6 +31,7 @@ from redrafter.config.data import (
     RequestsConfig,
     StatesConfig,
 )
+from redrafter.config.doctor import DoctorConfig
 from redrafter.config.evaluation import (
     CostsConfig,
     LosslessConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DiscoTrainConfig",
+    "DoctorConfig",
     "DraftingConfig",
     "ExportSpeculatorsConfig",
     "HeadConfig",

@@ -20,6 +20,7 @@ from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
 from redrafter.resources import gather
 from redrafter.tables.bigrams import open_bigrams
+from redrafter.targets.inflation import said
 from redrafter.targets.model import Target, load_target
 
 _FEW = 8  # tokens that a step verifies, give or take
@@ -34,6 +35,8 @@ def load_both(config: Any, measured: bool = False) -> tuple[Target, Module | Non
     """
     threads.settle(config.threads)
     target = load_target(config.target)
+    if (inflated := said(target.config)) is not None:
+        print(f"note: {target.name} is {inflated}", flush=True)
     if measured and target.device.type == "cpu" and not threads.fixed(config.threads):
         threads.choose(lambda: _one_step(target, rows_at_a_time(config)))
     if getattr(config, "head", None) is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from redrafter.contracts import InputError
 from redrafter.files import write_bytes
 from redrafter.targets.devices import device_name
+from redrafter.targets.inflation import said
 from redrafter.targets.model import Target
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 def title_of(target: Target, *what: str) -> str:
     """Of a picture: the target, what else there is to say, and the device."""
     name = target.name.rstrip("/").split("/")[-1]
+    name += " (inflated)" if said(target.config) else ""
     return f"{', '.join([name, *what])} on {device_name(target.device)}"
 
 

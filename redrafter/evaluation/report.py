@@ -12,6 +12,7 @@ from typing import Any
 from redrafter.contracts import InputError
 from redrafter.files import plain_values, provenance, read_packed, write_json
 from redrafter.targets.devices import device_name
+from redrafter.targets.inflation import said
 from redrafter.targets.model import Target
 
 _DEPTHS = 4  # of acceptance in a table
@@ -122,10 +123,17 @@ def markdown(title: str, body: dict[str, Any]) -> str:
         f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
         "prompts; in brackets: plain's law by a rule of its own, another text. "
-        f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
+        f"{measured_on(facts)}, commit "
         f"{str(facts.get('git_commit'))[:10]}.",
         *(f"Warning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip
+
+
+def measured_on(facts: dict[str, Any]) -> str:
+    """Device, threads, dtype, and of an inflated target what it is. facts: a result's provenance"""
+    about = f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}"
+    inflated = facts["target"].get("inflated")
+    return f"{about}, {inflated}" if inflated else about
 
 
 def write_result(
@@ -144,6 +152,7 @@ def write_result(
             "fingerprint": target.fingerprint(),
             "dtype": str(target.dtype).removeprefix("torch."),
             "attention": getattr(target.config, "_attn_implementation", None),
+            "inflated": said(target.config),
         },
         head=None if head is None else {"fingerprint": head.fingerprint()},
         device=device_name(target.device),

@@ -58,14 +58,14 @@ def convert(
             if target is not None:
                 belong_to(read, target)
             read.save_pretrained(part)
-        write_json(part / "provenance.json", provenance(layout=to, converted_from=_origin(head)))
+        write_json(part / "provenance.json", provenance(layout=to, converted_from=origin(head)))
         if to == "redrafter" and target is not None:
             for told in complete(part, target):
                 print(told, flush=True)
     return read
 
 
-def _origin(folder: str | Path) -> dict[str, Any]:
+def origin(folder: str | Path) -> dict[str, Any]:
     """What the head was made from, so that an evaluation still knows the rows it was trained on."""
     file = Path(folder) / "provenance.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

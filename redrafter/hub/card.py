@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from redrafter.evaluation.report import described_prompts, markdown_table, n_rows, with_interval
+from redrafter.evaluation.report import (
+    described_prompts,
+    markdown_table,
+    measured_on,
+    n_rows,
+    with_interval,
+)
 from redrafter.hub.profile import PROFILE, profile_of
 from redrafter.hub.recipe import data, pictures_of, sources, training
 from redrafter.hub.release import CARD_CONTENT, CONTENT, matches
@@ -219,8 +225,7 @@ def _headlines(result: Result) -> list[str]:
         lines.append(
             f"- `{method}` on {result.title}: **{rates['tokens_per_step']} tokens per step**, "
             f"{rates['speedup_stock']} x `model.generate`, {rates['speedup_plain']} x the best "
-            f"plain loop ({described_prompts(result.body)}, {facts['device']}, "
-            f"{facts['threads']} thread(s), {facts['target']['dtype']})"
+            f"plain loop ({described_prompts(result.body)}, {measured_on(facts)})"
         )
     return lines + [f"    - warning: {warning}" for warning in result.body["warnings"] if lines]
 
@@ -242,7 +247,7 @@ def _measured_table(result: Result) -> str:
     share = with_interval(body["loop_share"], None, None)
     caption = (
         f"{body['n_prompts']} prompts of up to {result.config['max_new_tokens']} new tokens each; "
-        f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}; best plain "
+        f"{measured_on(facts)}; best plain "
         f"loop `{body['best_plain']}`; intervals: 95 % bootstrap over prompts; bound: what the "
         "measured costs allow with these tokens per step; efficiency: speed after the prefill / "
         "bound; = plain: rows whose text is plain decoding's (in brackets: plain's law, another "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from redrafter.evaluation.lookaheads.cases import Case
 from redrafter.evaluation.pictures import new_figure, save_figure
-from redrafter.evaluation.report import markdown_table, with_interval
+from redrafter.evaluation.report import markdown_table, measured_on, with_interval
 from redrafter.files import write_text
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
         "Forward costs: of every step, the forward over the tree that was verified, the start of "
         f"the draft and the levels drafted, {measured}, without the lookahead's "
         "own time; share of the oracle's gain by them. Clock: after the prefill. "
-        f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
+        f"{measured_on(facts)}, commit "
         f"{str(facts.get('git_commit'))[:10]}.",
         *(f"\nWarning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from redrafter.evaluation.report import markdown_table, with_interval
+from redrafter.evaluation.report import markdown_table, measured_on, with_interval
 
 _SHORT = {
     "mt_bench": "MT-bench", "translation": "Translation", "summarization": "Summarization",
@@ -69,7 +69,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"{config['temperature']:g}, batch 1; intervals: 95 % bootstrap over questions. "
         f"{cut['turns']} prompts of `{body['baseline']}` were longer than the context and lost "
         f"their first {cut['tokens']} tokens in all; {len(counts['skipped'])} questions left out. "
-        f"{facts['device']}, {facts['threads']} thread(s), {facts['target']['dtype']}, commit "
+        f"{measured_on(facts)}, commit "
         f"{str(facts.get('git_commit'))[:10]}.",
         *(f"Warning: {warning}" for warning in body["warnings"]),
     ]
