@@ -57,7 +57,7 @@ from redrafter.data.prompts import load_prompts
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafting import planner
 from redrafter.evaluation.comparison import compare, unexplained
 from redrafter.evaluation.doctor import environment, fixed_prompts
@@ -65,8 +65,8 @@ from redrafter.evaluation.methods import build_method
 from redrafter.evaluation.operations import per_step
 from redrafter.evaluation.report import milliseconds, table
 from redrafter.evaluation.speed import decoding, make_batches, measure_speed
-from redrafter.export.inflated import inflate_head
 from redrafter.files import plain_values, provenance, write_json
+from redrafter.heads.inflation import inflate_head
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.processes import hide_bars
@@ -161,7 +161,7 @@ class Check:
         row = [self.prompts[0]]
         ways = {"plain": functools.partial(plain, self.small, row)}
         for name in self.methods:
-            drafter = build_drafter(name, self.small, Partners(head=self.head))
+            drafter = build_drafter(name, self.small, Resources(head=self.head))
             ways[name] = functools.partial(speculative, self.small, row, drafter=drafter)
         return {name: per_step(decode, endless) for name, decode in ways.items()}
 
@@ -172,8 +172,8 @@ class Check:
         return self._exact(load_target(replace(self._config(), dtype="bfloat16")))
 
     def _exact(self, target: Target) -> dict[str, Any]:
-        partners = Partners(head=self._head_of(target))
-        planners = {name: planner(name, target, partners) for name in self.methods}
+        resources = Resources(head=self._head_of(target))
+        planners = {name: planner(name, target, resources) for name in self.methods}
         config = LosslessConfig(
             target=self._config(), prompts="", max_new_tokens=self.args.max_new_tokens
         )
@@ -197,15 +197,15 @@ class Check:
         return {
             name: speculative(
                 target, self.prompts, settings,
-                drafter=build_drafter(name, target, Partners(head=head)),
+                drafter=build_drafter(name, target, Resources(head=head)),
             ).stats.tokens_per_step
             for name in self.methods
         }  # fmt: skip
 
     def costs(self) -> dict[str, Any]:
         target, head = self.large
-        partners = Partners(head=head)
-        drafters = {name: build_drafter(name, target, partners) for name in self.methods}
+        resources = Resources(head=head)
+        drafters = {name: build_drafter(name, target, resources) for name in self.methods}
         context = max(1, min(128, (target.max_positions or 1024) - 64))
         meter = CostMeter(target, new_tokens=NEW_TOKENS, contexts=[context], drafters=drafters)
         with torch.inference_mode():
@@ -217,9 +217,9 @@ class Check:
             target=self._config(), prompts="", max_new_tokens=self.args.max_new_tokens,
             ignore_eos=True, cost_rounds=self.args.rounds,
         )  # fmt: skip
-        partners = Partners(head=head)
+        resources = Resources(head=head)
         methods = [
-            build_method(name, target, decoding(config), partners)
+            build_method(name, target, decoding(config), resources)
             for name in ("stock", "plain", *self.methods)
         ]
         batches, answers = make_batches(target, self.prompts, config)

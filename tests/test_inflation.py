@@ -21,7 +21,8 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.models import load_both
 from redrafter.evaluation.pictures import title_of
 from redrafter.evaluation.report import write_result
-from redrafter.export.inflated import inflate_head, write_target
+from redrafter.export.inflated import write_target
+from redrafter.heads.inflation import inflate_head
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.targets.inflation import Shape, check, inflate

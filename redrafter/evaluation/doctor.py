@@ -19,7 +19,7 @@ from redrafter.costs import CostMeter
 from redrafter.data.answers import generation_config
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.build import Partners, build_drafter
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.profile import StepCosts, step_costs
 from redrafter.evaluation.operations import per_step
 from redrafter.evaluation.prompts import evaluation_prompts, number_list
@@ -114,7 +114,7 @@ class Examination:
         prompts: list[list[int]],
     ):
         self.config, self.target, self.prompts = config, target, prompts
-        self.partners = Partners(head=head)
+        self.resources = Resources(head=head)
         depth = config.depth
         #: name of a drafter of full depth -> its width
         self.widths = {f"head:{w}x{depth}": w for w in widths} if head is not None else {}
@@ -122,7 +122,7 @@ class Examination:
         self.context = max(map(len, prompts)) + config.max_new_tokens // 2
 
     def _drafter(self, name: str):
-        return build_drafter(name, self.target, self.partners)
+        return build_drafter(name, self.target, self.resources)
 
     def accepted(self) -> dict[str, list[list[int]]]:
         """Per drafter and text, levels that are accepted at each position."""

@@ -1,15 +1,10 @@
 """Folders of an inflated target (`redrafter.targets.inflation`) and of a head that goes with it.
 
-The hidden states of an inflated target are those of the small one with zeros behind, and so is the
-state of the recurrence: SiLU(0), tanh(0) and a sum of zeros are 0. x = [c ; s] has its zeros in two
-places, behind c and behind s. exit_dim grows in proportion, so that a draft costs what one of a
-head for that width costs. A head's logits are equal up to rounding; with `input_norm`, whose
-epsilon is not the head's, up to that of an epsilon of 1e-6. Ours.
+Ours.
 """
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,16 +16,15 @@ from redrafter.contracts import InputError
 from redrafter.export.complete import complete
 from redrafter.export.layouts import origin
 from redrafter.files import new_folder, provenance, write_json, write_tensors
+from redrafter.heads.base import DraftHead
+from redrafter.heads.inflation import inflate_head
 from redrafter.heads.owner import belong_to
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.inflation import (
     Shape,
     check,
-    grown,
     inflated_config,
     inflated_weights,
     meta_weights,
-    placed,
 )
 from redrafter.targets.model import Target
 
@@ -124,73 +118,10 @@ def _name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> Non
     write_json(folder / "model.safetensors.index.json", index)
 
 
-# ---------------------------------------------------------------------------------- the head
-
-
-def inflate_head(head: RecurrentHead, hidden_size: int) -> RecurrentHead:
-    """The same head for hidden states of `hidden_size`, in the dtype of its weights. It says still
-    that it belongs to the small target. Raises InputError where it is wider than that."""
-    old = head.config
-    if hidden_size < old.hidden_size:
-        raise InputError(
-            f"hidden_size: {hidden_size} is less than the head's {old.hidden_size}; give a head "
-            "that was trained for the small target"
-        )
-    config = copy.deepcopy(old)
-    config.hidden_size = hidden_size
-    config.exit_dim = old.exit_dim * hidden_size // old.hidden_size
-    axes, made = _head_axes(old, config), {}
-    for name, values in head.state_dict().items():
-        values = values.detach().cpu()
-        if name == "input_norm.weight":
-            values = values * (old.hidden_size / hidden_size) ** 0.5
-        made[name] = placed(values, *(axes[axis] for axis in _axes_of(name, values.dim(), head)))
-    large = RecurrentHead(config).to(next(head.parameters()).dtype)
-    large.load_state_dict(made)
-    return large.eval()
-
-
-def _head_axes(old: Any, new: Any) -> dict[str | None, Tensor | None]:
-    """As `placed` reads them."""
-    hidden = grown(old.hidden_size, new.hidden_size)
-
-    def repeated(times: int) -> Tensor:
-        parts = [torch.where(hidden < 0, -1, hidden + i * old.hidden_size) for i in range(times)]
-        return torch.cat(parts)
-
-    exit_ = repeated(2) if old.exit_dim == 2 * old.hidden_size else None
-    return {
-        None: None,
-        "hidden": hidden,
-        "both": repeated(2),
-        "gates": repeated(3),
-        "exit": grown(old.exit_dim, new.exit_dim) if exit_ is None else exit_,
-    }
-
-
-def _axes_of(name: str, dims: int, head: RecurrentHead) -> tuple[str | None, ...]:
-    """Of a tensor of a recurrent head; see `redrafter.heads.recurrent`."""
-    part = name.split(".")[0]
-    both = {
-        "rnn_w": ("hidden", "hidden"),
-        "rnn_u": ("hidden", "hidden"),
-        "gru": ("gates", "hidden"),
-        "input_norm": ("both",),
-        "input_proj": ("exit", "both"),
-        "to_hidden": ("hidden", "exit"),
-        "lm_head": ("exit", "exit"),
-        "draft_ids": (None,),
-        "inverse_rms": (),
-    }[part]
-    if name == f"lm_head.{head.config.num_draft_layers}.weight":  # its own vocabulary
-        both = (None, "exit")
-    return both[:dims]
-
-
-def write_head(head: RecurrentHead, large: Target, out: str | Path) -> list[str]:
+def write_head(head: DraftHead, large: Target, out: str | Path) -> list[str]:
     """Write the folder of a head of the small target as one of `large`, which was inflated from it.
 
-    head: as `load_recurrent` gives it for the small target
+    head: as `load_head` gives it for the small target
     Returns what to tell the user.
     """
     made = inflate_head(head, large.hidden_size).to(large.device).bind(large)
