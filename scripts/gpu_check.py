@@ -65,8 +65,8 @@ from redrafter.evaluation.methods import build_method
 from redrafter.evaluation.operations import per_step
 from redrafter.evaluation.report import milliseconds, table
 from redrafter.evaluation.speed import decoding, make_batches, measure_speed
+from redrafter.export.inflated_head import inflate_head
 from redrafter.files import plain_values, provenance, write_json
-from redrafter.heads.inflation import inflate_head
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.processes import hide_bars

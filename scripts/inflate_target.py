@@ -39,7 +39,7 @@ from redrafter.config import TargetConfig
 from redrafter.config.common import at_least
 from redrafter.export.inflated import empty_folder, weights_bytes, write_head, write_target
 from redrafter.fetch import fetch
-from redrafter.heads.load import load_recurrent
+from redrafter.heads.load import load_trainable
 from redrafter.targets.adapters import probe_tokens
 from redrafter.targets.inflation import Shape, said
 from redrafter.targets.model import Target, load_model_config, load_target
@@ -116,7 +116,7 @@ def inflate(config: InflateConfig) -> int:
     small = load_target(replace(config.target, device="cpu"))
     head = None
     if config.head is not None:
-        head = load_recurrent(fetch(config.head, "head"), small)
+        head = load_trainable(fetch(config.head, "head"), small)
     write_target(small, new, out, dtype)
     if not config.check:
         return 0

@@ -22,7 +22,7 @@ from redrafter.evaluation.models import load_both
 from redrafter.evaluation.pictures import title_of
 from redrafter.evaluation.report import write_result
 from redrafter.export.inflated import write_target
-from redrafter.heads.inflation import inflate_head
+from redrafter.export.inflated_head import inflate_head
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.targets.inflation import Shape, check, inflate

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.export.complete import complete
+from redrafter.export.inflated_head import inflate_head
 from redrafter.export.layouts import origin
 from redrafter.files import new_folder, provenance, write_json, write_tensors
 from redrafter.heads.base import DraftHead
-from redrafter.heads.inflation import inflate_head
 from redrafter.heads.owner import belong_to
 from redrafter.targets.inflation import (
     Shape,

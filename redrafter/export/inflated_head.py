@@ -17,19 +17,14 @@ from torch import Tensor
 
 from redrafter.contracts import InputError
 from redrafter.heads.base import DraftHead
-from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.inflation import grown, placed
 
 
-def inflate_head(head: DraftHead, hidden_size: int) -> RecurrentHead:
+def inflate_head(head: DraftHead, hidden_size: int) -> DraftHead:
     """The same head for hidden states of `hidden_size`, in the dtype of its weights. It says still
     that it belongs to the small target. Raises InputError where it is wider than that, or of
     another kind."""
     old = head.config
-    if not isinstance(head, RecurrentHead):
-        raise InputError(
-            f"head: a {type(head).__name__} cannot be inflated, only a recurrent head can"
-        )
     if hidden_size < old.hidden_size:
         raise InputError(
             f"hidden_size: {hidden_size} is less than the head's {old.hidden_size}; give a head "
@@ -44,7 +39,7 @@ def inflate_head(head: DraftHead, hidden_size: int) -> RecurrentHead:
         if name == "input_norm.weight":
             values = values * (old.hidden_size / hidden_size) ** 0.5
         made[name] = placed(values, *(axes[axis] for axis in _axes_of(name, values.dim(), head)))
-    large = RecurrentHead(config).to(next(head.parameters()).dtype)
+    large = type(head)(config).to(next(head.parameters()).dtype)
     large.load_state_dict(made)
     return large.eval()
 
@@ -67,7 +62,7 @@ def _head_axes(old: Any, new: Any) -> dict[str | None, Tensor | None]:
     }
 
 
-def _axes_of(name: str, dims: int, head: RecurrentHead) -> tuple[str | None, ...]:
+def _axes_of(name: str, dims: int, head: DraftHead) -> tuple[str | None, ...]:
     """Of a tensor of a recurrent head; see `redrafter.heads.recurrent`."""
     part = name.split(".")[0]
     both = {
@@ -80,7 +75,12 @@ def _axes_of(name: str, dims: int, head: RecurrentHead) -> tuple[str | None, ...
         "lm_head": ("exit", "exit"),
         "draft_ids": (None,),
         "inverse_rms": (),
-    }[part]
+    }.get(part)
+    if both is None:
+        raise InputError(
+            f"head: a {type(head).__name__} cannot be inflated (nothing is known of its {part}): "
+            "give a recurrent one"
+        )
     if name == f"lm_head.{head.config.num_draft_layers}.weight":  # its own vocabulary
         both = (None, "exit")
     return both[:dims]
