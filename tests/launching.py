@@ -54,7 +54,7 @@ class Copy(ForkProcess):
     would spend most of its time on. What it says goes to a file."""
 
     def __init__(self, script: str | Path, argv: Sequence[str], env: dict[str, str], log: Path):
-        super().__init__()
+        super().__init__(daemon=True)  # a test that fails leaves nothing running
         self.script, self.argv, self.env, self.log = str(ROOT / script), argv, env, log
 
     def run(self) -> None:
@@ -79,7 +79,9 @@ class Copy(ForkProcess):
 
     def wait(self, timeout_s: float) -> int:
         self.join(timeout_s)
-        assert self.exitcode is not None, f"{self.script} goes on: {self.said()[-2000:]}"
+        if self.exitcode is None:
+            self.kill()
+            raise AssertionError(f"{self.script} went on and on: {self.said()[-2000:]}")
         return self.exitcode
 
     def send_signal(self, number: int) -> None:
