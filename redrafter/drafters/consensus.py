@@ -115,7 +115,7 @@ class Consensus(Drafter):
     min_match: tokens; nothing is drafted after a shorter match
     nodes: N, the root counted
     A row without siblings drafts from the prompt and itself. What a row that has ended said stays.
-    MEMORY of the host per token, a prompt's counted once.
+    About 0.4 kB of the host's memory per token, a prompt's counted once.
     """
 
     feature_names = TABLE_FEATURES
