@@ -55,14 +55,13 @@ from redrafter.costs import NEW_TOKENS, CostMeter
 from redrafter.data.answers import generation_config
 from redrafter.data.prompts import load_prompts
 from redrafter.data.states import StateMaker
-from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafting import planner
 from redrafter.evaluation.comparison import compare, unexplained
 from redrafter.evaluation.doctor import environment, fixed_prompts
 from redrafter.evaluation.methods import build_method
-from redrafter.evaluation.operations import per_step
+from redrafter.evaluation.operations import of_decoding
 from redrafter.evaluation.report import milliseconds, table
 from redrafter.evaluation.speed import decoding, make_batches, measure_speed
 from redrafter.export.inflated_head import inflate_head
@@ -158,12 +157,9 @@ class Check:
         return environment(self.small)
 
     def operations(self) -> dict[str, Any]:
-        row = [self.prompts[0]]
-        ways = {"plain": functools.partial(plain, self.small, row)}
-        for name in self.methods:
-            drafter = build_drafter(name, self.small, Resources(head=self.head))
-            ways[name] = functools.partial(speculative, self.small, row, drafter=drafter)
-        return {name: per_step(decode, endless) for name, decode in ways.items()}
+        resources = Resources(head=self.head)
+        drafters = {name: build_drafter(name, self.small, resources) for name in self.methods}
+        return of_decoding(self.small, self.prompts[0], drafters)
 
     def exact_fp32(self) -> dict[str, Any]:
         return self._exact(self.small)
@@ -290,13 +286,6 @@ class Check:
 
 PARTS = ("environment", "operations", "exact_fp32", "exact_bf16", "tokens", "costs", "speed",
          "states", "training", "ddp")  # fmt: skip
-
-
-def endless(n: int):
-    """Greedy, n tokens, whatever they are."""
-    made = generation_config(0.0, n)
-    made.eos_token_id = -1
-    return made
 
 
 def _new_head(args: argparse.Namespace) -> RecurrentHead:

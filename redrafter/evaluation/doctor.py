@@ -5,7 +5,6 @@ from both every fixed size of draft is predicted, as `eval/static.py` does at le
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,11 +16,9 @@ from redrafter.config import DoctorConfig
 from redrafter.contracts import InputError
 from redrafter.costs import CostMeter
 from redrafter.data.answers import generation_config
-from redrafter.decode.plain import plain
-from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.profile import StepCosts, step_costs
-from redrafter.evaluation.operations import per_step
+from redrafter.evaluation.operations import of_decoding
 from redrafter.evaluation.prompts import evaluation_prompts, number_list
 from redrafter.evaluation.report import milliseconds, table
 from redrafter.evaluation.static import Cell, accepted_depths, predict
@@ -173,18 +170,8 @@ class Examination:
 
     def operations(self) -> dict[str, dict[str, float]]:
         """Per way of decoding, operations and reads of the host per step, of one row."""
-
-        def settings(n: int):
-            made = generation_config(0.0, n)
-            made.eos_token_id = -1
-            return made
-
-        row = [self.prompts[0]]
-        ways = {"plain": functools.partial(plain, self.target, row)}
-        for name in self.widths:
-            drafter = self._drafter(name)
-            ways[name] = functools.partial(speculative, self.target, row, drafter=drafter)
-        return {name: per_step(decode, settings) for name, decode in ways.items()}
+        drafters = {name: self._drafter(name) for name in self.widths}
+        return of_decoding(self.target, self.prompts[0], drafters)
 
 
 def sentence(cells: dict[str, Cell], costs: dict[str, StepCosts], with_head: bool) -> str:

@@ -7,7 +7,8 @@ where they can be tested. Ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from redrafter.contracts import Generation
+from redrafter.contracts import Drafter, Generation
+from redrafter.data.answers import generation_config
+from redrafter.decode.plain import plain
+from redrafter.decode.speculative import speculative
+from redrafter.targets.model import Target
 
 #: operations whose result's shape or value the host must know
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
@@ -116,3 +121,19 @@ def per_step(
     steps = max(1, long - short)
     means = {k: (v - asdict(less)[k]) / steps for k, v in asdict(more).items()}
     return {**means, "steps": long - short}
+
+
+def of_decoding(
+    target: Target, row: list[int], drafters: Mapping[str, Drafter]
+) -> dict[str, dict[str, float]]:
+    """`per_step` of plain decoding (`plain`) and with each drafter, greedily, of one row."""
+
+    def settings(n: int) -> GenerationConfig:
+        made = generation_config(0.0, n)
+        made.eos_token_id = -1
+        return made
+
+    ways = {"plain": functools.partial(plain, target, [row])}
+    for name, drafter in drafters.items():
+        ways[name] = functools.partial(speculative, target, [row], drafter=drafter)
+    return {name: per_step(decode, settings) for name, decode in ways.items()}
