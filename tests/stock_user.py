@@ -168,8 +168,9 @@ class User:
             custom_generate=str(head), trust_remote_code=True, tree={"width": 8, "depth": 3}
         )
         random = torch.Generator().manual_seed(7)
-        lengths = torch.randint(2, 13, (24,), generator=random).tolist()
-        self.prompts = [torch.randint(6, VOCAB, (n,), generator=random).tolist() for n in lengths]
+        lengths = torch.randint(2, 13, (50,), generator=random).tolist()
+        prompts = [torch.randint(6, VOCAB, (n,), generator=random).tolist() for n in lengths]
+        self.prompts = prompts[:24]
 
     def batch(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         """Left-padded, with a token that also stands in texts."""
