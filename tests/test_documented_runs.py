@@ -39,6 +39,9 @@ ELSEWHERE = {
     r"TARGET|smollm2|configs/plan": "it needs a target that is no part of a clone",
     "configs/eval/lookahead.yaml": "it needs data that is no part of a clone",
     "vllm-serve": "test_documented_lines runs it",
+    r"--answers\.server": "it needs a server: test_served_answers has one",
+    "PREPARED": "it needs a folder of speculators: test_speculators has one",
+    "redrafter doctor": "test_doctor runs it",
 }
 
 

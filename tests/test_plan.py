@@ -388,7 +388,8 @@ def test_a_configuration_is_enough_and_nothing_is_written(target, tmp_path, monk
     assert "8,030,261,248 parameters, 16.1 GB in bfloat16" in shown
     assert "no weights here" in shown and "breaks even at" in shown
     with pytest.raises(SystemExit) as ended:
-        train([*args, f"--target.path={target}", "--plan_for.memory_bytes=2000000"])
+        train([*args, f"--target.path={target}", "--plan_for.memory_bytes=2000000",
+               "--data.states.forward_tokens=64"])  # fmt: skip
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "cuda has 2 MB" in said and "data.answers.batch_size" in said
     assert not list(tmp_path.iterdir())
