@@ -92,7 +92,7 @@ def test_drafts_of_an_early_exit_are_not_counted():
 
 
 def test_one_row_at_a_time_and_layers_that_exist():
-    with pytest.raises(InputError, match="batch_size 1"):
+    with pytest.raises(InputError, match="set batch_size and samples_per_prompt to 1"):
         method("hf-lookup", settings()).run(PromptBatch(prompts(), [0] * 4))
     for name in ("hf-exit:2", "hf-exit:layer=0"):
         with pytest.raises(InputError, match="must be 1 to 1"):
