@@ -526,7 +526,7 @@ def test_speed_takes_own_columns_and_goes_on_past_a_long_row(files, tmp_path, ca
         (speed_cli, ["--methods", "head:4x4"], "'head:4x4' needs --head"),
         (speed_cli, ["--methods", "model:1x2"], "--draft"),
         (speed_cli, ["--methods", "hf-assistant"], "--draft"),
-        (speed_cli, ["--methods", "hf-lookup", "--batch_size", "2"], "batch_size 1"),
+        (speed_cli, ["--methods", "hf-lookup", "--batch_size", "2"], "set batch_size"),
         (speed_cli, ["--methods", "hf-exit:99"], "layer 99"),
         (lossless_cli, ["--head", "no_head"], "no_head"),
         (lossless_cli, [], "'head' needs --head"),

@@ -178,7 +178,7 @@ def test_samples_are_what_each_is_alone(draft):
         made = generate(target, rows, seeds=seeds, **options)
         repeated = [row for row in rows for _ in range(4)]
         for row, seed, tokens in zip(repeated, each, made.tokens, strict=True):
-            assert [tokens] == wanted([row], 0.7, seeds=seed)
+            assert [tokens] == wanted([row], 0.7, seeds=[seed])
         assert len({tuple(text) for text in made.tokens}) > 3, "samples of a prompt differ"
     greedy = generate(target, rows, **{**options, "temperature": 0.0}).tokens
     assert greedy == [text for text in wanted(rows) for _ in range(4)]
