@@ -57,7 +57,7 @@ from redrafter.data.prompts import load_prompts
 from redrafter.data.states import StateMaker
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
-from redrafter.drafting import planner
+from redrafter.drafting import strategy_maker
 from redrafter.evaluation.comparison import compare, unexplained
 from redrafter.evaluation.doctor import environment, fixed_prompts
 from redrafter.evaluation.methods import build_method
@@ -169,12 +169,12 @@ class Check:
 
     def _exact(self, target: Target) -> dict[str, Any]:
         resources = Resources(head=self._head_of(target))
-        planners = {name: planner(name, target, resources) for name in self.methods}
+        strategies = {name: strategy_maker(name, target, resources) for name in self.methods}
         config = LosslessConfig(
             target=self._config(), prompts="", max_new_tokens=self.args.max_new_tokens
         )
         modes = {"greedy": 0.0, "seeded": 1.0}
-        results, _ = compare(target, planners, self.prompts, [1, len(self.prompts)], modes, config)
+        results, _ = compare(target, strategies, self.prompts, [1, len(self.prompts)], modes, config)
         found = {name: {mode: asdict(r) for mode, r in by.items()} for name, by in results.items()}
         return {"unexplained": unexplained(results), "methods": found}
 
