@@ -174,7 +174,8 @@ class Check:
             target=self._config(), prompts="", max_new_tokens=self.args.max_new_tokens
         )
         modes = {"greedy": 0.0, "seeded": 1.0}
-        results, _ = compare(target, strategies, self.prompts, [1, len(self.prompts)], modes, config)
+        sizes = [1, len(self.prompts)]
+        results, _ = compare(target, strategies, self.prompts, sizes, modes, config)
         found = {name: {mode: asdict(r) for mode, r in by.items()} for name, by in results.items()}
         return {"unexplained": unexplained(results), "methods": found}
 

@@ -11,11 +11,11 @@ import runpy, sys
 from redrafter.data import store as module
 from redrafter.files import write_json
 write = module.Job.write
-def early(self, index, columns, rejected=()):
+def early(self, index, columns, *more):
     path = self.folder / f"{module.shard_name(index)}.json"
     write_json(path, {"rows": 0, "tokens": 0, "file": None, "bytes": 0, "sha256": None,
                       "rejected": []})
-    write(self, index, columns, rejected)
+    write(self, index, columns, *more)
 module.Job.write = early
 sys.argv[0] = sys.argv[1]
 del sys.argv[1]

@@ -120,7 +120,7 @@ def test_says_so_when_there_are_no_sources(tmp_path):
     code = (
         "import runpy, sys, sysconfig\n"
         f"sysconfig.get_paths = lambda: {{'stdlib': {str(tmp_path / 'none')!r}}}\n"
-        f"sys.argv = ['x', '--output_dir', {str(tmp_path / 'out')!r}]\n"
+        f"sys.argv = ['x', '--size', 'test', '--output_dir', {str(tmp_path / 'out')!r}]\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
