@@ -13,7 +13,7 @@ from redrafter.export.complete import complete
 from redrafter.files import new_folder, provenance, write_json
 from redrafter.heads.apple import save_apple
 from redrafter.heads.base import DraftHead
-from redrafter.heads.load import load_trainable
+from redrafter.heads.load import given_to, load_trainable
 from redrafter.heads.medusa_layouts import save_vllm_medusa
 from redrafter.heads.mlp_speculator import save_speculator
 from redrafter.heads.owner import belong_to
@@ -41,13 +41,14 @@ def convert(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
-    read = load_trainable(head, target)
+    read = load_trainable(head)
+    stored = next(read.parameters()).dtype  # before it computes as the target does
+    read = given_to(target, read, Path(head), False)
     if to != "redrafter" and read.draws_on_target and target is None:
         raise InputError(
             f"{head}: this head draws on the target's lm_head, and the layout {to} has it in the "
             "head: give --target.path"
         )
-    stored = next(load_trainable(head).parameters()).dtype
     read = read.to(stored if dtype is None else getattr(torch, dtype))
     if not all(bool(p.isfinite().all()) for p in read.parameters()):
         raise InputError(f"dtype: {head} has weights beyond the range of {dtype}: take bfloat16")

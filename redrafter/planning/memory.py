@@ -22,7 +22,7 @@ from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.loop import make_optimizer
-from redrafter.training.normalizers import chunk_of, log_normalizer, projects_columns
+from redrafter.training.normalizers import chunk_of, log_normalizer, needs_normalizers
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"
@@ -92,7 +92,7 @@ def meta_batch(
     teacher = needed_teacher(loss)
     if teacher == "states":
         batch.teacher = floats(*grid, target.hidden_size)
-        if pruned and projects_columns(target):
+        if needs_normalizers(target, pruned, teacher):
             batch.teacher_log_z = floats(*grid, dtype=torch.float32)
     elif teacher == "top_k":
         batch.teacher_ids = ids(*grid, k)

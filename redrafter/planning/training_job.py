@@ -40,7 +40,7 @@ from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_s
 from redrafter.planning.world import Shares, shares, world_of
 from redrafter.targets.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
-from redrafter.training.normalizers import projects_columns
+from redrafter.training.normalizers import needs_normalizers
 from redrafter.training.refusals import check_depths
 from redrafter.training.step import needed_teacher
 
@@ -200,7 +200,7 @@ class TrainingPlan:
                 Item("backward pass", moment.backward, remedy=lower),
             )  # fmt: skip
         pruned = self.head.config.draft_vocab_size is not None
-        if pruned and needed_teacher(config.loss) == "states" and projects_columns(self.target):
+        if needs_normalizers(self.target, pruned, needed_teacher(config.loss)):
             every = Item("logits of all tokens", normalizer_bytes(self.target))
             self.builder.phase("normalizers", *common, every)
         self.builder.phase(

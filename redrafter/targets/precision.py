@@ -30,14 +30,12 @@ def has_matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def auto_dtype(
-    device: torch.device, config: Callable[[], Any], told: bool = True
-) -> torch.dtype | None:
+def auto_dtype(device: torch.device, config: Callable[[], Any]) -> torch.dtype | None:
     """The dtype to compute in; None: the checkpoint's own.
 
     config: gives the model's configuration, asked for only where it matters
-    told: say on stderr what was chosen where the CPU has matrix units
-    Several processes, which might measure differently, take float32 on CPUs.
+    What a measurement chose is said on stderr. Several processes, which might measure differently,
+    take float32 on CPUs.
     """
     if device.type != "cpu":
         return None
@@ -52,13 +50,12 @@ def auto_dtype(
     inner = getattr(shape, "intermediate_size", None)
     ratio = measured_ratio(hidden, inner if isinstance(inner, int) else 4 * hidden)
     chosen = torch.bfloat16 if ratio < DECISIVE else torch.float32
-    if told:
-        print(
-            f"target.dtype auto: {str(chosen).removeprefix('torch.')}, as this CPU multiplies "
-            f"{ROWS} rows in bfloat16 in {ratio:.2f} of float32's time (it pays below "
-            f"{DECISIVE:g}); set target.dtype to have one on every machine",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    print(
+        f"target.dtype auto: {str(chosen).removeprefix('torch.')}, as this CPU multiplies {ROWS} "
+        f"rows in bfloat16 in {ratio:.2f} of float32's time (it pays below {DECISIVE:g}); set "
+        "target.dtype to have one on every machine",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
     return chosen
 
 

@@ -29,7 +29,7 @@ from redrafter.contracts import InputError
 from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order, generator
 from redrafter.data.states import decoded
 from redrafter.targets.model import Target
-from redrafter.training.normalizers import Normalizers, projects_columns
+from redrafter.training.normalizers import Normalizers, needs_normalizers
 
 Labels = Literal["tokens", "greedy", "local"]
 Teacher = Literal["states", "top_k"]
@@ -124,8 +124,8 @@ class Feed:
         if draft_ids is not None:
             self._to_draft = torch.full((target.vocab_size,), -1)
             self._to_draft[draft_ids.cpu()] = torch.arange(len(draft_ids))
-        pruned = draft_ids is not None and teacher == "states" and projects_columns(target)
-        self._normalizers = Normalizers(target) if pruned else None
+        needed = needs_normalizers(target, draft_ids is not None, teacher)
+        self._normalizers = Normalizers(target) if needed else None
         self._epochs: dict[int, _Epoch] = {}
         self._first_step = [0]  # of each epoch known so far
         self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None

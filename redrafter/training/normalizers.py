@@ -26,6 +26,12 @@ def projects_columns(target: Target) -> bool:
     return type(target.lm_head) is nn.Linear and not target.sharded
 
 
+def needs_normalizers(target: Target, pruned: bool, teacher: str | None) -> bool:
+    """Whether a head's batches carry log Z. pruned: it has some of the target's tokens; teacher:
+    what its losses compare with, see `needed_teacher`"""
+    return pruned and teacher == "states" and projects_columns(target)
+
+
 def chunk_of(target: Target) -> int:
     """Positions projected onto V columns at a time, always as many: products of one shape need the
     same memory again and again, of many shapes an allocator's heap grows to several GB."""
