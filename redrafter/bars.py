@@ -13,10 +13,12 @@ _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed}, {remaining} to go, {
 
 class Bar(tqdm):
     """tqdm, which draws its bar by returning to the line's beginning; where the error output is no
-    terminal that leaves fragments, so there it writes whole lines."""
+    terminal that leaves fragments, so there it writes whole lines: one every half minute, and one
+    at the end, unless it is not to stay (`leave=False`) and was done before the first."""
 
     def __init__(self, *args: Any, **options: Any):
         self.lines = options.get("file") is None and not sys.stderr.isatty()
+        self.shown = False
         if self.lines:
             options = {"mininterval": _LOG_S, "maxinterval": _LOG_S, "miniters": 1,
                        "bar_format": _LINE, "delay": 1e-9, **options}  # fmt: skip
@@ -25,6 +27,7 @@ class Bar(tqdm):
     def display(self, *args: Any, **options: Any) -> Any:
         if not self.lines:
             return super().display(*args, **options)
+        self.shown = True
         self.fp.write(f"{self}\n")
         self.fp.flush()
         return True
@@ -39,7 +42,8 @@ class Bar(tqdm):
     def close(self) -> None:
         if self.lines and not self.disable:
             self.disable = True  # tqdm's own end of a line is not needed
-            self.display()
+            if self.leave or self.shown:
+                self.display()
             self._decr_instances(self)
         else:
             super().close()

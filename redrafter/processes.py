@@ -86,6 +86,15 @@ def hide_bars() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
+def name_the_cpu() -> None:
+    """Where there is no accelerator. DeepSpeed, which transformers imports where it finds it, says
+    at length that it saw none, unless it is told."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _options(cpu: bool, n: int) -> dict[str, Any]:
     """How accelerate is to connect n processes. Raises InputError where one has no device."""
     import torch
@@ -94,8 +103,7 @@ def _options(cpu: bool, n: int) -> dict[str, Any]:
     nothing_else = not torch.accelerator.is_available()
     if asked_for("DEEPSPEED") and nothing_else:
         _leave_unbuilt()
-    if nothing_else:  # DeepSpeed, which transformers imports where it finds it, says so at length
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    name_the_cpu()
     if n == 1:
         return {"cpu": cpu}
     options: dict[str, Any] = {"timeout": _PATIENCE}

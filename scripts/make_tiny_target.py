@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tiny_corpora import Corpus, cut_up, made_up, read_sources
 
+from redrafter.cli.args import reports_input_errors
+from redrafter.processes import name_the_cpu
 from redrafter.threads import settle, wait_asleep
 
 if TYPE_CHECKING:
@@ -216,7 +218,8 @@ def orthogonalised(update: torch.Tensor) -> torch.Tensor:
 def train(model: LlamaForCausalLM, rows: torch.Tensor, size: Size, seed: int) -> None:
     """Mutates `model`. Passes over `rows` in a new order each time round."""
     import torch
-    from tqdm import tqdm
+
+    from redrafter.bars import Bar
 
     layers = set(model.model.layers.parameters())
     matrices = [p for p in model.parameters() if p in layers and p.ndim == 2]
@@ -225,7 +228,7 @@ def train(model: LlamaForCausalLM, rows: torch.Tensor, size: Size, seed: int) ->
     adam = torch.optim.AdamW(others, lr=size.lr_other, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     queue: list[int] = []
-    progress = tqdm(range(size.steps), desc="training", unit="step", mininterval=1.0)
+    progress = Bar(range(size.steps), desc="training", unit="step")
     for step in progress:
         if len(queue) < size.batch_rows:
             queue = torch.randperm(len(rows), generator=generator).tolist()
@@ -249,15 +252,11 @@ def train(model: LlamaForCausalLM, rows: torch.Tensor, size: Size, seed: int) ->
 # ---------------------------------------------------------------- what came out
 
 
-def loop_share(ids: list[int]) -> float:
-    """Share of positions whose 4-gram (this token and the three before) occurred before."""
-    grams = [tuple(ids[i - 3 : i + 1]) for i in range(3, len(ids))]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def measure(model: LlamaForCausalLM, rows: torch.Tensor) -> dict[str, float]:
     """On held-out rows: the loss, and how much greedy text repeats itself."""
     import torch
+
+    from redrafter.evaluation.figures import loop_share
 
     model.eval()
     rows = rows[torch.linspace(0, len(rows) - 1, min(48, len(rows))).long()]
@@ -279,8 +278,8 @@ def measure(model: LlamaForCausalLM, rows: torch.Tensor) -> dict[str, float]:
         "unigram_entropy_nats": round(
             -sum(n * log(n / len(tokens)) for n in counts.values()) / len(tokens), 4
         ),
-        "loop_share_greedy": round(sum(map(loop_share, answers)) / len(answers), 4),
-        "loop_share_real_text": round(sum(map(loop_share, natural)) / len(natural), 4),
+        "loop_share_greedy": round(loop_share([([], a) for a in answers]) or 0.0, 4),
+        "loop_share_real_text": round(loop_share([([], a) for a in natural]) or 0.0, 4),
     }
 
 
@@ -334,6 +333,8 @@ def make(partial: Path, corpus: Corpus, identity: dict, size: Size, seed: int) -
     started = time.perf_counter()
     print("importing torch and transformers", flush=True)
     import torch
+
+    name_the_cpu()
     import transformers
 
     torch.manual_seed(seed)
@@ -368,6 +369,7 @@ def make(partial: Path, corpus: Corpus, identity: dict, size: Size, seed: int) -
     return manifest
 
 
+@reports_input_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     wait_asleep()

@@ -17,6 +17,8 @@ from redrafter import processes
 from redrafter.bars import Bar
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.main import SUBCOMMANDS
+from redrafter.cli.main import main as console
+from redrafter.cli.push import folded
 from redrafter.cli.speed import main as speed
 from redrafter.cli.train_redrafter import summary
 from redrafter.config import SpeedConfig, TargetConfig, TrainConfig
@@ -145,6 +147,23 @@ def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
     assert "\r" in lines(monkeypatch, terminal=True)
 
 
+def test_a_bar_that_need_not_stay_leaves_no_line_where_it_was_short(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    assert list(Bar(range(3), desc="prompts", unit="prompt", leave=False)) == [0, 1, 2]
+    assert out.getvalue() == ""
+    monkeypatch.setattr("redrafter.bars._LOG_S", 0.0)
+    assert list(Bar(range(3), desc="prompts", unit="prompt", leave=False, mininterval=0))
+    assert out.getvalue().splitlines()[-1].startswith("prompts: 3 of 3 prompts, ")
+
+
+def test_every_bar_is_ours():
+    """Fragments in a log, or silence there, is what tqdm gives by itself."""
+    for file in [*(ROOT / "redrafter").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        text = file.read_text()
+        assert file.name == "bars.py" or not re.search(r"\btqdm\(", text), file
+
+
 def test_bars_speak_only_when_they_are_asked_to(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
@@ -207,3 +226,19 @@ def test_a_training_ends_with_a_sentence():
     )
     best = {"step": 7, "tokens_per_step": {"greedy": 2.345, "T=1": 2.0}}
     assert "makes 2.35 (greedy), 2.00 (T=1) tokens per step on 40 held-out" in summary(config, best)
+
+
+def test_usage_says_what_was_typed(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        speed(["--help"])
+    assert capsys.readouterr().out.startswith("usage: eval/speed.py ")
+    monkeypatch.setattr(sys, "argv", ["/a folder/bin/redrafter"])
+    with pytest.raises(SystemExit):
+        console(["speed", "--help"])
+    assert capsys.readouterr().out.startswith("usage: redrafter speed ")
+
+
+def test_what_is_published_is_listed_on_one_screen():
+    golden = {"golden/a": 1, "golden/b": 2}
+    sizes = {"README.md": 5, **{f"code/{i}.py": 10 for i in range(20)}, **golden}
+    assert folded(sizes) == {"README.md": 5, "code/ (20 files)": 200, **golden}

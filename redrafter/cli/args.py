@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -87,9 +88,18 @@ def parse(
     return config
 
 
+def typed(script: str) -> str:
+    """What the user called it: `redrafter SUBCOMMAND`, which `redrafter.cli.main` leaves there, or
+    the script."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("redrafter ") else script
+
+
 def _parser_of(cls: type, prog: str, description: str | None, lists: bool, plans: bool) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=prog, description=description, formatter_class=DefaultHelpFormatter)
+    parser = _Parser(
+        prog=typed(prog), description=description, formatter_class=DefaultHelpFormatter
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
     if lists:

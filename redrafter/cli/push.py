@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import PushConfig
@@ -21,6 +21,7 @@ code for plain transformers, pictures, settings and provenance without the names
 card. Checkpoints, data and logs stay. The token is the usual one: `hf auth login`, or HF_TOKEN.
 After a failure the same command can be given again.
 """
+_MANY = 6  # files of a folder that are listed by name
 _SWITCHES = ("private", "pr", "dry_run")
 
 
@@ -32,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     release = prepare(config)
     sizes = release.sizes()
-    width = max(len(f"{size:,}") for size in sizes.values())
     print(f"{config.repo}: {len(sizes)} files, {sum(sizes.values()):,} bytes")
-    for name, size in sizes.items():
+    listed = folded(sizes)
+    width = max(len(f"{size:,}") for size in listed.values())
+    for name, size in listed.items():
         print(f"  {size:>{width},}  {name}")
     if release.left_out:
         print(f"left out: {', '.join(release.left_out)}")
@@ -46,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"published: {push(release, config)}")
     return 0
+
+
+def folded(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by name, those of a folder of many files in one entry."""
+    folders = [name.rpartition("/")[0] for name in sizes]
+    found: dict[str, int] = {}
+    for (name, size), folder in zip(sizes.items(), folders, strict=True):
+        many = folder and folders.count(folder) > _MANY
+        shown = f"{folder}/ ({folders.count(folder)} files)" if many else name
+        found[shown] = found.get(shown, 0) + size
+    return found
 
 
 def switched(words: Sequence[str]) -> list[str]:

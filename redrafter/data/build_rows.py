@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from glob import has_magic
 from itertools import islice, pairwise
@@ -223,6 +223,8 @@ def report(store: Store) -> str:
             f"  {given} given = {counts['rows']} written + {counts['skipped'] + duplicates} "
             f"skipped + {counts['failed']} failed"
         )
+    if temperatures := store.identity.get("temperatures"):
+        lines.append(f"  {_answered(temperatures, store.identity['samples_per_prompt'])}")
     if "source_rows" in store.manifest:
         lines.append(
             f"  they are {store.manifest['source_rows']} rows of the source: where the chat "
@@ -240,3 +242,10 @@ def report(store: Store) -> str:
         which = f" ({row_names(listed[reason])} of the source)" if reason in listed else ""
         lines.append(f"  {n} x {reason}{which}")
     return "\n".join(lines)
+
+
+def _answered(temperatures: Sequence[float], samples: int) -> str:
+    """How many answers of a prompt there are, and which."""
+    times = f", {samples} times each above 0" if samples > 1 else ""
+    each = " and ".join(f"{t:g}" for t in temperatures)
+    return f"each prompt answered at temperature {each}{times}"

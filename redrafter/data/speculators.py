@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from redrafter.bars import Bar
 from redrafter.config import StatesConfig
 from redrafter.contracts import InputError
 from redrafter.data.build_rows import need_rows
@@ -269,7 +270,7 @@ def export_states(target: Target, store: Store, folder: str | Path, progress: bo
         raise InputError(f"{folder} exists: give another folder")
     wanted = [name for name in ("tokens", "supervised", "states", "scale") if name in store.columns]
     rows = []
-    for row in tqdm(range(store.n_rows), desc="rows", disable=not progress):
+    for row in Bar(range(store.n_rows), desc="rows", unit="row", disable=not progress):
         read = store.read([row], wanted)
         tokens = read["tokens"].long()
         states = decoded(read, torch.arange(len(tokens)), target.dtype).to(target.device)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from redrafter.bars import Bar
 from redrafter.config import AcceptanceConfig
 from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.data.answers import generation_config
@@ -128,7 +128,8 @@ def measure_acceptance(
     """Decode every prompt by itself and look at what was tested."""
     temperature = float(config.temperature or 1.0) if config.do_sample else 1.0
     watcher, counter, rows = Watcher(strategy.drafter, temperature), Counter(strategy.lookahead), []
-    for prompt, seed in zip(tqdm(prompts, desc=name, disable=None), seeds, strict=True):
+    bar = Bar(prompts, desc=name, unit="prompt", leave=False)
+    for prompt, seed in zip(bar, seeds, strict=True):
         made = speculative(
             target, [prompt], config, seeds=[seed], drafter=watcher, lookahead=counter,
             rule=strategy.rule,

@@ -87,6 +87,13 @@ def compare(
     return results, greedy_only
 
 
+def _rows_said(results: Sequence[ModeResult]) -> str:
+    """What a row is."""
+    times = max(r.rows_compared // max(1, r.prompts) for r in results)
+    how = "" if times < 2 else f" {times} times, at one batch size after the other"
+    return f"rows: every prompt decoded with drafting{how}, and compared with plain decoding of it"
+
+
 def unexplained(results: Results) -> int:
     """Differences that no rounding explains."""
     return sum(r.unexplained for modes in results.values() for r in modes.values())
@@ -122,6 +129,8 @@ def show(results: Results, greedy_only: Sequence[str] = ()) -> str:
             f"{name}: compared greedily only; its rule's sampled text has plain's law and is "
             "another text"
         )
+    if every:
+        lines.append(_rows_said([r for _, _, r in every]))
     bad, ties = (sum(getattr(r, key) for _, _, r in every) for key in ("unexplained", "near_ties"))
     if bad:
         lines.append(f"NOT lossless: {bad} unexplained differences")

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor
 
+from redrafter.bars import Bar
 from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
@@ -259,7 +259,7 @@ def references(
 ) -> list[Reference]:
     """Plain decoding of every prompt alone; prompt i has seed + i. Every method of a mode is
     compared with it."""
-    rows = tqdm(prompts, desc=f"plain, {_mode(config)}", unit="row", disable=None)
+    rows = Bar(prompts, desc=f"plain, {_mode(config)}", unit="row", leave=False)
     return [reference(target, row, config, seed + i) for i, row in enumerate(rows)]
 
 
@@ -296,7 +296,7 @@ def check_mode(
     for batch_size in batch_sizes:
         starts = range(0, len(prompts), batch_size)
         about = f"{name}, batches of {batch_size}, {_mode(config)}"
-        for start in tqdm(starts, desc=about, disable=None):
+        for start in Bar(starts, desc=about, unit="batch", leave=False):
             chunk = range(start, min(start + batch_size, len(prompts)))
             strategy = make_strategy([[*prompts[i], *plain_of[i].tokens] for i in chunk])
             decode = functools.partial(

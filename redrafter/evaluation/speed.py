@@ -15,9 +15,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from redrafter.bars import Bar
 from redrafter.config import SpeedConfig
 from redrafter.contracts import StepStats
 from redrafter.costs import CostMeter, CostTable
@@ -111,7 +111,7 @@ def run_interleaved(
     """
     runs: Runs = {method.name: [[] for _ in batches] for method in methods}
     turns = repeats * len(batches)
-    for turn in tqdm(range(turns), desc="prompts, every method", disable=None):
+    for turn in Bar(range(turns), desc="prompts, every method", unit="prompt", leave=False):
         place, first = turn % len(batches), turn % len(methods)
         for method in [*methods[first:], *methods[:first]]:
             method.prepare(batches[place])

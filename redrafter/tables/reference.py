@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tqdm.auto import tqdm
-
+from redrafter.bars import Bar
 from redrafter.data.store import Store
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.tables.bigrams import check_tokenizer, tokenizer_of
@@ -18,5 +17,5 @@ def reference_texts(path: str, target: Target, *, progress: bool = False) -> Ref
     store = Store(path)
     check_tokenizer(path, tokenizer_of(store), target)
     rows = store.rows()
-    numbers = tqdm(range(rows.n_rows), desc="reference texts", unit="row", disable=not progress)
+    numbers = Bar(range(rows.n_rows), desc="reference texts", unit="row", disable=not progress)
     return ReferenceTexts(rows.ids(row) for row in numbers)

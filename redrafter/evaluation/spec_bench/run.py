@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from redrafter.bars import Bar
 from redrafter.config import SpecBenchConfig
 from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.methods import Method, PromptBatch, TimedCall, needed, plain_answers
@@ -37,8 +37,9 @@ def run_questions(
     """Have every question that is not in the journal yet answered by every method, run by run."""
     wanted = [(run, i) for run in range(config.repeats) for i in range(len(questions))]
     todo = [(run, i) for run, i in wanted if (run, questions[i].id) not in journal.entries]
-    bar = tqdm(
-        total=len(wanted), initial=len(wanted) - len(todo), desc="questions", disable=None
+    bar = Bar(
+        total=len(wanted), initial=len(wanted) - len(todo), desc="questions", unit="question",
+        leave=False,
     )  # fmt: skip
     asker = Asker(target, chat, config)
     with bar:
