@@ -46,6 +46,12 @@ class TargetConfig:
     load finds them faster, which is said."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel; `auto` lets transformers choose between sdpa and eager."""
+    exact: Literal["reported", "invariant"] = "reported"
+    """`invariant`: every product in blocks of one shape, found by trying, so that a row's text does
+    not change by a bit with drafting, batch or padding, in any dtype; for chains. `reported`: as
+    fast as it goes; differences by rounding are shown and explained (docs/exactness.md)."""
+    logits: Literal["own", "float32"] = "own"
+    """`float32`: the last product in float32, whatever the target computes in: fewer ties."""
     revision: str | None = None
     """Hub revision."""
     shard: Literal["none", "zero3"] = "none"
@@ -67,6 +73,11 @@ class TargetConfig:
         at_least(0, self, "device_bytes", "host_bytes")
         if self.shard != "none" and self.device_map != "none":
             raise ValueError("shard and device_map: give one of them (TargetConfig)")
+        if self.exact == "invariant":
+            if self.attention == "sdpa":
+                raise ValueError("exact invariant brings its own attention: leave attention out")
+            if self.shard != "none" or self.device_map != "none":
+                raise ValueError("exact invariant is for targets that are whole on one device")
 
 
 @dataclass(frozen=True)

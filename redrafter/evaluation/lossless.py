@@ -8,11 +8,11 @@ over the speculative text token by token, exactly as `plain` runs it, and at eve
     rounding   = what rounding can explain: `_ROUNDING_FACTOR` times the largest difference, over
                  all rows, between these scores and those of one parallel forward over a row
 
-and the token is explained iff gap <= 2 * difference and difference <= rounding. The first condition
-says that the loop emitted what its own scores asked for; it holds for any scores. The second says
-that those scores are the target's, up to rounding: both ways that it compares with are correct and
-share no shapes. Scores are the processed ones, noise included. Sources: the rule, the design; the
-rounding bound, ours.
+and the token is explained iff gap <= 2 * difference and difference <= rounding; with
+`target.exact invariant` none is. The first condition says that the loop emitted what its own scores
+asked for; it holds for any scores. The second says that those scores are the target's, up to
+rounding: both ways that it compares with are correct and share no shapes. Scores are the processed
+ones, noise included. Sources: the rule, the design; the rounding bound, ours.
 """
 
 from __future__ import annotations
@@ -225,18 +225,20 @@ def compare_row(
     scores: Tensor,
     prompt: int,
     batch_size: int,
+    bitwise: bool = False,
 ) -> None:
     """Count the differences of one speculative row.
 
     own: the reference along the speculative text
     scores: (n, V), those that the speculative run chose by
+    bitwise: of a target with `target.exact invariant`: rounding explains nothing
     """
     n = min(len(tokens), len(own.tokens))
     result.rows_compared += 1
     result.compared_tokens += n
     differences = _differences(own.scores[:n], scores[:n])
     result.largest_difference = max(result.largest_difference, _largest(differences))
-    result.rounding = rounding = max(result.rounding, own.rounding)
+    result.rounding = rounding = 0.0 if bitwise else max(result.rounding, own.rounding)
     result.far_logits += int((differences > rounding).sum())
     for i, (token, choice) in enumerate(
         zip(tokens[:n], choose(own.scores[:n], None).tolist(), strict=True)
@@ -245,7 +247,7 @@ def compare_row(
             continue
         gap = float(own.scores[i, choice].double() - own.scores[i, token].double())
         difference = float(differences[i])
-        explained = gap <= 2 * difference and difference <= rounding
+        explained = not bitwise and gap <= 2 * difference and difference <= rounding
         result.add(Case(prompt, batch_size, i, token, choice, gap, difference, rounding, explained))
     if tokens != own.tokens or finish != own.finish:
         # Along the same text, plain decoding would have stopped elsewhere or for another reason.
@@ -292,7 +294,8 @@ def check_mode(
     name: the method's, for the progress bar
     """
     result = ModeResult(_temperature(config), len(prompts))
-    result.rounding = max(own.rounding for own in plain_of)
+    if target.invariant is None:
+        result.rounding = max(own.rounding for own in plain_of)
     for batch_size in batch_sizes:
         starts = range(0, len(prompts), batch_size)
         about = f"{name}, batches of {batch_size}, {_mode(config)}"
@@ -319,7 +322,10 @@ def check_mode(
                 logits = torch.cat([own.scores[:0], *recorder.logits[row]])
                 assert len(logits) == len(tokens), "scores were recorded for other tokens"
                 scores = processed(target, prompts[i], tokens, logits, config, seed + i)
-                compare_row(result, own, tokens, made.finish[row], scores, i, batch_size)
+                compare_row(
+                    result, own, tokens, made.finish[row], scores, i, batch_size,
+                    bitwise=target.invariant is not None,
+                )  # fmt: skip
     return result
 
 

@@ -31,6 +31,13 @@ def text_identity(tokenizer: Any) -> dict[str, str | None]:
     }
 
 
+def computed_in(target: Target) -> str:
+    """dtype, and what differs from the usual way of computing in it."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    wide = [] if target.wide_head is None else ["logits in float32"]
+    return ", ".join([dtype, *wide, *([] if target.invariant is None else [str(target.invariant)])])
+
+
 def target_identity(target: Target) -> dict[str, str | None]:
     """Digests of weights, configuration, tokenizer and template; the tokens that end a text (they
     may stand in generation_config.json alone), and the dtype computed in."""
@@ -46,5 +53,5 @@ def target_identity(target: Target) -> dict[str, str | None]:
         "config": digest_json({k: repr(v) for k, v in config.items()})[:16],
         **text,
         "eos": sorted(target.eos_token_ids),
-        "computed_in": str(target.dtype).removeprefix("torch."),
+        "computed_in": computed_in(target),
     }

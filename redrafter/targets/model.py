@@ -26,6 +26,7 @@ from redrafter.targets.adapters import (
     probe_tokens,
 )
 from redrafter.targets.devices import pick_device
+from redrafter.targets.invariant import Form, make_invariant
 from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
 from redrafter.targets.offload import check_alone, load_in_places, reader
@@ -121,6 +122,9 @@ class Target:
         granite = getattr(self.config, "logits_scaling", None) or 1.0
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
+        self.wide_head: nn.Linear | None = None
+        #: how its products are computed where that is fixed (`redrafter.targets.invariant`)
+        self.invariant: Form | None = None
         choose_experts(model, self.dtype)
         self._no_mask = torch.empty(1, 1, 1, 0)
         check(self)
@@ -131,6 +135,27 @@ class Target:
         if not kinds:
             return {"full_attention": None} if window is None else {"sliding_attention": window}
         return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
+
+    def widen_logits(self) -> None:
+        """From now on the last product is computed, and its logits are kept, in float32. Does
+        nothing where they are that wide already. Takes 4 x V x H bytes."""
+        if self.dtype.itemsize >= 4:
+            return
+        if type(self.lm_head) is not nn.Linear:
+            raise InputError(
+                f"target.logits float32: {self.name} has an lm_head of class "
+                f"{type(self.lm_head).__name__}, which is not known to be a plain product; leave "
+                "it at own"
+            )
+        with torch.device("meta"):
+            head = nn.Linear(self.hidden_size, self.vocab_size, self.lm_head.bias is not None)
+        wide = {k: nn.Parameter(v.float(), False) for k, v in self.lm_head.named_parameters()}
+        head.load_state_dict(wide, assign=True)
+        self.wide_head = head.requires_grad_(False)
+
+    def products(self) -> list[nn.Module]:
+        """Its modules, of which some are matrix products."""
+        return [*self.model.modules(), *filter(None, [self.wide_head])]
 
     def together(self) -> AbstractContextManager[None]:
         """Processes that share the target's weights all enter this where each of them makes as many
@@ -161,7 +186,8 @@ class Target:
         columns: (Vd,) int64, those of an lm_head that is a plain `nn.Linear`; None: all
         """
         if columns is None:
-            logits = self.lm_head(hidden)
+            wide = self.wide_head
+            logits = self.lm_head(hidden) if wide is None else wide(hidden.float())
         else:
             bias = None if self.lm_head.bias is None else self.lm_head.bias[columns]
             logits = nn.functional.linear(hidden, self.lm_head.weight[columns], bias)
@@ -327,7 +353,12 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
     check = partial(check_once, files=files)
-    return Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
+    target = Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
+    if config.logits == "float32":
+        target.widen_logits()
+    if config.exact == "invariant":
+        target.invariant = make_invariant(target)
+    return target
 
 
 def _named_by(adapter: Adapter | None) -> str:

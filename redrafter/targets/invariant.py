@@ -1,0 +1,254 @@
+"""A forward whose numbers do not depend on what else is computed with it: `target.exact invariant`.
+
+Sums of floats depend on their order, and matrix libraries choose an order by the shape: a token
+verified beside sixteen others, or in a batch of four, gets other last digits than alone, and in
+bfloat16 that is often another token. Here every product has one shape:
+
+    linear layers   in blocks of M rows, the last one padded
+    attention       in blocks of M queries of one row of the batch, over keys padded to whole
+                    multiples of C; masked keys have weight 0, and adding 0 is exact
+
+so a token's numbers depend on its prefix alone, wherever in a block it stands, whatever drafted it
+and whoever shares the batch. That is so where a library sums each row of such a product in the same
+order whatever the others hold. M and C are therefore found, not assumed: `find_form` tries the
+forms on the target itself and compares bit for bit; where none holds the target is refused.
+
+Keys of a tree's node do not lie where they will once they are text, so this is for chains.
+Sources: row-wise invariance of fixed-shape products, "Defeating Nondeterminism in LLM Inference"
+(He et al., 2025); finding the form by trying, ours.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redrafter.contracts import InputError
+from redrafter.targets.adapters import probe_tokens
+from redrafter.targets.cache import RowCache
+
+ATTENTION = "redrafter_invariant"  # the name by which transformers knows it
+ROWS = (4, 8, 16, 32, 64)
+_USUAL = 16  # rows of a tile of matrix units, and of a chain of a root and 15 drafted tokens
+_DECISIVE = 0.75  # part of its time below which other rows are taken: a noisy clock decides nothing
+COLUMNS = (1, 64)
+_PROMPT = 21  # tokens of the probe's prompt: no whole number of blocks
+_CHAINS = (2, 3, 5, 9, 17)  # new tokens of the forwards that are tried in turn
+_TIMED = (1, 9)  # new tokens of the forwards that decide between forms that hold
+
+
+@dataclass(frozen=True)
+class Form:
+    """M rows a block, keys in multiples of C columns."""
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"blocks of {self.rows} rows, keys in multiples of {self.columns}"
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+              attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """The class's own eager attention, block by block. query: (B, heads, N, d); key, value:
+    (B, kv heads, S, d); attention_mask: (B or 1, 1, N or 1, S) additive.
+
+    Returns (B, N, heads, d) and, as it keeps no weights, None."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    form: Form = module.invariant_form
+    n, width = query.shape[2], key.shape[2]
+    more = -width % form.columns
+    lowest = torch.finfo(query.dtype).min
+    if attention_mask is None:
+        attention_mask = query.new_zeros(1, 1, n, width)
+    mask = attention_mask[..., :width].expand(len(query), -1, n, -1)
+    if more:
+        key, value = (F.pad(x, (0, 0, 0, more)) for x in (key, value))
+        mask = F.pad(mask, (0, more), value=lowest)
+    query, mask = (F.pad(x, (0, 0, 0, -n % form.rows)) for x in (query, mask))
+    rows = []
+    for b in range(len(query)):
+        one = slice(b, b + 1)
+        blocks = [
+            eager(
+                module, query[one, :, i : i + form.rows].contiguous(), key[one], value[one],
+                mask[one, :, i : i + form.rows].contiguous(), **options,
+            )[0]
+            for i in range(0, query.shape[2], form.rows)
+        ]  # fmt: skip
+        rows.append(torch.cat(blocks, 1))
+    return torch.cat(rows)[:, :n], None
+
+
+def in_blocks(compute: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:
+    """`compute` of (..., H), `rows` of its rows at a time, the last block padded with zeros."""
+    flat = x.reshape(-1, x.shape[-1])
+    n = len(flat)
+    flat = F.pad(flat, (0, 0, 0, -n % rows))
+    # Copies begin at an address of their own: libraries look at alignment, too.
+    blocks = [flat] if len(flat) == rows else [block.clone() for block in flat.split(rows)]
+    made = torch.cat([compute(block) for block in blocks])[:n]
+    return made.view(*x.shape[:-1], made.shape[-1])
+
+
+def make_invariant(target: Any) -> Form:
+    """Change how the target's model computes, in the form that `find_form` finds.
+
+    Raises InputError where its class has no eager attention of transformers' kind or no form holds.
+    """
+    register()
+    layers = [m for m in target.model.modules() if type(m).__name__.endswith("Attention")]
+    modules = {type(m).__module__ for m in layers}
+    if not layers or not all(hasattr(sys.modules[m], "eager_attention_forward") for m in modules):
+        raise InputError(_refusal(target, "its class brings attention of its own"))
+    target.model.set_attn_implementation(ATTENTION)
+    products = list(_products(target))
+    whole = [m.forward for m in products]
+
+    def use(form: Form) -> None:
+        for module in layers:
+            module.invariant_form = form
+        for module, compute in zip(products, whole, strict=True):
+            module.forward = partial(in_blocks, compute, form.rows)
+
+    form = find_form(target, use)
+    use(form)
+    return form
+
+
+def _products(target: Any) -> Iterator[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    for module in target.products():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield module
+
+
+def register() -> None:
+    """Make the attention known to transformers, by name."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+# ------------------------------------------------------------------------------ which form
+
+
+def find_form(
+    target: Any,
+    use: Callable[[Form], None],
+    rows: Iterable[int] = ROWS,
+    columns: Iterable[int] = COLUMNS,
+) -> Form:
+    """The cheapest form in which the target's logits are equal bit for bit however they are
+    computed. use: makes the target compute in a form. Raises InputError where there is none."""
+    seconds: dict[Form, float] = {}
+    for form in (Form(m, c) for m in rows for c in columns):
+        use(form)
+        seconds[form] = _seconds(target) * (_DECISIVE if form.rows == _USUAL else 1.0)
+    differ = []
+    for form in sorted(seconds, key=seconds.__getitem__):
+        use(form)
+        why = difference(target)
+        if why is None:
+            return form
+        differ.append(f"{form}: {why}")
+    raise InputError(
+        _refusal(target, f"no form of its products gives equal numbers ({'; '.join(differ)})")
+    )
+
+
+@torch.inference_mode()
+def difference(target: Any) -> str | None:
+    """What changes the logits of a text by at least a bit; None: nothing that was tried.
+
+    Tried, against the text alone and one token at a time: chains of several lengths, each after a
+    wrong one that is dropped, the prompt read in other pieces, other rows of other lengths in the
+    batch, in each place, a cache of another width, and the whole text at once without a cache.
+    """
+    n = _PROMPT + sum(_CHAINS)
+    ids = probe_tokens(target.vocab_size, 3 * n).view(3, n).to(target.device)
+    text, others = ids[0], [ids[1], ids[2]]
+    alone = _decode(target, [text], [_PROMPT], [1] * sum(_CHAINS))[0]
+    if not torch.equal(_decode(target, [text], [_PROMPT], _CHAINS)[0], alone):
+        return "several tokens at once"
+    again = _decode(target, [text], [5], (_PROMPT - 5, *reversed(_CHAINS)), spare=100)[0]
+    if not torch.equal(again[-sum(_CHAINS) :], alone[-sum(_CHAINS) :]):
+        return "a prompt read in other pieces"
+    for place in range(3):
+        rows = [*others[:place], text, *others[place:]]
+        prompts = [_PROMPT - 6 * abs(i - place) for i in range(3)]
+        if not torch.equal(_decode(target, rows, prompts, _CHAINS)[place], alone):
+            return "other rows in the batch"
+    whole = target.project(target.states(text[None]))[0, _PROMPT - 1 :]
+    return None if torch.equal(whole, alone) else "the whole text at once"
+
+
+def _decode(
+    target: Any, rows: list[Tensor], prompts: list[int], steps: Sequence[int], spare: int = 0
+) -> list[Tensor]:
+    """Of each row, (1 + sum of steps, V) logits: of its prompt's last token, then of the text in
+    chains of so many tokens. Before each longer chain a wrong one is read and dropped."""
+    device, width = target.device, max(prompts)
+    length = torch.tensor(prompts, device=device)
+    cache = RowCache(target.n_layers, len(rows), width + sum(steps) + max(steps) + spare, device)
+    tokens = torch.stack(rows)
+    position = torch.arange(width, device=device)[None]
+    causal = position[:, :, None] >= position[:, None, :]
+    cache.prepare(width)
+    out = target.forward(
+        tokens[:, :width], position.expand(len(rows), -1),
+        target.masks(causal, position, position), cache, keep=length - 1,
+    )  # fmt: skip
+    cache.commit(list(prompts))
+    found, done = [out.logits], 0
+    for n in steps:
+        where = length[:, None] + done + torch.arange(n, device=device)
+        right = tokens.gather(1, where.clamp(max=tokens.shape[1] - 1))
+        if n > 1:
+            _read(target, cache, right.flip(1), where)
+        found.append(_read(target, cache, right, where))
+        done += n
+        cache.commit([p + done for p in prompts])
+    return list(torch.cat(found, 1))
+
+
+def _read(target: Any, cache: RowCache, tokens: Tensor, where: Tensor) -> Tensor:
+    """(B, n, V) logits of tokens at positions (B, n), as decoding computes them."""
+    cache.prepare(tokens.shape[1])
+    keys = torch.arange(cache.width, device=tokens.device)[None]
+    masks = target.masks(keys[:, None] <= where[:, :, None], where, keys.expand(len(where), -1))
+    return target.forward(tokens, where, masks, cache).logits
+
+
+def _seconds(target: Any) -> float:
+    """Of a plain step and one that verifies a chain, the quickest of three."""
+    ids = probe_tokens(target.vocab_size, 64)[0].to(target.device)
+    total = 0.0
+    for n in _TIMED:
+        times = []
+        for _ in range(3):
+            cache = RowCache(target.n_layers, 1, 64, target.device)
+            where = torch.arange(n, device=target.device)[None]
+            begin = time.perf_counter()
+            float(_read(target, cache, ids[None, :n], where)[0, 0, 0])  # until it is there
+            times.append(time.perf_counter() - begin)
+        total += min(times)
+    return total
+
+
+def _refusal(target: Any, why: str) -> str:
+    return (
+        f"target.exact invariant: {target.name} on {target.device} in {target.dtype}: {why}; leave "
+        "it at reported, where differences are shown and explained"
+    )

@@ -1,0 +1,175 @@
+"""`target.exact invariant`: a text does not change by a bit with what is computed beside it."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from redrafter.cli.lossless import main as lossless
+from redrafter.config import TargetConfig, TreeConfig
+from redrafter.contracts import InputError
+from redrafter.drafters.lookup import PromptLookup
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafting import Strategy
+from redrafter.evaluation.lossless import check_mode, references
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.targets import invariant
+from redrafter.targets.identity import target_identity
+from redrafter.targets.invariant import Form, difference, find_form, in_blocks
+from redrafter.targets.model import load_target
+
+DTYPES = ("float32", "bfloat16")
+
+
+def loaded(folder, dtype: str, **options):
+    return load_target(TargetConfig(path=str(folder), dtype=dtype, exact="invariant", **options))
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def target(request, tiny_target):
+    return loaded(tiny_target, request.param)
+
+
+def test_a_form_that_holds_is_found_and_said(tiny_target, target):
+    usual = load_target(TargetConfig(path=str(tiny_target), dtype="float32"))
+    assert usual.invariant is None
+    assert difference(target) is None
+    assert str(target.invariant) in target_identity(target)["computed_in"]
+    assert target_identity(usual)["computed_in"] == "float32"
+
+
+def prompts_of(target, n: int = 5) -> list[list[int]]:
+    ids = invariant.probe_tokens(target.vocab_size, 40 * n)[0].tolist()
+    return [ids[40 * i : 40 * i + 11 + 7 * i] for i in range(n)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_and_scores_are_those_of_each_row_alone(target, temperature):
+    rows = prompts_of(target)
+    config = GenerationConfig(max_new_tokens=16, do_sample=temperature > 0, pad_token_id=1)
+    head = RecurrentHead.for_target(target)
+    makers = [
+        lambda texts: Strategy(PromptLookup(max_ngram=2)),
+        lambda texts: Strategy(RecurrentDrafter(head, target, TreeConfig(width=1, depth=4))),
+    ]
+    plain_of = references(target, rows, config, 3)
+    for make in makers:
+        found = check_mode(target, make, rows, config, plain_of, (1, 4), 3)
+        assert found.rows_equal == 2 * len(rows) and not found.cases
+        assert found.largest_difference == 0 and found.rounding == 0
+
+
+def test_near_ties_explain_nothing(target, monkeypatch):
+    """A fault that the near-tie rule would explain is a failure here."""
+    rows, config = prompts_of(target, 2), GenerationConfig(max_new_tokens=12, pad_token_id=1)
+    plain_of = references(target, rows, config)
+    forward = target.forward
+
+    def noisy(tokens, *args, **kwargs):
+        out = forward(tokens, *args, **kwargs)
+        if tokens.shape[1] > 1:
+            out.logits.mul_(1 + 2 * torch.finfo(target.dtype).eps)
+        return out
+
+    monkeypatch.setattr(target, "forward", noisy)
+    found = check_mode(target, lambda texts: Strategy(PromptLookup(max_ngram=1)), rows, config,
+                       plain_of, (1,))  # fmt: skip
+    assert found.far_logits > 0
+
+
+# ------------------------------------------------------------------------- planted faults
+
+
+def other_product(target, monkeypatch):
+    """One product at another number of rows."""
+    module = next(m for m in target.model.modules() if isinstance(m, nn.Linear))
+    monkeypatch.setattr(module, "forward", type(module).forward.__get__(module))
+
+
+def no_blocks(target, monkeypatch):
+    """sdpa let in by the back door."""
+    target.model.set_attn_implementation("sdpa")
+
+
+def borders_that_move(target, monkeypatch):
+    """Keys of any number: where a sum is split moves with the cache's width."""
+    for module in target.model.modules():
+        if hasattr(module, "invariant_form"):
+            monkeypatch.setattr(module, "invariant_form", Form(target.invariant.rows, 1))
+
+
+def in_rows(compute, x):
+    return in_blocks(compute, x.numel() // x.shape[-1], x)
+
+
+def rows_of_the_batch(target, monkeypatch):
+    """Blocks as large as the batch."""
+    for module in target.model.modules():
+        if "forward" in vars(module):
+            whole = module.forward.args[0]
+            monkeypatch.setattr(module, "forward", partial(in_rows, whole))
+
+
+@pytest.mark.parametrize("fault", [other_product, no_blocks, borders_that_move, rows_of_the_batch])
+def test_a_planted_fault_is_seen(fault, tiny_target, monkeypatch):
+    usual = load_target(TargetConfig(path=str(tiny_target), dtype="float32"))
+    if difference(usual) is None:
+        pytest.skip("this machine sums products of any shape alike: no fault of shapes can show")
+    target = loaded(tiny_target, "float32")
+    if fault is borders_that_move and target.invariant.columns == 1:
+        pytest.skip("on this machine a cache's width moves no border")
+    fault(target, monkeypatch)
+    assert difference(target) is not None
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+def test_where_no_form_holds_it_is_refused(tiny_target, monkeypatch):
+    monkeypatch.setattr(invariant, "difference", lambda target: "several tokens at once")
+    with pytest.raises(InputError, match=r"no form of its products .* several tokens at once"):
+        loaded(tiny_target, "float32")
+
+
+def test_a_noisy_clock_decides_nothing(tiny_target, monkeypatch):
+    seconds = {4: 0.8, 8: 1.1, 16: 1.0, 32: 2.0, 64: 4.0}
+    target, used = loaded(tiny_target, "float32"), []
+    monkeypatch.setattr(invariant, "_seconds", lambda target: seconds[used[-1].rows])
+    monkeypatch.setattr(invariant, "difference", lambda target: None)
+    assert find_form(target, used.append).rows == 16
+    seconds[4] = 0.7
+    assert find_form(target, used.append).rows == 4
+
+
+def test_attention_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="brings its own attention"):
+        TargetConfig(path="x", exact="invariant", attention="sdpa")
+    with pytest.raises(ValueError, match="whole on one device"):
+        TargetConfig(path="x", exact="invariant", device_map="auto")
+
+
+# -------------------------------------------------------------------------- float32 logits
+
+
+def test_logits_in_float32_are_the_product_of_what_the_model_computed(tiny_target):
+    own = load_target(TargetConfig(path=str(tiny_target), dtype="bfloat16"))
+    wide = load_target(TargetConfig(path=str(tiny_target), dtype="bfloat16", logits="float32"))
+    ids = invariant.probe_tokens(own.vocab_size, 32)
+    hidden = own.states(ids)
+    assert torch.equal(wide.states(ids), hidden) and own.project(hidden).dtype == torch.bfloat16
+    exact = hidden.double() @ own.lm_head_weight.double().T
+    logits = wide.project(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    assert "logits in float32" in target_identity(wide)["computed_in"]
+
+
+def test_both_together_through_the_command(tiny_target, tmp_path, capsys):
+    assert lossless([
+        f"--target.path={tiny_target}", "--target.dtype=bfloat16", "--target.exact=invariant",
+        "--target.logits=float32", f"--prompts={tiny_target}/prompts_heldout.jsonl",
+        "--n_prompts=3", "--max_new_tokens=8", "--methods=lookup", f"--out={tmp_path / 'x.json'}",
+    ]) == 0  # fmt: skip
+    assert "0.0e+00" in capsys.readouterr().out
