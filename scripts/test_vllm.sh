@@ -13,8 +13,8 @@
 #   VLLM_VENV   an environment that has vLLM, in place of .venv-vllm; nothing is installed into it
 #   MEDUSA      a medusa head for MODEL (else one is trained on answers to the first rows of PROMPTS)
 #   SMOLLM2     the folder of scripts/make_smollm2.py (else it is made)
-#   PARTS       what vllm_real.py does with MODEL; N_PROMPTS of the last rows (100) and NEW_TOKENS of
-#               each answer (64)
+#   PARTS       what vllm_real.py does with MODEL
+#   N_PROMPTS   of the last rows (100); NEW_TOKENS of each answer (64), SMOLLM2_TOKENS of SmolLM2's (16)
 #   ONLY        some of: head medusa server answers smollm2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -135,8 +135,8 @@ if wanted smollm2; then
   fi
   step "SmolLM2-135M with the head in examples/"
   shipped=examples/smollm2-135m/head
-  rows_of smollm2 "$smollm2" "$shipped" "$prompts" --n_prompts 100 --new_tokens 16 \
-    --max_prompt_tokens 24 --laws 0
+  rows_of smollm2 "$smollm2" "$shipped" "$prompts" --n_prompts "$n_prompts" \
+    --new_tokens "${SMOLLM2_TOKENS:-16}" --max_prompt_tokens 16 --laws 0
   in_vllm vllm_real.py --model "$smollm2" --head "$shipped" --rows "$work/smollm2-rows.json" \
     --differing "$work/smollm2-differing.json" --parts plain,head,ngram 2>&1 |
     findings "$work/smollm2.log" || status=1
