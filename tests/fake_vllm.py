@@ -154,6 +154,7 @@ def config(target: Target, depth: int, max_model_len: int = 64, extra=None, **ch
         compilation_config=SimpleNamespace(cudagraph_mode=None),
         model_config=SimpleNamespace(
             model=target.name, max_model_len=max_model_len, uses_mrope=False,
+            dtype=target.lm_head_weight.dtype,
             hf_text_config=target.config, get_hidden_size=lambda: target.hidden_size,
             get_vocab_size=lambda: target.vocab_size,
         ),

@@ -64,6 +64,9 @@ class Knowing:
     def to(self, device):
         return self
 
+    def parameters(self):
+        return iter([self.states])
+
     def bind(self, target):
         return self
 
@@ -176,6 +179,28 @@ def test_every_head_drafts_the_chain_of_our_own_decoder(engine_modules, monkeypa
     assert drafts == {i: own_chain(head, target, row) for i, row in enumerate(ROWS)}
     texts = engine.run()
     assert [texts[i] for i in range(len(ROWS))] == plain_texts(engine_modules, target)
+
+
+def test_a_head_in_half_precision_drafts_as_it_does_here(engine_modules, monkeypatch, tmp_path):
+    """Where the target computes in float32 or wider so does the head, in vLLM as in our decoder."""
+    from redrafter.heads.load import load_head
+
+    target = tiny("llama")
+    torch.manual_seed(3)
+    head = RecurrentHead.for_target(target).double()
+    for parameter in head.parameters():  # far from what fits into bfloat16
+        parameter.data.normal_()
+    head.bfloat16().save_pretrained(tmp_path)
+    here = load_head(tmp_path, target)
+    proposer = proposer_of(engine_modules, target, load_head(tmp_path), monkeypatch)
+    engine = Engine(engine_modules, target, proposer)
+    for i, row in enumerate(ROWS):
+        engine.add(i, row, NEW)
+    engine.step()
+    assert proposer.head.dtype == here.dtype == torch.float32
+    assert {row.name: row.drafts for row in engine.batch} == {
+        i: own_chain(here, target, row) for i, row in enumerate(ROWS)
+    }
 
 
 def own_chain(head, target, prompt: list[int]) -> list[int]:

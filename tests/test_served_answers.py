@@ -25,7 +25,7 @@ from redrafter.data.store import Store
 from redrafter.decode.plain import plain
 from redrafter.evaluation import served_sample
 from redrafter.evaluation.lossless import Reference
-from redrafter.evaluation.served_sample import compare_sample
+from redrafter.evaluation.served_sample import compare_sample, differences
 from redrafter.targets.model import load_target
 from redrafter.targets.text import text_of, tokens_behind
 
@@ -120,6 +120,20 @@ def test_a_server_of_the_target_gives_its_answers(target, prompts, tmp_path, giv
     last = prompts.n_rows - 1  # rows go out in order, and the last shard is of temperature 1
     seeds = {answer_seed(0, int(prompts.source_row[i]), 1.0, 0) for i in range(last + 1)}
     assert asked["seed"] in seeds
+
+
+@pytest.mark.parametrize("past_eos", [False, True])
+@torch.inference_mode()
+def test_answers_that_go_on_behind_an_eos_are_compared_to_their_end(target, prompts, past_eos):
+    """Told so, the target is run along all of the text; a wrong token behind the EOS is found."""
+    eos, prompt = min(target.eos_token_ids), prompts.rows().ids(0)
+    text = [eos]
+    for _ in range(3):
+        logits = target.project(target.states(torch.tensor([[*prompt, *text]]))[:, -1])
+        text.append(int(logits.argmax()))
+    text[-1] = (text[-1] + 1) % target.vocab_size
+    found = differences(target, [Asked(prompt)], [Answer(text, "length")], past_eos)
+    assert (3 in {d.position for d in found}) == past_eos
 
 
 def test_conversations_put_every_turn_behind_the_servers_own_answers(target, tmp_path):

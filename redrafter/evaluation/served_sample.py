@@ -42,12 +42,17 @@ class Difference:
 
 @torch.inference_mode()
 def differences(
-    target: Target, asked: Sequence[Asked], answers: Sequence[Answer]
+    target: Target, asked: Sequence[Asked], answers: Sequence[Answer], past_eos: bool = False
 ) -> list[Difference]:
-    """Every token of some greedy answers that is not the target's own choice there."""
+    """Every token of some greedy answers that is not the target's own choice there.
+
+    past_eos: the answers go on behind an EOS, as a server's do that was told to ignore it
+    """
     found: list[Difference] = []
     for prompt, (question, answer) in enumerate(zip(asked, answers, strict=True)):
         config = generation_config(0.0, len(answer.tokens))
+        if past_eos:
+            config.eos_token_id = -1
         along = reference(target, question.ids, config, 0, answer.tokens)
         choices = choose(along.scores, None).tolist()
         places = [i for i, own in enumerate(choices) if own != answer.tokens[i]]

@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redrafter.config import KINDS
 from redrafter.contracts import InputError
 from redrafter.fetch import fetch
@@ -93,16 +95,18 @@ def given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther)
     """A head that was read from `path`, ready to draft for a target; see `load_head`."""
     if target is not None:
         check_target(head, target, path, allow_other_target)
-        head = _computable(head.to(target.device), target).bind(target)
+        head = computable(head.to(target.device), target.lm_head_weight.dtype).bind(target)
     head.name_or_path = str(path)  # what was trained for it may lie beside it
     return head.eval()
 
 
-def _computable(head: Any, target: Any) -> Any:
+def computable(head: Any, dtype: torch.dtype) -> Any:
     """A head that is stored in half precision for a target that computes in float32 or wider does
-    so too: the same numbers, and most CPUs have no half-precision products."""
-    widths = [x.dtype.itemsize for x in (next(head.parameters()), target.lm_head_weight)]
-    return head.float() if widths[0] < 4 <= widths[1] else head
+    so too: the same numbers, and most CPUs have no half-precision products.
+
+    dtype: what the target computes in
+    """
+    return head.float() if next(head.parameters()).dtype.itemsize < 4 <= dtype.itemsize else head
 
 
 def load_trainable(

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from redrafter.contracts import InputError
-from redrafter.heads.load import load_head
+from redrafter.heads.load import computable, load_head
 from redrafter.serve.chain import check_depth, draft_chain
 
 try:
@@ -127,7 +127,7 @@ class ReDrafterProposer:
         """Take what the head borrows from the target, and its hidden states from now on."""
         self.target = EngineTarget(model, self.config)
         device = next(model.parameters()).device
-        self.head = self.head.to(device).bind(self.target).eval()
+        self.head = computable(self.head.to(device), self.config.dtype).bind(self.target).eval()
         model.register_forward_hook(self._keep, with_kwargs=True)
         self._know_sampler(device)
         self._know_target()

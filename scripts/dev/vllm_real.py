@@ -3,7 +3,8 @@
     python scripts/dev/vllm_real.py --model MODEL --head HEAD --rows rows.json
 
 Runs all engines in this process, one after the other, so that the parts of one can be looked at.
-Every line is a finding; the exit status is 1 if one of them is wrong.
+Every line is a finding; the exit status is 1 if one of them is wrong. Rows that differ go into
+--differing.
 """
 
 from __future__ import annotations
@@ -27,21 +28,13 @@ import vllm
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.sample import rejection_sampler
+from vllm_findings import end, failed, near, same, say
 
 from redrafter.serve.vllm import ReDrafterProposer
 from redrafter.serve.vllm_sampling import fault
 
-_DRAWS, _BATCH, _LAW_BATCH = 4000, 8, 64
+_DRAWS, BATCH, _LAW_BATCH = 4000, 8, 64
 PROPOSER = "redrafter.serve.vllm.ReDrafterProposer"
-failed: list[str] = []
-
-
-def say(what: str, right: bool | None = None) -> None:
-    """One finding; None: only reported."""
-    mark = {True: "ok    ", False: "WRONG ", None: "      "}[right]
-    print(f"== {mark}{what}", flush=True)
-    if right is False:
-        failed.append(what)
 
 
 class Engine:
@@ -52,7 +45,7 @@ class Engine:
             options["additional_config"] = extra
         if speculative is not None:
             options["speculative_config"] = speculative
-        options = {"max_num_seqs": _BATCH, **options}
+        options = {"max_num_seqs": BATCH, **options}
         self.llm = LLM(
             model=model, dtype="float32", max_model_len=256, enforce_eager=True, seed=0,
             disable_log_stats=False, **options,
@@ -97,10 +90,6 @@ class Engine:
         return [list(o.outputs[0].token_ids) for o in outputs], seconds, after
 
 
-def differing(texts: list[list[int]], others: list[list[int]]) -> int:
-    return sum(a != b for a, b in zip(texts, others, strict=True))
-
-
 def with_head(args: argparse.Namespace, **extra: Any) -> tuple[dict, dict]:
     speculative = {
         "method": "custom_class", "model": PROPOSER, "num_speculative_tokens": args.depth
@@ -111,11 +100,10 @@ def with_head(args: argparse.Namespace, **extra: Any) -> tuple[dict, dict]:
 def plain_texts(args: argparse.Namespace, rows: dict, greedy: SamplingParams) -> list[list[int]]:
     """Plain vLLM's greedy texts, which are to be ours, and its tokens per second."""
     with Engine(args.model, None) as engine:
-        engine.run(rows["prompts"][:_BATCH], greedy)  # the first steps set things up
+        engine.run(rows["prompts"][:BATCH], greedy)  # the first steps set things up
         plain, seconds, _ = engine.run(rows["prompts"], greedy)
     say(f"plain: {sum(map(len, plain)) / seconds:.1f} tokens/s")
-    wrong = differing(plain, rows["texts"])
-    say(f"plain vLLM and redrafter's own text: {wrong} of {len(plain)} rows differ", wrong == 0)
+    same("plain vLLM and redrafter's own text", rows["prompts"], plain, rows["texts"])
     return plain
 
 
@@ -125,31 +113,32 @@ def ngram(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingPar
     speculative = {"method": "ngram", "num_speculative_tokens": args.depth}
     speculative |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
     with Engine(args.model, speculative) as engine:
-        engine.run(rows["prompts"][:_BATCH], greedy)
+        engine.run(rows["prompts"][:BATCH], greedy)
         texts, seconds, _ = engine.run(rows["prompts"], greedy)
-    rate = sum(map(len, texts)) / seconds
-    say(f"ngram: {rate:.1f} tokens/s, {differing(texts, plain)} rows differ")
+    say(f"ngram: {sum(map(len, texts)) / seconds:.1f} tokens/s")
+    same("ngram and plain", rows["prompts"], texts, plain)
 
 
 def head_greedy(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
     """Texts, counts against our own chain, speed."""
-    speculative, extra = with_head(args)
-    with Engine(args.model, speculative, extra) as engine:
-        engine.run(rows["prompts"][:_BATCH], greedy)
+    with Engine(args.model, *with_head(args)) as engine:
+        engine.run(rows["prompts"][:BATCH], greedy)
         texts, seconds, counted = engine.run(rows["prompts"], greedy)
-        wrong = differing(texts, plain)
-        n = sum(map(len, texts))
-        say(f"head: {n / seconds:.1f} tokens/s")
-        say(f"head: {wrong} of {len(plain)} rows differ from plain at batch {_BATCH}", wrong == 0)
-        ours, steps = rows["accepted"], rows["steps"]
-        theirs = [counted[f"num_accepted_tokens_per_pos.{i}"] for i in range(args.depth)]
-        near = all(abs(a - b) <= 0.01 * b for a, b in zip(theirs, ours, strict=True))
-        say(f"accepted by position: vLLM {theirs}, redrafter's chain {ours}", near)
-        drafts = counted["num_drafts"]
-        near = abs(drafts - steps) <= 0.01 * steps
-        say(f"steps with a draft: vLLM {drafts}, redrafter {steps}", near)
-        length = 1 + counted["num_accepted_tokens"] / max(1, drafts)
-        say(f"mean acceptance length {length:.3f}, drafted {counted['num_draft_tokens']} tokens")
+    say(f"head: {sum(map(len, texts)) / seconds:.1f} tokens/s")
+    same(f"head and plain, at batch {BATCH}", rows["prompts"], texts, plain)
+    counts(rows, counted, 0.01)
+
+
+def counts(rows: dict, counted: Counter[str], share: float, planted: bool = False) -> None:
+    """The engine's metrics of drafts against our own chain's, up to a share of them."""
+    theirs = [counted[f"num_accepted_tokens_per_pos.{i}"] for i in range(rows["depth"])]
+    near("accepted by position", theirs, rows["accepted"], share, planted)
+    if planted:
+        return
+    drafts = counted["num_drafts"]
+    near("steps with a draft", [drafts], [rows["steps"]], share)
+    length = 1 + counted["num_accepted_tokens"] / max(1, drafts)
+    say(f"mean acceptance length {length:.3f}, drafted {counted['num_draft_tokens']} tokens")
 
 
 def law(engine: Engine, rows: dict, drafted: bool) -> None:
@@ -186,8 +175,7 @@ def mixed(engine: Engine, rows: dict, plain: list, greedy: SamplingParams) -> No
         prompts += [row, rows["law"]["prompt"]]
         params += [greedy, sampled if i % 3 == 0 else greedy]
     texts, _, _ = engine.run(prompts, params)
-    wrong = differing(texts[::2], plain[:n])
-    say(f"greedy rows in batches that also sample: {wrong} of {n} differ", wrong == 0)
+    same("greedy rows in batches that also sample", prompts[::2], texts[::2], plain[:n])
 
 
 def hard_cases(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
@@ -200,14 +188,12 @@ def hard_cases(args: argparse.Namespace, rows: dict, plain: list, greedy: Sampli
             enable_chunked_prefill=True, max_num_batched_tokens=48, num_gpu_blocks_override=9,
         ) as engine:  # fmt: skip
             proposer = engine.drafter
-            wrong = differing(engine.run(prompts, greedy)[0], wanted)
-            again = differing(engine.run(prompts, greedy)[0], wanted)
+            name = f"chunked prefill of 48, 9 blocks, prefix caching {'on' if cached else 'off'}"
+            for what in (name, "  again"):
+                same(what, prompts, engine.run(prompts, greedy)[0], wanted)
             preempted = sum(
                 m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions"
             )
-            name = f"chunked prefill of 48, 9 blocks, prefix caching {'on' if cached else 'off'}"
-            both = f"{wrong} and, again, {again} of {len(prompts)} rows differ"
-            say(f"{name}: {both}", wrong + again == 0)
             say(f"  {preempted} preemptions", preempted > 0)
             checked, missing = proposer.counts["checked"], proposer.counts["without_state"]
             say(f"  {checked} states checked, {missing} rows without a state", checked > 100)
@@ -228,29 +214,37 @@ def aborted(engine: Engine, prompts: list, wanted: list, greedy: SamplingParams)
         if steps in (4, 9):
             core.abort_request([f"a{steps - 3}", f"a{steps}"])
     kept = [i for i in done if len(done[i]) == len(wanted[i])]
-    wrong = sum(done[i] != wanted[i] for i in kept)
-    say(f"  aborted requests beside {len(kept)} others: {wrong} differ", wrong == 0 < len(kept))
+    say(f"  {16 - len(kept)} requests of 16 were aborted", 0 < len(kept) < 16)
+    same(
+        "  the others", [prompts[i] for i in kept], [done[i] for i in kept],
+        [wanted[i] for i in kept],
+    )  # fmt: skip
 
 
-def planted(args: argparse.Namespace, rows: dict, greedy: SamplingParams) -> None:
-    """The state one position too early: the check must stop the engine."""
+def planted(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
+    """The state one position too early: the check must stop the engine, and without the check the
+    texts are the same but the counts are not those of our chain."""
     find = ReDrafterProposer._find
 
     def off_by_one(self, kept, wanted, lengths):
         hidden, index, usable = find(self, kept, wanted, lengths)
         return hidden, (index - 1).clamp(min=0), usable
 
-    speculative, extra = with_head(args, redrafter_serve_check=1)
     ReDrafterProposer._find = off_by_one
     stopped = ""
     try:
-        with Engine(args.model, speculative, extra) as engine:
-            engine.run(rows["prompts"][:_BATCH], greedy)
+        with Engine(args.model, *with_head(args, redrafter_serve_check=1)) as engine:
+            engine.run(rows["prompts"][:BATCH], greedy)
     except Exception as error:
         stopped = f"{type(error).__name__}: {error}"
+    say(f"planted off-by-one is found: {stopped[:160]}", "REDRAFTER_SERVE_CHECK" in stopped)
+    try:
+        with Engine(args.model, *with_head(args)) as engine:
+            texts, _, counted = engine.run(rows["prompts"], greedy)
     finally:
         ReDrafterProposer._find = find
-    say(f"planted off-by-one is found: {stopped[:160]}", "REDRAFTER_SERVE_CHECK" in stopped)
+    same("planted off-by-one, unchecked", rows["prompts"], texts, plain)
+    counts(rows, counted, 0.01, planted=True)
 
 
 def laws(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
@@ -268,7 +262,7 @@ def laws(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingPara
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model", "head", "rows"):
+    for name in ("model", "head", "rows", "differing"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--parts", default="plain,head,hard,planted,laws,ngram")
     args = parser.parse_args()
@@ -286,13 +280,13 @@ def main() -> int:
     if "hard" in parts:
         hard_cases(args, rows, plain, greedy)
     if "planted" in parts:
-        planted(args, rows, greedy)
+        planted(args, rows, plain, greedy)
     if "laws" in parts:
         laws(args, rows, plain, greedy)
     if "ngram" in parts:
         ngram(args, rows, plain, greedy)
     say(f"{len(failed)} findings are wrong", not failed)
-    return 1 if failed else 0
+    return end(args.differing)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from redrafter import RecurrentDrafter, load_head, load_target, speculative
-from redrafter.config import TreeConfig
+from redrafter import load_head, speculative
+from redrafter.config import TargetConfig
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.files import write_json
+from redrafter.targets.model import load_target
 
 # A short prompt: thousands of requests read it, and vLLM caches whole blocks of 128 tokens only.
 LAW_PROMPT_TOKENS, LAW_TOKENS, LAW_TOP_K = 8, 3, 4
@@ -69,6 +72,17 @@ def law_of(target, prompt: list[int]) -> dict[str, float]:
     return {" ".join(map(str, cell)): p for cell, p in law.items()}
 
 
+def widest_law(target, rows: list[list[int]]) -> dict | None:
+    """Of beginnings of some rows the one after which the law has the largest entropy."""
+    if not rows:
+        return None
+    begun = [row[:LAW_PROMPT_TOKENS] for row in rows]
+    laws = [law_of(target, row) for row in begun]
+    entropies = [-sum(p * math.log(p) for p in law.values() if p) for law in laws]
+    widest = entropies.index(max(entropies))
+    return {"prompt": begun[widest], "cells": laws[widest], "top_k": LAW_TOP_K}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "head", "prompts", "out"):
@@ -77,29 +91,26 @@ def main() -> None:
     parser.add_argument("--max_prompt_tokens", type=int, default=96)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--laws", type=int, default=8, help="prompts to take the widest law of")
     args = parser.parse_args()
 
-    target = load_target(args.model)
+    target = load_target(TargetConfig(args.model, dtype="float32"))
     head = load_head(args.head, target)
     rows = read_prompts(Path(args.prompts), args.model, args.n_prompts, args.max_prompt_tokens)
     config = GenerationConfig(max_new_tokens=args.new_tokens + args.depth + 1, eos_token_id=-1)
     texts: list[list[int]] = []
     lengths: list[list[int]] = []
     for start in range(0, len(rows), 8):
-        drafter = RecurrentDrafter(head, target, TreeConfig(width=1, depth=args.depth))
+        drafter = build_drafter(f"head:1x{args.depth}", target, Resources(head=head))
         made = speculative(target, rows[start : start + 8], config, drafter=drafter)
         texts += [tokens[: args.new_tokens] for tokens in made.tokens]
         lengths += made.stats.lengths
     steps, accepted = chain_counts(lengths, args.new_tokens, args.depth)
-    begun = [row[:LAW_PROMPT_TOKENS] for row in rows[:8]]
-    laws = [law_of(target, row) for row in begun]
-    entropies = [-sum(p * torch.tensor(p).log().item() for p in law.values()) for law in laws]
-    widest = entropies.index(max(entropies))
     write_json(args.out, {
         "model": Path(args.model).name, "head": head.fingerprint(), "depth": args.depth,
         "new_tokens": args.new_tokens, "prompts": rows, "texts": texts,
         "steps": steps, "accepted": accepted,
-        "law": {"prompt": begun[widest], "cells": laws[widest], "top_k": LAW_TOP_K},
+        "law": widest_law(target, rows[: args.laws]),
     })  # fmt: skip
     print(f"{len(rows)} rows, {steps} steps, accepted by depth {accepted}")
 

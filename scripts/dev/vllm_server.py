@@ -1,6 +1,7 @@
 """The head behind vLLM's OpenAI-compatible server, asked by the OpenAI client; see test_vllm.sh.
 
-    python scripts/dev/vllm_server.py --model MODEL --head HEAD --rows rows.json --log server.log
+    python scripts/dev/vllm_server.py --model MODEL --head HEAD --rows rows.json --log server.log \\
+        --differing differing.json
 
 Starts `redrafter vllm-serve`, streams answers from several requests at a time, and reads /metrics.
 """
@@ -9,20 +10,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vllm_findings import end, same, say
 
 if TYPE_CHECKING:  # vllm_answers.py runs where it is not
     from openai import OpenAI
 
-_N_ROWS, _AT_A_TIME, _PATIENCE_S = 24, 8, 1800
+N_ROWS, AT_A_TIME, _PATIENCE_S = 24, 8, 1800
+
+
+@contextmanager
+def serving(args: argparse.Namespace, depth: int, python: str = sys.executable) -> Iterator[str]:
+    """The URL of a server with the head, which answers until this is left.
+
+    args: model, head, and log, the file for what it says
+    python: of vLLM's environment
+    """
+    port = free_port()
+    command = [
+        python, "-m", "redrafter.cli.main", "vllm-serve", args.model, "--head", args.head,
+        "--tokens", str(depth), "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", str(AT_A_TIME),
+        "--enforce-eager",
+    ]  # fmt: skip
+    env = {**os.environ, "PATH": f"{Path(python).parent}:{os.environ['PATH']}"}
+    with open(args.log, "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(url, server)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def free_port() -> int:
@@ -73,50 +108,26 @@ def metrics(text: str) -> dict[str, float]:
 
 
 def main() -> int:
+    from openai import OpenAI
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model", "head", "rows", "log"):
+    for name in ("model", "head", "rows", "log", "differing"):
         parser.add_argument(f"--{name}", required=True)
     args = parser.parse_args()
     rows = json.loads(Path(args.rows).read_text())
-    port = free_port()
-    command = [
-        sys.executable, "-m", "redrafter.cli.main", "vllm-serve", args.model, "--head", args.head,
-        "--tokens", str(rows["depth"]), "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", str(_AT_A_TIME),
-        "--enforce-eager",
-    ]  # fmt: skip
-    with open(args.log, "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        from openai import OpenAI
-
-        wait_for(url, server)
+    prompts, texts, n = rows["prompts"][:N_ROWS], rows["texts"][:N_ROWS], rows["new_tokens"]
+    with serving(args, rows["depth"]) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
         served = client.models.list().data[0].id
-        prompts, n = rows["prompts"][:_N_ROWS], rows["new_tokens"]
-        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
             answers = list(pool.map(lambda prompt: streamed(client, served, prompt, n), prompts))
         counted = metrics(read(f"{url}/metrics"))
-    finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-    wrong = sum(
-        tokens != text for (tokens, _), text in zip(answers, rows["texts"], strict=False)
-    )
-    parts = sum(parts for _, parts in answers)
+    same("server, streamed, and redrafter's own text", prompts, [a for a, _ in answers], texts)
+    total, parts = len(prompts) * n, sum(parts for _, parts in answers)
+    say(f"  {total} tokens came in {parts} parts", parts < total)
     drafts, accepted = counted.get("num_drafts", 0), counted.get("num_accepted_tokens", 0)
-    findings = [
-        (f"server, streamed: {wrong} of {_N_ROWS} rows differ from redrafter's own", wrong == 0),
-        (f"  {_N_ROWS * n} tokens came in {parts} parts", parts < _N_ROWS * n),
-        (f"  /metrics: {int(drafts)} drafts, {int(accepted)} tokens accepted", accepted > 0),
-    ]
-    for what, right in findings:
-        print(f"== {'ok    ' if right else 'WRONG '}{what}")
-    return 0 if all(right for _, right in findings) else 1
+    say(f"  /metrics: {int(drafts)} drafts, {int(accepted)} tokens accepted", accepted > 0)
+    return end(args.differing)
 
 
 if __name__ == "__main__":
