@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "doctor": "say whether drafting pays here, with which tree, and why (eval/doctor.py)",
     "lossless": "prove that drafting changes no token (eval/lossless.py)",
     "verify": "compute again what was stored with a head, and say what differs (eval/verify.py)",
+    "report": "one page of all that is known of a head (curves, speed, coloured texts)",
     "speed": "compare ways of decoding on the same prompts (eval/speed.py)",
     "spec_bench": "Spec-Bench's protocol and its answer files (eval/spec_bench.py)",
     "table": "one table and its pictures over prompt sets and temperatures (eval/table.py)",
