@@ -145,6 +145,8 @@ MAY_IMPORT = {
     "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
     "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete
     "hub": BASE | {"heads", "evaluation", "export"},
+    "report": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "evaluation"}
+    | {"generation", "hub"},
     "planning": BASE
     | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training"},
     "serve": BASE | {"heads"},  # loaded by engines, where no more than that is installed
@@ -368,8 +370,8 @@ def test_console_script_has_every_launcher():
     assert all(found.values())
     scripts = [launches.search(path.read_text()) for path in (ROOT / "scripts").glob("*.py")]
     modules = {match[1] for match in [*found.values(), *scripts] if match}
-    # It runs where vLLM is installed, and a clone is not: it has no launcher.
-    assert modules | {"vllm_serve"} == set(SUBCOMMANDS)
+    # No launcher have those that are for where there is no clone, and the newest one.
+    assert modules | {"vllm_serve", "train", "configs", "report"} == set(SUBCOMMANDS)
 
 
 # ---------------------------------------------------------------- contents

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -31,10 +33,57 @@ from redrafter.processes import (
 )
 
 Config = TypeVar("Config")
+_LINE = 100  # of what is written to be read line by line
+
+
+class _Formatter(DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Line by line as it was written, commands as they are typed; too long ones are wrapped."""
+        lines = text.splitlines()
+        filled = [
+            line if len(line) <= _LINE else textwrap.fill(line, width, break_on_hyphens=False)
+            for line in lines
+        ]
+        return textwrap.indent("\n".join(filled), indent)
+
+
+class _All(argparse.Action):
+    """`--help-all`"""
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> NoReturn:
+        parser.first = ()
+        parser.print_help()
+        parser.exit()
 
 
 class _Parser(ArgumentParser):
     """Says in one line what is wrong, and which option was probably meant; no usage of eighty."""
+
+    #: options that `--help` shows; none: all
+    first: Sequence[str] = ()
+
+    def teach(self, first: Sequence[str]) -> None:
+        """Let `--help` show these alone. Raises ValueError for one that there is not."""
+        if not first:
+            return
+        known = [name for action in self._actions for name in action.option_strings]
+        if unknown := {f"--{name}" for name in first} - set(known):
+            raise ValueError(f"no option {sorted(unknown)}")
+        n = len({id(action) for action in self._actions})
+        told = f"Explain all {n} options."
+        self.add_argument("--help-all", action=_All, nargs=0, default=argparse.SUPPRESS, help=told)
+        self.first = [f"--{name}" for name in (*first, "config", "help", "help-all", "plan")]
+
+    def format_help(self) -> str:
+        if self.first:
+            self.usage = "%(prog)s [options]"
+            for group in self._action_groups:
+                for action in group._group_actions:
+                    if not set(action.option_strings) & set(self.first):
+                        action.help = argparse.SUPPRESS
+                if all(a.help is argparse.SUPPRESS for a in group._group_actions):
+                    group.title = group.description = None
+        return super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         near = []
@@ -55,6 +104,7 @@ def parse(
     alone: bool = False,
     plan: str | None = None,
     refuse: Callable[[Config], None] | None = None,
+    first: Sequence[str] = (),
 ) -> Config:
     """Build a frozen configuration dataclass from the command line.
 
@@ -69,10 +119,12 @@ def parse(
         before any work. Raises InputError where the launch is not what was asked for
     plan: "module:function" of `redrafter.planning` that plans such a job. Adds `--plan`, which
         prints the plan and ends the program instead of returning; InputError where it cannot fit
+    first: names of the options that `--help` shows, for a command of many; `--help-all` shows all
     refuse: raises InputError for what is known to be wrong before anything heavy is imported
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser_of(cls, prog, description, names is not None, plan is not None)
+    parser.teach(first)
     if names is not None and "--list" in words:
         _list(names)
     if plan is not None and "--plan" in words:
@@ -97,9 +149,7 @@ def typed(script: str) -> str:
 
 def _parser_of(cls: type, prog: str, description: str | None, lists: bool, plans: bool) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        prog=typed(prog), description=description, formatter_class=DefaultHelpFormatter
-    )
+    parser = _Parser(prog=typed(prog), description=description, formatter_class=_Formatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
     if lists:

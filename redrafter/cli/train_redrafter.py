@@ -19,7 +19,11 @@ Fit a draft head to a frozen language model, on the model's own answers to your 
 makes the answers and their hidden states (kept in OUT/data), trains on them, measures tokens per
 step on held-out prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an
 interruption. On many processes (configs/accelerate says how to launch them) it learns the same,
-only sooner; any launch can go on from a checkpoint of any other.
+only sooner; any launch can go on from a checkpoint of any other. Without a clone the same is
+
+  redrafter train --launch.config_file ddp --config FILE --target.path MODEL --output_dir OUT
+
+where --launch.X is accelerate launch's --X; `redrafter configs copy` gives the files.
 
   accelerate launch train/redrafter.py ... --head.kind medusa
 
@@ -41,13 +45,19 @@ written, the last line says how to go on, and the exit status is 75 (accelerate 
 it on: 143 with one process, 1 with several).
 """
 
+#: what a first training is told; the rest has defaults that were measured
+_FIRST = (
+    "target.path", "output_dir", "data.source", "data.stores", "head.kind", "optim.steps",
+    "optim.batch_positions", "optim.lr", "eval.every_steps", "resume",
+)  # fmt: skip
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """argv: arguments without the program's name; None takes those of this process."""
     config = parse(
         TrainConfig, argv, "train/redrafter.py", _DESCRIPTION,
-        plan="training_job:plan_training", refuse=refuse,
+        plan="training_job:plan_training", refuse=refuse, first=_FIRST,
     )  # fmt: skip
     from transformers.utils import logging  # heavy: not needed for --help
 

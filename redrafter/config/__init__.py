@@ -43,6 +43,7 @@ from redrafter.config.hub import PushConfig
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
 from redrafter.config.plan import PlanConfig
+from redrafter.config.report import ReportConfig
 from redrafter.config.spec_bench import SpecBenchConfig
 from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
@@ -86,6 +87,7 @@ __all__ = [
     "PushConfig",
     "RecordsConfig",
     "RegretConfig",
+    "ReportConfig",
     "RequestsConfig",
     "SourceConfig",
     "SpecBenchConfig",

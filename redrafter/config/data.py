@@ -289,6 +289,9 @@ class CheckConfig:
     """Folder or URL of rows, answers or states."""
     show: int = 0
     """Print this many rows, with what is learned from in colour; needs target.path."""
+    html: str | None = None
+    """HTML file to write those rows to (20 where `show` is 0), every token of them to be pointed
+    at, instead of printing them."""
     target: TargetConfig | None = None
     """Whose tokenizer to print rows with."""
 

@@ -12,7 +12,8 @@ from redrafter.data.rows import RejectedRow, TokenRow
 
 _LEARNED, _OTHER, _END = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
-_OF_PROMPTS = """\
+#: what there is to say of prompts
+OF_PROMPTS = """\
 Nothing of a prompt is learned: what the target answers to it is. data/answers.py lets it answer,
 and `data/check.py --store ANSWERS --target.path MODEL --show 3` prints what is then learned. To
 learn from the answers that stand in the rows, prepare them with `--keep texts`.
@@ -44,7 +45,7 @@ def show_rows(
             f"{marked(row.ids, row.supervised, tokenizer, color)}\n"
         )
     if prompts:
-        print(_OF_PROMPTS)
+        print(OF_PROMPTS)
 
 
 def marked(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any, color: bool) -> str:

@@ -136,7 +136,7 @@ def _introduction(run: Run) -> str:
         ("head's fingerprint", f"`{run.head.fingerprint()}`"),
     ]  # fmt: skip
     claim = "**the text is the target's own, only sooner**"
-    if sum(row[-1] for row in _compared(run)):
+    if sum(row[-1] for row in compared(run)):
         claim = "the text should be the target's own, **which did not hold when it was checked**"
     text = (
         f"A draft head for {shown}. It guesses the target's next few tokens, and the target checks "
@@ -279,8 +279,9 @@ def _acceptance(run: Run) -> str:
     return f"### Acceptance by position\n\n{markdown_table(columns, rows)}\n\n{caption}"
 
 
-def _compared(run: Run) -> list[list[Any]]:
-    """Rows of the table of exactness; the last two columns are near-ties and unexplained tokens."""
+def compared(run: Run) -> list[list[Any]]:
+    """Rows of the table of exactness: method, mode, prompts, batches, tokens compared, near-ties,
+    unexplained tokens."""
     return [
         [f"`{method}`", f"{mode.replace('_', ' ')}, T = {r['temperature']:g}",
          f"{proof.prompts}, {r['prompts']}", proof.config["batch_sizes"], r["compared_tokens"],
@@ -291,24 +292,27 @@ def _compared(run: Run) -> list[list[Any]]:
     ]  # fmt: skip
 
 
+def verdict(run: Run) -> str:
+    """A sentence on `compared`."""
+    rows = compared(run)
+    bad, ties = (sum(row[i] for row in rows) for i in (6, 5))
+    if bad:
+        return f"**Not lossless: {bad} differences from plain decoding are unexplained.**"
+    if ties:
+        return (
+            "Drafted and plain text are the same up to rounding: every differing token is a "
+            "near-tie that the measured rounding explains."
+        )
+    return "Every compared token is that of plain decoding."
+
+
 def _exactness(run: Run) -> str:
     """What eval/lossless.py found."""
     if not run.proofs:
         return "Whether drafting changes a token was not checked on this head (no `lossless.json`)."
-    rows = _compared(run)
-    bad, ties = (sum(row[i] for row in rows) for i in (6, 5))
-    if bad:
-        verdict = f"**Not lossless: {bad} differences from plain decoding are unexplained.**"
-    elif ties:
-        verdict = (
-            "Drafted and plain text are the same up to rounding: every differing token is a "
-            "near-tie that the measured rounding explains."
-        )
-    else:
-        verdict = "Every compared token is that of plain decoding."
     columns = ["method", "mode", "prompts", "batches", "tokens compared", "near-ties",
                "unexplained"]  # fmt: skip
-    return verdict + "\n\n" + markdown_table(columns, rows)
+    return verdict(run) + "\n\n" + markdown_table(columns, compared(run))
 
 
 def _limits(run: Run) -> str:

@@ -61,6 +61,9 @@ def launch_line(facts: Mapping[str, Any]) -> str:
     program, *words = (without_folders(word) for word in facts["argv"])
     n, name = facts.get("processes", 1), PurePath(program).name
     launch = ["accelerate", "launch", *(["--num_processes", str(n)] if n > 1 else [])]
+    if name == "train_redrafter.py":  # by `redrafter train`
+        own = ["--launch.num_processes", str(n)] * (n > 1)
+        return shlex.join(["redrafter", "train", *own, *words])
     if name == "redrafter.py":
         return shlex.join([*launch, "train/redrafter.py", *words])
     if name.startswith("redrafter "):  # the console script, which keeps its subcommand's name

@@ -107,7 +107,7 @@ def read_run(
     head = load_head(folder)
     facts = {}
     if (folder / "provenance.json").exists():
-        facts = _read(folder / "provenance.json")
+        facts = read_file(folder / "provenance.json")
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
         raise InputError(f"base_model: {base_model!r} is no owner/name of the Hub")
     target = target_facts(head.config, facts, base_model, license, online)
@@ -116,7 +116,8 @@ def read_run(
     return Run(folder, head, facts, speeds, proofs, target)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """A JSON file. Raises InputError naming one that cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -126,7 +127,7 @@ def _read(file: Path) -> dict[str, Any]:
 def results_of(folder: Path, head: DraftHead, patterns: Sequence[str]) -> tuple[Result, ...]:
     """What was measured on a head, in order of name. Raises InputError for another head's file."""
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    found = [Result(file.relative_to(folder).as_posix(), _read(file)) for file in files]
+    found = [Result(file.relative_to(folder).as_posix(), read_file(file)) for file in files]
     for result in found:
         _check(folder / result.name, result, head)
     return tuple(found)

@@ -1,0 +1,48 @@
+"""`redrafter train`: what `accelerate launch train/redrafter.py` is in a clone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from redrafter.cli.args import reports_input_errors
+from redrafter.config.shipped import find
+
+_PREFIX = "--launch."
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains in this process, or becomes accelerate's launcher where `--launch.X` is given."""
+    launch, own = split(sys.argv[1:] if argv is None else argv)
+    if not launch:
+        from redrafter.cli.train_redrafter import main as train
+
+        return train(own)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch,
+               "-m", "redrafter.cli.train_redrafter", *own]  # fmt: skip
+    os.execv(sys.executable, command)
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(accelerate's arguments, training's own). A file of configs/accelerate may go by its name.
+
+    Raises InputError for a configuration of a launch that is nowhere.
+    """
+    launch: list[str] = []
+    own: list[str] = []
+    here = own  # where a value that stands by itself belongs
+    for word in words:
+        if word.startswith(_PREFIX):
+            name, equals, value = word.removeprefix(_PREFIX).partition("=")
+            launch += [f"--{name}", *[value] * bool(equals)]
+            here = own if equals else launch
+        else:
+            here = own if word.startswith("-") else here
+            here.append(word)
+            here = own
+    for i, word in enumerate(launch[1:], start=1):
+        if launch[i - 1] == "--config_file" and not os.path.exists(word):
+            launch[i] = str(find(word, "accelerate", "launch.config_file"))
+    return launch, own
