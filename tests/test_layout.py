@@ -145,6 +145,7 @@ MAY_IMPORT = {
     "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
     "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete
     "hub": BASE | {"heads", "evaluation", "export"},
+    "studies": BASE | {"targets", "heads", "evaluation", "training"},  # trains, then measures
     "planning": BASE
     | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training"},
     "serve": BASE | {"heads"},  # loaded by engines, where no more than that is installed
