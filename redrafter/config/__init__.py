@@ -14,6 +14,7 @@ from redrafter.config.common import (
     TargetConfig,
     TreeConfig,
 )
+from redrafter.config.compare import CompareConfig
 from redrafter.config.convert import ConvertConfig
 from redrafter.config.data import (
     AnswersConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "BigramsConfig",
     "ChatConfig",
     "CheckConfig",
+    "CompareConfig",
     "ConvertConfig",
     "CostsConfig",
     "DType",

@@ -1,0 +1,1 @@
+"""Studies: several heads, trained alike and measured together."""

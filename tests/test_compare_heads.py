@@ -1,0 +1,243 @@
+"""Heads that are trained alike and measured together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from redrafter.cli import answers, compare_heads, prepare, states
+from redrafter.cli.args import parse
+from redrafter.config import KINDS, CompareConfig, HeadConfig, TrainConfig
+from redrafter.contracts import InputError
+from redrafter.heads.load import head_class
+from redrafter.studies import train as trainings
+from redrafter.studies.size import SIZE_OPTIONS, bytes_per_level, n_parameters, nearest_width, sized
+from redrafter.studies.train import Run, best_rate, chosen
+from redrafter.targets.model import load_target
+
+ROWS = {
+    "first": {},
+    "medusa": {"head.kind": "medusa", "head.output": "target", "seeds": 1},
+    "hydra": {"head.kind": "hydra", "head.output": "target", "seeds": 1},
+    "wide": {"head.output": "target", "parameters": "hydra", "seeds": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_target, tmp_path_factory):
+    """(YAML of a short training, a store of states)."""
+    folder = tmp_path_factory.mktemp("compare")
+    target, made = f"--target.path={tiny_target}", {n: folder / n for n in "pas"}
+    source = [f"--source.path={tiny_target / 'prompts_train.jsonl'}", "--source.n_rows=8"]
+    source += ["--source.format=text", "--keep=prompts", f"--output_dir={made['p']}"]
+    assert not prepare.main([target, *source])
+    given = [f"--prompts={made['p']}", "--answers.max_new_tokens=16"]
+    assert not answers.main([target, *given, f"--output_dir={made['a']}"])
+    assert not states.main([target, f"--rows={made['a']}", f"--output_dir={made['s']}"])
+    yaml = folder / "base.yaml"
+    optim = "optim: {steps: 6, batch_positions: 16, depth: 2, warmup_steps: 1}"
+    yaml.write_text(f"{optim}\nsave_steps: 3\n")
+    return yaml, made["s"]
+
+
+@pytest.fixture
+def argv(base, tiny_target, tmp_path):
+    def make(out="out", rows=ROWS, **changes):
+        given = {
+            "target.path": tiny_target, "prompts": tiny_target / "prompts_train.jsonl",
+            "base": base[0], "stores": json.dumps([str(base[1])]), "rows": json.dumps(rows),
+            "learning_rates": "[0.001, 0.01]", "seeds": "[0, 1]", "validation_prompts": 2,
+            "n_prompts": 3, "max_new_tokens": 8, "text_prompt_tokens": 4,
+            "tree": '{"width": 2, "depth": 2}',
+            "methods": '["plain", "bigram:2x2", "replay:2x2"]', "bigram_prompts": 3,
+            "cost_rounds": 2, "threads": 1, "out": tmp_path / out, **changes,
+        }  # fmt: skip
+        return [f"--{key}={value}" for key, value in given.items()]
+
+    return make
+
+
+def without_times(found):
+    """Of rows.json, what no clock has a part in."""
+    kept = {}
+    for name, row in found["rows"].items():
+        timed = ("speedup_plain", "bound", "level_s")
+        measured = {
+            t: {key: value for key, value in m.items() if key not in timed}
+            for t, m in row["measured"].items()
+        }
+        kept[name] = {**row, "measured": measured}
+    return kept
+
+
+def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, capsys):
+    assert compare_heads.main(argv("whole")) == 0
+    whole = json.loads((tmp_path / "whole/rows.json").read_text())
+    shown = (tmp_path / "whole/table.md").read_text()
+    assert all(f"`{name}`" in shown for name in [*ROWS, "plain", "bigram:2x2", "replay:2x2"])
+    assert (tmp_path / "whole/tokens.png").stat().st_size > 0
+
+    began, real = [], trainings.Training
+
+    class Killed(real):
+        def _save(self):
+            super()._save()
+            if len(began) == 3 and self.done == 3:
+                raise KeyboardInterrupt
+
+    def counted(cls):
+        def make(config):
+            began.append(config.output_dir)
+            return cls(config)
+
+        return make
+
+    monkeypatch.setattr(trainings, "Training", counted(Killed))
+    with pytest.raises(SystemExit):
+        compare_heads.main(argv("cut"))
+    assert len(began) == 3  # the other seed of the first row, halfway through
+    monkeypatch.setattr(trainings, "Training", counted(real))
+    assert compare_heads.main(argv("cut")) == 0
+    assert began[2] == began[3] and len(began[3:]) == len(set(began[3:]))
+    assert not set(began[:2]) & set(began[3:]), "what was finished is not trained again"
+    cut = json.loads((tmp_path / "cut/rows.json").read_text())
+    assert without_times(cut) == without_times(whole)
+
+    # All is there: nothing is trained, nothing measured.
+    began.clear()
+    monkeypatch.setattr("redrafter.studies.measure.measure_heads", None)
+    assert compare_heads.main(argv("cut")) == 0 and not began
+    with pytest.raises(SystemExit):
+        compare_heads.main(argv("cut", rows={"first": {"optim.steps": 5}}))
+    assert "was trained with another" in capsys.readouterr().err
+
+    check_figures(whole)
+
+
+def check_figures(found):
+    rows = found["rows"]
+    assert len(rows["first"]["validation"]) == 3 and len(rows["medusa"]["validation"]) == 2
+    one, two = rows["hydra"]["parameters"], rows["wide"]["parameters"]
+    assert abs(one - two) <= 0.05 * one and rows["wide"]["options"]["exit_dim"] is not None
+    for t in ("0", "1"):
+        ceiling = found["beside"]["replay:2x2"][t]["tokens_per_step"][0]
+        for row in rows.values():
+            m = row["measured"][t]
+            assert m["equal_share"] == 1.0  # no head changes a token
+            assert 1.0 <= m["tokens_per_step"][0] <= ceiling
+            assert len(m["per_seed"]) == len(row["seeds"]) and len(m["acceptance"]) == 2
+        assert rows["first"]["measured"][t]["over_first"] == [1.0, 1.0, 1.0]
+        assert rows["hydra"]["measured"][t]["tokens_per_step"][0] == pytest.approx(
+            rows["hydra"]["measured"][t]["per_seed"][0]
+        )
+
+
+def test_a_learning_rate_is_chosen_by_validation_alone():
+    def run(lr, seed, validation):
+        return Run(lr, seed, Path(), validation)
+
+    searched = [run(1e-3, 0, 1.4), run(2e-3, 0, 1.7), run(4e-3, 0, 1.7)]
+    assert best_rate(searched) == 2e-3
+    # Another seed's luck chooses nothing; its figure may even be the worst.
+    every = [*searched, run(2e-3, 1, 1.0)]
+    assert [(r.lr, r.seed) for r in chosen(every)] == [(2e-3, 0), (2e-3, 1)]
+
+
+def test_validation_and_measured_prompts_are_not_the_same(argv, tiny_target, monkeypatch, tmp_path):
+    """The last rows of the file are validation's, those before them are measured."""
+    seen, real = {}, trainings.Training
+
+    class Seen(real):
+        def __init__(self, config):
+            super().__init__(config)
+            seen["validation"] = self.measure.source_rows
+
+    monkeypatch.setattr(trainings, "Training", Seen)
+    rows = {"only": {"optim.steps": 1}}
+    assert compare_heads.main(argv(rows=rows, seeds="[0]", learning_rates="[0.001]",
+                                   methods='["plain"]', temperatures="[0]")) == 0  # fmt: skip
+    measured = json.loads((tmp_path / "out/t0.json").read_text())["measured_rows"]
+    assert len(seen["validation"]) == 2 and len(measured) == 3
+    assert max(measured) + 1 == min(seen["validation"])
+
+
+SHAPE = SimpleNamespace(hidden_size=288, vocab_size=4096)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_are_brought_to_one_size(kind, tmp_path):
+    given = [f"--target.path={tmp_path}", f"--output_dir={tmp_path}", f"--head.kind={kind}"]
+    given += ["--optim.depth=4"] + ["--head.output=target"] * (kind != "mlp_speculator")
+    config = parse(TrainConfig, given, "test")
+    # What Hydra's four heads of one block have; Medusa's coarse steps come near it.
+    hydra = HeadConfig(kind="hydra", output="target")
+    wanted = n_parameters(hydra, 4, SHAPE.hidden_size, SHAPE.vocab_size)
+    h = SHAPE.hidden_size
+    assert wanted == sum(2 * ((k + 1) * h * h + h) for k in range(1, 5))
+    if kind == "mlp_speculator":  # its own tables: never so small as a head without
+        wanted *= 10
+    head = sized(config, wanted, SHAPE, "row").head
+    found = n_parameters(head, 4, SHAPE.hidden_size, SHAPE.vocab_size)
+    assert abs(found - wanted) <= 0.05 * wanted
+    option = SIZE_OPTIONS[kind]
+    for other in (getattr(head, option) - 1, getattr(head, option) + 1):
+        changed = replace(head, **{option: other})
+        there = n_parameters(changed, 4, SHAPE.hidden_size, SHAPE.vocab_size)
+        assert abs(there - wanted) >= abs(found - wanted), "a nearer width was passed over"
+
+
+def test_a_size_that_a_kind_cannot_have_is_refused(tmp_path):
+    given = [f"--target.path={tmp_path}", f"--output_dir={tmp_path}", "--head.kind=medusa"]
+    config = parse(TrainConfig, [*given, "--head.output=target"], "test")
+    with pytest.raises(InputError, match=r"rows: mine: no head\.num_draft_layers gives a medusa"):
+        sized(config, 1000, SHAPE, "mine")
+
+
+def test_nearest_width_is_found_from_both_sides():
+    assert nearest_width(lambda w: 10 * w, 1) == 1
+    assert [nearest_width(lambda w: 10 * w, n) for n in (14, 16, 70, 1004)] == [1, 2, 7, 100]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_that_a_level_reads(kind, tiny_target):
+    target = load_target(str(tiny_target))
+    h, v = target.hidden_size, target.vocab_size
+    options = {} if kind == "recurrent" else {head_class(kind).depth_field: 3}
+    head = head_class(kind).for_target(target, **options)
+    recurrent = [h * h + h + 2 * (4 * h * h + 2 * h) + 2 * h * v] * 3
+    recurrent[1] += h * h  # there is no state to multiply at level 1
+    recurrent[2] += h * h
+    own = {
+        "recurrent": recurrent,
+        "medusa": [h * h + h + h * v] * 3,
+        "hydra": [2 * ((k + 1) * h * h + h) + h * v for k in (1, 2, 3)],
+        # a projection, 4 rows of a table of embeddings, a norm, a matrix
+        "mlp_speculator": [h * h + 4 * h + 2 * h + h * v] * 3,
+    }
+    assert bytes_per_level(head, target, 3, 4) == [4 * n for n in own[kind]]
+
+
+def test_refusals_name_the_row(argv, capsys, tmp_path):
+    for rows, said in (
+        ({"a": {"head.kind": "medusa", "head.cell": "gru"}}, "row a"),
+        ({"a": {"parameters": "b"}}, "parameters 'b' is no row before it"),
+        ({"a": {"seeds": 3}}, "rows: a: seeds 3 must lie in 1..2"),
+        ({"a b": {}}, "rows: 'a b' must be letters"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            compare_heads.main(argv("refused", rows=rows))
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_configurations_are_read_as_they_are():
+    files = sorted((Path(__file__).parent.parent / "configs/ablation").glob("*.yaml"))
+    assert files
+    for path in files:
+        first = path.read_text().splitlines()[0]
+        assert first == f"# python eval/compare_heads.py --config configs/ablation/{path.name}"
+        config = parse(CompareConfig, [f"--config={path}"], "test")
+        for name in config.rows:
+            compare_heads.training_of(config, name)
