@@ -46,6 +46,10 @@ class TargetConfig:
     load finds them faster, which is said."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel; `auto` lets transformers choose between sdpa and eager."""
+    forward: Literal["auto", "model", "fused"] = "auto"
+    """Of new tokens on a cache: `model` is its class's own forward; `fused` gives the same up to
+    rounding in fewer operations (joined weights; Llama, Mistral, Qwen2 and Qwen3); `auto` takes
+    that wherever there is one, once it has been compared with the model's own."""
     revision: str | None = None
     """Hub revision."""
     shard: Literal["none", "zero3"] = "none"
