@@ -58,7 +58,7 @@ _known: dict[Target, dict[tuple, tuple[list[int], str]]] = {}
 def tiny(family: str, **changes) -> Target:
     """One target per argument list, for the whole test run."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES.get(family, {}), **changes})
     made = Target(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
     _known[made] = {}
     return made

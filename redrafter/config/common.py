@@ -52,6 +52,10 @@ class TargetConfig:
     fast as it goes; differences by rounding are shown and explained (docs/exactness.md)."""
     logits: Literal["own", "float32"] = "own"
     """`float32`: the last product in float32, whatever the target computes in: fewer ties."""
+    forward: Literal["auto", "model", "fused"] = "auto"
+    """Of new tokens on a cache: `model` is its class's own forward; `fused` gives the same up to
+    rounding in fewer operations (joined weights; Llama, Mistral, Qwen2 and Qwen3); `auto` takes
+    that wherever there is one, once it has been compared with the model's own."""
     revision: str | None = None
     """Hub revision."""
     shard: Literal["none", "zero3"] = "none"
@@ -76,6 +80,8 @@ class TargetConfig:
         if self.exact == "invariant":
             if self.attention == "sdpa":
                 raise ValueError("exact invariant brings its own attention: leave attention out")
+            if self.forward == "fused":
+                raise ValueError("exact invariant goes with the class's own forward: leave it out")
             if self.shard != "none" or self.device_map != "none":
                 raise ValueError("exact invariant is for targets that are whole on one device")
 

@@ -26,6 +26,7 @@ from redrafter.targets.adapters import (
     probe_tokens,
 )
 from redrafter.targets.devices import pick_device
+from redrafter.targets.fused import choose_forward
 from redrafter.targets.invariant import Form, make_invariant
 from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
@@ -127,6 +128,8 @@ class Target:
         self.invariant: Form | None = None
         choose_experts(model, self.dtype)
         self._no_mask = torch.empty(1, 1, 1, 0)
+        #: a shorter way to the same hidden states, where there is one (`redrafter.targets.fused`)
+        self.fused: Any = None
         check(self)
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
@@ -211,13 +214,13 @@ class Target:
         keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
               prefill does not project every position; None wants all.
         """
-        hidden = self.backbone(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=for_rows(masks, len(tokens)),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        if self.fused is not None and self.fused.untouched:
+            hidden = self.fused(tokens, positions, masks, cache)
+        else:
+            hidden = self.backbone(
+                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
+                attention_mask=for_rows(masks, len(tokens)),
+            ).last_hidden_state  # fmt: skip
         if keep is not None:
             hidden = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
         return TargetOutput(self.project(hidden), hidden)
@@ -352,11 +355,13 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
-    check = partial(check_once, files=files)
+    invariant = config.exact == "invariant"
+    wanted = "model" if invariant else config.forward
+    check = partial(choose_forward, wanted=wanted, check=partial(check_once, files=files))
     target = Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
     if config.logits == "float32":
         target.widen_logits()
-    if config.exact == "invariant":
+    if invariant:
         target.invariant = make_invariant(target)
     return target
 

@@ -70,7 +70,8 @@ def _mark(target: Any, files: list[Any]) -> Path | None:
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = getattr(target.config, "_attn_implementation", None)
     made_by = [torch.__version__, transformers.__version__, _stats(Path(__file__).parent, (".py",))]
-    key = digest_json([files, made_by, code, str(target.dtype), place, attention])
+    how = [place, attention, target.fused is not None]
+    key = digest_json([files, made_by, code, str(target.dtype), *how])
     return cache_folder() / "probed" / f"{key[:32]}.json"
 
 

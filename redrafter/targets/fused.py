@@ -1,0 +1,242 @@
+"""A target's forward in fewer operations, for decoders of Llama's kind.
+
+One new token of a small model costs as much for launching operations as for arithmetic. Here a
+layer's q, k and v come from one product, gate and up from another, positions are rotated for
+queries and keys together by tables made once, queries that share a key's head are rows of one
+attention (nothing is repeated), and residuals are added by the products that make them. The weights
+are not copied: the model's own become views of the joined ones, so it computes what it did before.
+
+Equal to the class's own forward up to rounding, which `probe.py` tries at load. A forward in which
+somebody looks into the model or replaces a part of it (hooks, skipped attentions) is left to the
+class. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache
+
+from redrafter.contracts import InputError
+
+#: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
+#: rotated halves, RMSNorms in float32 and a gated MLP
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+#: of `rope_type`: those whose rotation of a position is the same whatever the text's length
+_FIXED = ("default", "linear", "llama3", "yarn")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_GATED = ("gate_proj", "up_proj")
+
+
+class Joined:
+    """Linear maps of one input as one product, whose rows their weights become views of.
+
+    Of a single map it is that map's own weight.
+    """
+
+    def __init__(self, maps: list[nn.Linear]):
+        self.bias = self._join([m.bias for m in maps])
+        self.matrix = self._join([m.weight for m in maps]).t()  # (in, out)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, in) -> (R, out)"""
+        if self.bias is None:
+            return torch.mm(x, self.matrix)
+        return torch.addmm(self.bias, x, self.matrix)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + the product; (R, out)."""
+        # Below float32 the sum would be rounded once where the class rounds twice.
+        if self.bias is None and x.dtype.itemsize >= 4:
+            return torch.addmm(residual, x, self.matrix)
+        return residual + self(x)
+
+    @staticmethod
+    def _join(parts: list[Tensor | None]) -> Tensor | None:
+        if parts[0] is None:
+            return None
+        if len(parts) == 1:
+            return parts[0].detach()
+        joined = torch.cat([part.detach() for part in parts])
+        for part, view in zip(parts, joined.split([len(p) for p in parts]), strict=True):
+            part.data = view
+        return joined
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a decoder layer computes with. mask: the name of its masks where there are several"""
+
+    norm: nn.Module
+    qkv: Joined
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    out: Joined
+    mlp_norm: nn.Module
+    gate_up: Joined
+    activation: Any
+    down: Joined
+    mask: str
+
+
+class FusedForward:
+    """The decoder of a model for which `cannot_fuse` knows no reason.
+
+    Same arguments as the class's own, by place; returns (B, N, H) after the final norm.
+    """
+
+    def __init__(self, backbone: nn.Module, config: Any):
+        attention = backbone.layers[0].self_attn
+        self.backbone = backbone
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        kinds = getattr(config, "layer_types", None) or [""] * len(backbone.layers)
+        with torch.inference_mode(False):  # the model's weights stay ordinary tensors
+            self.layers = [_layer(*pair) for pair in zip(backbone.layers, kinds, strict=True)]
+        self._parts = [vars(part) for part in backbone.modules()]
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether every part of the model still runs its class's own code, seen by nobody."""
+        for part in self._parts:
+            if part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part:
+                return False
+        return True
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache
+    ) -> Tensor:
+        batch, n = tokens.shape
+        backbone, heads, kv_heads, dim = self.backbone, self.heads, self.kv_heads, self.head_dim
+        groups = heads // kv_heads
+        x = backbone.embed_tokens(tokens).view(batch * n, -1)
+        cos, sin = self._rotations(positions, cache)
+        several = isinstance(masks, dict)
+        given = masks if several else {"": masks}
+        rows = {name: _for_groups(mask, groups) for name, mask in given.items()}
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(_normed(layer.norm, x)).view(batch, n, heads + 2 * kv_heads, dim)
+            qk = qkv[:, :, : heads + kv_heads]
+            if layer.q_norm is not None:
+                q, k = qk.split((heads, kv_heads), 2)
+                qk = torch.cat([_normed(layer.q_norm, q), _normed(layer.k_norm, k)], 2)
+            # (x1, x2) cos + (-x2, x1) sin; the sign is in the table
+            qk = (qk * cos).addcmul_(qk.roll(dim // 2, -1), sin)
+            keys, values = cache.update(
+                qk[:, :, heads:].transpose(1, 2),
+                qkv[:, :, heads + kv_heads :].transpose(1, 2),
+                i,
+            )
+            q = qk[:, :, :heads].view(batch, n, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+            seen = F.scaled_dot_product_attention(
+                q.reshape(batch, kv_heads, groups * n, dim), keys, values,
+                rows[layer.mask if several else ""], scale=self.scale,
+            )  # fmt: skip
+            seen = seen.view(batch, kv_heads, groups, n, dim).permute(0, 3, 1, 2, 4)
+            x = layer.out.added_to(x, seen.reshape(batch * n, heads * dim))
+            gate, up = layer.gate_up(_normed(layer.mlp_norm, x)).chunk(2, -1)
+            x = layer.down.added_to(x, layer.activation(gate).mul_(up))
+        return _normed(backbone.norm, x).view(batch, n, -1)
+
+    def _rotations(self, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, N, 1, d) at positions (B, N), which are those of keys in the cache; the
+        class's own numbers, the first half of sin negated."""
+        if self._tables is None or len(self._tables[0]) < cache.get_max_cache_shape():
+            known = 1 << (cache.get_max_cache_shape() - 1).bit_length()
+            every = torch.arange(known, device=positions.device)[None]
+            like = self.backbone.embed_tokens.weight[:1, :1]
+            cos, sin = (x[0].clone() for x in self.backbone.rotary_emb(like, every))
+            sin[:, : self.head_dim // 2].neg_()
+            self._tables = (cos, sin)
+        return tuple(F.embedding(positions, table)[:, :, None] for table in self._tables)
+
+
+def choose_forward(target: Any, wanted: str, check: Callable[[Any], None]) -> None:
+    """Give a target the forward that is wanted (`TargetConfig.forward`), and `check` it with that.
+
+    Raises InputError where there is no fused one of it, or it computes something else, and it was
+    asked for by name; else the model's own is taken.
+    """
+    why = cannot_fuse(target.model, target.backbone, target.config)
+    if wanted == "fused" and why is not None:
+        raise InputError(f"target.forward fused: {target.name} has none, as {why}; leave it out")
+    if wanted != "model" and why is None:
+        target.fused = FusedForward(target.backbone, target.config)
+    try:
+        check(target)
+    except InputError:
+        if wanted == "fused" or target.fused is None:
+            raise
+        target.fused = None
+        check(target)
+
+
+def cannot_fuse(model: nn.Module, backbone: nn.Module, config: Any) -> str | None:
+    """Why a model is no decoder of Llama's kind, built as transformers builds it; None: it is.
+
+    backbone: what gives the hidden states; config: the (text) configuration
+    """
+    kind = config.model_type
+    if kind not in KNOWN:
+        return f"model_type {kind!r} is not one of {', '.join(KNOWN)}"
+    home = f"transformers.models.{kind}.modeling_{kind}"
+    ours = [m for m in backbone.modules() if not type(m).__module__.startswith("torch.nn.")]
+    foreign = next((m for m in ours if type(m).__module__ not in _homes(home)), None)
+    if foreign is not None:
+        return f"its {type(foreign).__name__} is not transformers' own"
+    if type(backbone).__module__ != home:
+        return f"its {type(backbone).__name__} is not {kind}'s decoder"
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in _FIXED or rope.get("partial_rotary_factor", 1) != 1:
+        return f"its rotation of positions, {rope!r}, is of a kind of its own"
+    if hasattr(model, "hf_device_map"):
+        return "its layers lie in several places"
+    maps = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
+    if any(type(m) is not nn.Linear for m in maps) or len(maps) != 7 * len(backbone.layers):
+        return "its linear maps are not plain ones (an adapter, or quantised)"
+    if len({p.dtype for p in backbone.parameters()}) > 1:
+        return "its weights are of several dtypes"
+    return None
+
+
+def _homes(home: str) -> tuple[str, ...]:
+    return (home, "transformers.activations")
+
+
+def _layer(layer: nn.Module, kind: str) -> _Layer:
+    a, m = layer.self_attn, layer.mlp
+    return _Layer(
+        norm=layer.input_layernorm,
+        qkv=Joined([getattr(a, name) for name in _PROJECTIONS]),
+        q_norm=getattr(a, "q_norm", None),
+        k_norm=getattr(a, "k_norm", None),
+        out=Joined([a.o_proj]),
+        mlp_norm=layer.post_attention_layernorm,
+        gate_up=Joined([getattr(m, name) for name in _GATED]),
+        activation=m.act_fn,
+        down=Joined([m.down_proj]),
+        mask=kind,
+    )
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, in float32 whatever the dtype, as the classes do."""
+    weight = norm.weight
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
+    return weight * F.rms_norm(x.float(), weight.shape, eps=norm.variance_epsilon).to(x.dtype)
+
+
+def _for_groups(mask: Tensor, groups: int) -> Tensor:
+    """(B, 1, N, S) -> (B, 1, groups * N, S): each group's queries are rows of their own."""
+    if mask.shape[2] == 1:
+        return mask.expand(-1, -1, groups, -1)
+    return mask.repeat(1, 1, groups, 1)

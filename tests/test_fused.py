@@ -1,0 +1,208 @@
+"""A target's fused forward gives what its class's own does, and steps aside where it could not."""
+
+import functools
+
+import pytest
+import torch
+from head_kinds import make_head
+from models import endless, prompts, replays, settings, tiny
+from torch import nn
+
+from redrafter.config import TargetConfig, TreeConfig
+from redrafter.contracts import InputError
+from redrafter.decode.plain import plain
+from redrafter.decode.request import Request
+from redrafter.decode.speculative import speculative
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.skipping import LayerSkipping
+from redrafter.evaluation.operations import of_decoding
+from redrafter.targets import fused
+from redrafter.targets.fused import KNOWN
+from redrafter.targets.model import load_target
+
+#: every family that is fused, and what of a configuration takes another way
+CASES = {
+    "llama": {},
+    "llama-bias": dict(attention_bias=True, mlp_bias=True),
+    "llama-scaled": dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
+    "mistral": {},
+    "qwen2": dict(num_key_value_heads=1),
+    "qwen2-windows": dict(
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "qwen3": {},
+}  # fmt: skip
+MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8, top_p=0.9)}
+
+
+def fresh(family, **changes):
+    return tiny.__wrapped__(family, **changes).model  # one that is nobody else's
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    @functools.cache
+    def folder(case):
+        model = fresh(case.split("-")[0], **CASES[case])
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("bias") or "norm" in name:  # they are drawn as zeros and ones
+                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+        place = tmp_path_factory.mktemp(case)
+        model.save_pretrained(place)
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folders):
+    """By a case: its target with the model's own forward, and as `auto` has it; in float64."""
+    return functools.cache(lambda case: [load(folders(case), way) for way in ("model", "auto")])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def probes(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDRAFTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def load(folder, forward, dtype="float64"):
+    return load_target(TargetConfig(str(folder), device="cpu", dtype=dtype, forward=forward))
+
+
+def test_every_family_is_tried():
+    assert {case.split("-")[0] for case in CASES} == set(KNOWN)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("case", "n_rows"), [*((c, 4) for c in CASES), ("llama", 1), ("qwen3", 1)])
+def test_texts_are_the_models_own(both, case, mode, n_rows):
+    own, ours = both(case)
+    assert own.fused is None and ours.fused is not None
+    rows, config, seeds = prompts()[:n_rows], settings(**MODES[mode]), list(range(n_rows))
+    wanted = plain(own, rows, config, seeds=seeds).tokens
+    assert plain(ours, rows, config, seeds=seeds).tokens == wanted
+    drafters = replays(endless(own, rows, config, seeds))
+    for name in ("half", "chain"):
+        drafter = drafters[name]
+        assert speculative(ours, rows, config, seeds=seeds, drafter=drafter).tokens == wanted
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "medusa"])
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_heads_draft_and_are_accepted_alike(both, case, kind):
+    made = []
+    for target in both(case):
+        drafter = RecurrentDrafter(make_head(target, kind), target, TreeConfig(width=3, depth=3))
+        for mode in MODES.values():
+            made.append(speculative(target, prompts(), settings(**mode), drafter=drafter))
+    half = len(made) // 2
+    for a, b in zip(made[:half], made[half:], strict=True):
+        assert a.tokens == b.tokens and a.stats.accepted_at == b.stats.accepted_at
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-4), ("bfloat16", 0.06)])
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_the_models_own_up_to_rounding(folders, case, dtype, close):
+    logits = []
+    for forward in ("model", "auto"):
+        target = load(folders(case), forward, dtype)
+        logits.append(prefilled(target).double())
+    assert (logits[0] - logits[1]).abs().max() <= close * logits[0].abs().max()
+
+
+@torch.inference_mode()
+def prefilled(target):
+    request = Request(target, prompts(), settings(), 0, None, None, None, None)
+    return request.prefill(request.sequences(slack=1), slack=0)[1]
+
+
+def test_weights_are_joined_not_copied(both, tmp_path):
+    own, ours = both("qwen2")
+    theirs = dict(own.model.named_parameters())
+    for name, p in ours.model.named_parameters():
+        assert torch.equal(p, theirs[name]) and p.is_contiguous()
+    layer = ours.model.model.layers[1]
+    for parts in (
+        [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+        [layer.mlp.gate_proj, layer.mlp.up_proj],
+    ):
+        storages = {p.weight.untyped_storage().data_ptr() for p in parts}
+        used = sum(p.weight.numel() * p.weight.element_size() for p in parts)
+        assert len(storages) == 1 and parts[0].weight.untyped_storage().nbytes() == used
+    assert ours.fingerprint() == own.fingerprint()
+    ours.model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", "model")
+    assert again.fingerprint() == own.fingerprint()
+
+
+def test_it_steps_aside_for_whoever_looks_into_the_model(both):
+    (_, ours), seen = both("llama"), []
+    rows, config = prompts(), settings()
+    wanted = plain(ours, rows, config).tokens
+    part = ours.model.model.layers[1].mlp
+    handle = part.register_forward_hook(lambda *args: seen.append(1))
+    assert not ours.fused.untouched
+    assert plain(ours, rows, config).tokens == wanted and seen
+    handle.remove()
+    assert ours.fused.untouched
+    part.forward = lambda x: torch.zeros_like(x)
+    assert plain(ours, rows, config).tokens != wanted
+    del part.forward
+    drafter = LayerSkipping(ours, depth=3, fixed=(1,))
+    made = speculative(ours, rows, config, drafter=drafter)
+    assert made.tokens == wanted and sum(made.stats.drafted_at) > 0
+
+
+def test_a_step_takes_fewer_operations(folders):
+    targets = (load(folders("llama"), way, "float32") for way in ("model", "auto"))
+    own, ours = (of_decoding(target, prompts()[2], {})["plain"] for target in targets)
+    assert 3 * ours["launches"] <= 2 * own["launches"], (own, ours)
+    assert ours["host_reads"] == own["host_reads"] == 1
+
+
+def test_what_computes_something_else_is_not_taken(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))  # it has not passed before
+    real = fused._for_groups
+    monkeypatch.setattr(fused, "_for_groups", lambda *args: real(*args) * 0)  # sees every key
+    assert load(folders("llama"), "auto", "float32").fused is None
+    with pytest.raises(InputError, match="cannot be a target"):
+        load(folders("llama"), "fused", "float32")
+
+
+def refused(tmp_path, model, why):
+    model.save_pretrained(tmp_path / "target")
+    with pytest.raises(InputError, match=f"target.forward fused: .* has none, as .*{why}"):
+        load(tmp_path / "target", "fused")
+    assert load(tmp_path / "target", "auto").fused is None
+
+
+def test_a_family_that_has_none_says_so(tmp_path):
+    refused(tmp_path, tiny("gpt2").model, "model_type 'gpt2' is not one of llama, mistral")
+
+
+def test_a_rotation_of_its_own_says_so(tmp_path):
+    rope = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    refused(tmp_path, fresh("llama", rope_parameters=rope), "rotation of positions")
+
+
+def test_what_stands_in_a_models_place_is_seen():
+    target = tiny("llama")
+    said = functools.partial(fused.cannot_fuse, target.model, target.backbone, target.config)
+    layer = target.backbone.layers[0].mlp
+    assert said() is None
+
+    class Other(nn.Linear):
+        pass
+
+    kept = layer.up_proj
+    try:
+        layer.up_proj = Other(32, 48, bias=False).double()
+        assert "Other is not transformers' own" in said()
+        layer.up_proj = nn.Identity()
+        assert "not plain ones" in said()
+    finally:
+        layer.up_proj = kept
