@@ -49,7 +49,7 @@ class TargetConfig:
     exact: Literal["reported", "invariant"] = "reported"
     """`invariant`: every product in blocks of one shape, found by trying, so that a row's text does
     not change by a bit with drafting, batch or padding, in any dtype; for chains. `reported`: as
-    fast as it goes; differences by rounding are shown and explained (docs/exactness.md)."""
+    fast as it goes; differences by rounding are shown and explained (docs/low-precision.md)."""
     logits: Literal["own", "float32"] = "own"
     """`float32`: the last product in float32, whatever the target computes in: fewer ties."""
     forward: Literal["auto", "model", "fused"] = "auto"
