@@ -197,6 +197,7 @@ class Row:
     prompt: int
     limit: int
     temperature: float = 0.0
+    top_k: int | None = None
     computed: int = 0
     drafts: list[int] = field(default_factory=list)
     accepted: int = 0
@@ -221,8 +222,11 @@ class Engine:
         if proposer is not None:
             proposer.load_model(self.model)
 
-    def add(self, name: int, prompt: list[int], limit: int = 20, temperature: float = 0.0) -> None:
-        row = Row(name, list(prompt), len(prompt), limit, temperature)
+    def add(
+        self, name: int, prompt: list[int], limit: int = 20, temperature: float = 0.0,
+        top_k: int | None = None,
+    ) -> None:  # fmt: skip
+        row = Row(name, list(prompt), len(prompt), limit, temperature, top_k)
         row.computed = min(self.cached, len(prompt) - 1)  # a prefix that was cached
         self.batch.append(row)
 
@@ -276,15 +280,18 @@ class Engine:
         logits = self.model.compute_logits(hidden[wanted])
         temperature = torch.tensor([r.temperature for r in rows])
         greedy = bool((temperature == 0).all())
+        top_k = [r.top_k or logits.shape[1] for r in rows]
         settings = SimpleNamespace(
-            temperature=None if greedy else temperature, all_greedy=greedy, top_k=None
-        )
-        if any(n_drafts):
+            temperature=None if greedy else temperature, all_greedy=greedy,
+            top_k=torch.tensor(top_k) if any(r.top_k for r in rows) else None,
+        )  # fmt: skip
+        if self.proposer is not None:  # also where nothing was drafted
             metadata = SimpleNamespace(
                 num_draft_tokens=n_drafts,
                 cu_num_sampled_tokens=(torch.tensor(n_drafts) + 1).cumsum(0).int(),
                 draft_token_ids=torch.tensor(
-                    [t for r, n in zip(rows, n_drafts, strict=True) for t in r.drafts[:n]]
+                    [t for r, n in zip(rows, n_drafts, strict=True) for t in r.drafts[:n]],
+                    dtype=torch.int32,
                 ),
             )
             made = self.rejection(metadata, None, logits, settings).sampled_token_ids

@@ -390,6 +390,20 @@ def test_repair_is_asked_for_and_tested(engine_modules, monkeypatch, caplog):
     assert engine.run()[0] == texts[0]
 
 
+@broken
+def test_a_repaired_step_without_drafts_is_left_alone(engine_modules, monkeypatch):
+    from redrafter.serve.vllm_sampling import repair
+
+    rejection = engine_modules["vllm.v1.sample.rejection_sampler"]
+    asked = []
+    monkeypatch.setattr(rejection, "apply_sampling_constraints", lambda *args: asked.append(args))
+    repair()
+    nothing = torch.empty(0, 5)
+    assert rejection.apply_sampling_constraints(nothing, None, None) is nothing and not asked
+    rejection.apply_sampling_constraints(torch.empty(1, 5), None, None)
+    assert len(asked) == 1
+
+
 def test_functions_of_another_version_count_as_a_fault(engine_modules, monkeypatch, caplog):
     rejection = engine_modules["vllm.v1.sample.rejection_sampler"]
     monkeypatch.setattr(rejection, "rejection_sample", lambda a, b: None)

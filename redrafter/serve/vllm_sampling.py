@@ -4,7 +4,10 @@ vLLM 0.32's CPU backend does not: of rows with drafts, temperature, top_k and to
 one value per drafted position into a copy that is then dropped, so that they are whatever lay in
 memory (`_expand_kernel_impl`, vllm/utils/cpu_triton_utils.py). In a batch that samples anywhere,
 greedy rows with drafts are divided by such a temperature, too. So a test of the two functions that
-every draft goes through decides, not a version. Source: ours.
+every draft goes through decides, not a version.
+
+With speculation on, every step goes that way, also one in which nothing is drafted and there is
+nothing to constrain; the repair leaves such steps alone. Source: ours.
 """
 
 from __future__ import annotations
@@ -46,12 +49,7 @@ def _fault(device: torch.device, top_k: int | None) -> str | None:
     counts = torch.arange(_ROWS, device=device) % 3 % 2 + 1
     ends = counts.cumsum(0).to(torch.int32)
     drafts = (torch.arange(int(ends[-1]), device=device) % _VOCAB).to(torch.int32)
-    settings = SimpleNamespace(
-        temperature=temperature, all_greedy=False, all_random=False, generators={}, top_p=None,
-        top_k=None,
-    )  # fmt: skip
-    if top_k is not None:
-        settings.top_k = torch.full((_ROWS,), top_k, dtype=torch.int32, device=device)
+    settings = _settings(temperature, top_k)
     warped = rejection_sampler.apply_sampling_constraints(
         logits.expand(len(drafts), -1).clone(), ends, settings
     )
@@ -72,6 +70,15 @@ def _fault(device: torch.device, top_k: int | None) -> str | None:
     return None
 
 
+def _settings(temperature: Tensor, top_k: int | None) -> SimpleNamespace:
+    """What the functions under test read of vLLM's SamplingMetadata, for one temperature a row."""
+    k = None if top_k is None else torch.full_like(temperature, top_k, dtype=torch.int32)
+    return SimpleNamespace(
+        temperature=temperature, all_greedy=False, all_random=False, generators={}, top_p=None,
+        top_k=k,
+    )  # fmt: skip
+
+
 def _exact(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """(V,) float64: the law of a token."""
     p = torch.zeros(_VOCAB, dtype=torch.float64, device=logits.device)
@@ -84,7 +91,9 @@ def _exact(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
 
 
 def repair() -> None:
-    """Expand sampling parameters to drafted positions by plain torch, in this process."""
+    """Expand sampling parameters to drafted positions by plain torch, and leave steps without any
+    alone, in this process."""
+    constrain = rejection_sampler.apply_sampling_constraints
 
     def expand_batch_to_tokens(
         x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0,
@@ -94,7 +103,11 @@ def repair() -> None:
         counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
         return x.repeat_interleave(counts, output_size=num_tokens)
 
+    def apply_sampling_constraints(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return constrain(logits, *args, **kwargs) if len(logits) else logits
+
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    rejection_sampler.apply_sampling_constraints = apply_sampling_constraints
 
 
 class Guard:

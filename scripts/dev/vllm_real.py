@@ -27,7 +27,6 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.v1.sample import rejection_sampler
 from vllm_findings import end, failed, near, same, say
 
 from redrafter.serve.vllm import ReDrafterProposer
@@ -248,16 +247,13 @@ def planted(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingP
 
 
 def laws(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
-    """The sampler as it is, where it may lose the law and then nothing is drafted; and repaired."""
-    original = rejection_sampler.expand_batch_to_tokens
+    """The sampler as it is, where it may lose the law and then nothing is drafted; and repaired,
+    which it stays in this process."""
     for repair in (0, 1):
         speculative, extra = with_head(args, redrafter_serve_repair=repair)
-        try:
-            with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
-                law(engine, rows, drafted=engine.drafter.drafts_sampled)
-                mixed(engine, rows, plain, greedy)
-        finally:
-            rejection_sampler.expand_batch_to_tokens = original
+        with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
+            law(engine, rows, drafted=engine.drafter.drafts_sampled)
+            mixed(engine, rows, plain, greedy)
 
 
 def main() -> int:
