@@ -153,6 +153,9 @@ class Drafter(ABC):
     #: whether it writes to the target's cache (`RowState.cache`) while drafting: two such drafters
     #: cannot draft at the same time
     borrows_cache: bool = False
+    #: whether its trees never branch: node i is at depth i, and what is invalid comes last. Of all
+    #: others only the best path is verified where the target takes chains alone
+    one_path: bool = False
     #: whether all of its drafts cost alike; not where it chooses among drafters step by step
     drafts_alike: bool = True
     #: names of the columns of `features`
@@ -298,6 +301,8 @@ def root_tree(root: Tensor) -> TokenTree:
 
 class NoDraft(Drafter):
     """Every tree is its root: one token per step, as in plain decoding."""
+
+    one_path = True
 
     def start(self) -> None:
         pass

@@ -21,7 +21,6 @@ from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import BUCKETS
 from redrafter.drafters.budget import NodeBudget
-from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 
 NEW_TOKENS = (1, 2, 3, 5, 9, 17, 25, 33, 41)
@@ -128,7 +127,7 @@ class _Bench:
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(target.vocab_size, (batch, context + room), generator=random)
         self.ids = ids.to(target.device)
-        self.cache = RowCache(target.n_layers, batch, context + room, target.device)
+        self.cache = target.new_cache(batch, context + room)
         out = self._forward(context)
         self.hidden, self.logits = out.hidden[:, -1:].clone(), out.logits[:, -1:].clone()
         self.cache.commit([context] * batch)

@@ -176,9 +176,7 @@ def _go_on(target: Target, tokens: list[int], cache: SlotCache) -> Tensor:
     return logits
 
 
-def _choose(
-    request: Request, known: RowState, rows: list[int], logits: Tensor
-) -> list[list[int]]:
+def _choose(request: Request, known: RowState, rows: list[int], logits: Tensor) -> list[list[int]]:
     """The next token of some rows, or none. known: of all rows, brought up to date with them;
     logits: (B, V)."""
     at = torch.tensor(rows, device=logits.device)

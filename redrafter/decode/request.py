@@ -160,7 +160,7 @@ class Request:
         row's last prompt token."""
         target, lengths = self.target, [len(p) for p in self.prompts]
         width = max(lengths)
-        cache = RowCache(target.n_layers, self.n_rows, seqs.ids.shape[1] + slack, target.device)
+        cache = target.new_cache(self.n_rows, seqs.ids.shape[1] + slack)
         position = torch.arange(width, device=target.device)[None]
         causal = position[:, :, None] >= position[:, None, :]
         ragged = min(lengths) < width

@@ -26,7 +26,7 @@ from redrafter.decode.plain import plain
 from redrafter.decode.ratio import RULES, Rule, accepting_noise, verify_ratio
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
-from redrafter.decode.tree import ancestors
+from redrafter.decode.tree import ancestors, best_path
 from redrafter.decode.verify import Verdict, choose_scored, to_host, verify
 from redrafter.targets.model import Target, TargetOutput
 
@@ -139,7 +139,7 @@ def _draft(drafter: Drafter, lookahead: Lookahead, state: _Decoding) -> TokenTre
         # Reading the host per level would stall an accelerator; there the surplus is masked off.
         if go_on.device.type == "cpu" and not bool(go_on.any()):
             break
-    tree = drafter.tree()
+    tree = best_path(drafter.tree(), depth) if state.narrows else drafter.tree()
     # A node that could only be emitted past a row's limit is never useful; of a row that is not
     # live none is.
     levels = torch.minimum(levels, state.limit - seqs.length)
@@ -167,6 +167,13 @@ class _Decoding:
         self.timer = StepTimer(request.n_rows, self.depth)
         self.seqs = request.sequences(slack=self.depth + 1)
         self.limit = torch.tensor(request.limit, device=self.target.device)
+        #: whether only a path of the drafter's trees can be verified
+        self.narrows = self.target.verifies == "chains" and not drafter.one_path
+        if self.narrows and rule != "seeded" and request.sampled:
+            raise InputError(
+                f"rule: {rule} needs all that was drawn, and on {self.target.name} only one path "
+                "can be verified: take a drafter of width 1, or rule seeded"
+            )
 
     def prefill(self) -> Truth:
         """The prompts, and every row's first token."""
@@ -248,7 +255,8 @@ class _Decoding:
         """
         self.cache.clear(rows)
         root = root_tree(self.seqs.root)
-        again = self.forward(root, ancestors(root, 0))
+        with self.cache.aside(rows):
+            again = self.forward(root, ancestors(root, 0))
         out.logits = out.logits.masked_fill(rows[:, None, None], float("nan"))
         for own, alone in ((out.logits, again.logits), (out.hidden, again.hidden)):
             own[:, 0] = torch.where(rows[:, None], alone[:, 0], own[:, 0])

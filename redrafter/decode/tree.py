@@ -80,6 +80,28 @@ def best_nodes(tree: TokenTree, n: int) -> TokenTree:
     return select(tree, index, torch.ones_like(index, dtype=torch.bool))
 
 
+def best_path(tree: TokenTree, max_depth: int) -> TokenTree:
+    """Of every row one path, for a target that verifies chains: from the root on the best child,
+    by `log_q`, else the first one. Node i is at depth i; what is drawn for a ratio rule is lost.
+    """
+    depths = min(max_depth, tree.n_nodes - 1)
+    rank = torch.arange(tree.n_nodes, 0, -1, device=tree.tokens.device).expand_as(tree.parent)
+    score = rank if tree.log_q is None else tree.log_q
+    node = torch.zeros_like(tree.parent[:, :1])
+    path, valid = [node], [torch.ones_like(node, dtype=torch.bool)]
+    for depth in range(1, depths + 1):
+        children = tree.valid & (tree.parent == node) & (tree.depth == depth)
+        children = children & valid[-1]
+        lowest = torch.finfo(score.dtype).min if score.is_floating_point() else 0
+        node = torch.where(children, score, lowest).argmax(1, keepdim=True)
+        valid.append(children.gather(1, node))
+        path.append(torch.where(valid[-1], node, 0))
+    index, valid = torch.cat(path, 1), torch.cat(valid, 1)
+    depth = torch.arange(depths + 1, device=index.device).expand_as(index)
+    log_q = None if tree.log_q is None else tree.log_q.gather(1, index)
+    return TokenTree(tree.tokens.gather(1, index), (depth - 1).clamp(min=0), depth, valid, log_q)
+
+
 def final_beams(tree: TokenTree, width: int, max_depth: int) -> TokenTree:
     """Only the prefixes of the last level's nodes: the tree that plain beam search verifies.
 

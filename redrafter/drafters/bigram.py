@@ -218,6 +218,7 @@ class CountedBigrams(Drafter):
         self.next_tokens = table.tokens[:, :width].contiguous().to(device)
         self.next_log_p = table.log_p[:, :width].contiguous().to(device)
         self.width, self.max_depth, self.max_nodes = width, depth, 1 + width * depth
+        self.one_path = width == 1
 
     def begin(self, seqs: RowState) -> None:
         super().begin(seqs)

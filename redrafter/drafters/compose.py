@@ -23,7 +23,7 @@ class Wrapped(Drafter):
         self.max_depth, self.max_nodes = inner.max_depth, inner.max_nodes
         self.borrows_cache, self.drafts_alike = inner.borrows_cache, inner.drafts_alike
         self.feature_names, self.early_features = inner.feature_names, inner.early_features
-        self.sees_noise = inner.sees_noise
+        self.sees_noise, self.one_path = inner.sees_noise, inner.one_path
 
     def watch(self, prefill: bool) -> AbstractContextManager:
         return self.inner.watch(prefill)

@@ -19,6 +19,7 @@ class DummyDrafter(Drafter):
     """Proposes the K tokens that followed the last token's most recent earlier occurrence."""
 
     needs = frozenset()  # neither hidden states nor logits of the target
+    one_path = True  # a chain, so a target that verifies nothing else takes all of it
     feature_names = ("found",)  # one column for a lookahead to read
 
     def __init__(self, depth: int = 4):

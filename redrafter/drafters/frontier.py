@@ -112,6 +112,12 @@ class ModelFrontier(Frontier):
                 f"draft model {draft.name} is on {draft.device}, the target on {target.device}: "
                 "load both on one device"
             )
+        if draft.verifies == "chains":
+            raise InputError(
+                f"draft model {draft.name}: {type(draft.model).__name__} has recurrent layers, "
+                "whose states do not go back to where the target took another token: take a draft "
+                "model of attention alone"
+            )
         check_vocabulary(target, draft)
         self.draft, self.max_nodes = draft, max_nodes
         self.vocab_size = target.vocab_size

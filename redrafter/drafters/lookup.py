@@ -147,6 +147,7 @@ class PromptLookup(Drafter):
         original's) or the most "recent" one
     """
 
+    one_path = True
     feature_names = CHAIN_FEATURES
     early_features = True
     sees_noise = "own"

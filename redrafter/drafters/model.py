@@ -68,10 +68,12 @@ class DraftModel(Drafter):
             )
         self.draft, self.seeded, self.temperature = draft, seeded, temperature
         self.sees_noise = "all" if seeded else "none"
+        width = 1 if target.verifies == "chains" else width
         # Ids that only one of the two lm_heads has are padding.
         self.width = min(width, draft.vocab_size, target.vocab_size)
         self.frontier = ModelFrontier(draft, target, 1 + self.width * depth)
         self.max_depth, self.max_nodes = depth, 1 + self.width * depth
+        self.one_path = self.width == 1
         self.nodes, self.budget = nodes, budget
         if nodes is not None:
             self.max_nodes = min(self.max_nodes, nodes)

@@ -56,7 +56,9 @@ class RecurrentDrafter(Drafter):
             raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
         self.head, self.target, self.shape = head, target, tree
         self.sees_noise = "all" if tree.seeded else "none"
-        self.width = min(tree.width, head.draft_vocab_size)
+        widest = 1 if target.verifies == "chains" else tree.width
+        self.width = min(widest, head.draft_vocab_size)
+        self.one_path = self.width == 1
         self.max_depth = tree.depth
         self.max_nodes = 1 + self.width * tree.depth
         self.budget = budget

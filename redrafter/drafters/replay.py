@@ -30,6 +30,7 @@ class ReplayDrafter(Drafter):
         seed: int = 0,
     ):
         self.texts, self.vocab_size, self.width = texts, vocab_size, width
+        self.one_path = width == 1
         self.acceptance, self.duplicates = acceptance, duplicates
         self.max_depth, self.max_nodes = depth, 1 + width * depth
         self.random = torch.Generator().manual_seed(seed)

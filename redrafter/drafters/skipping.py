@@ -83,6 +83,11 @@ class LayerSkipping(Drafter):
         seeded: bool = True,
     ):
         _check(depth, threshold, max_skipped, positions, refresh, protect)
+        if target.verifies == "chains":
+            raise InputError(
+                f"skip: {target.name} has recurrent layers, whose states would have to go back "
+                "after every draft; take another drafter"
+            )
         self.target, self.seeded = target, seeded
         self.skipping = AttentionSkipping(target)
         self.threshold, self.max_skipped, self.positions = threshold, max_skipped, positions

@@ -251,6 +251,7 @@ class SuffixDrafter(Drafter):
     and 2.37/3.0, 2.52/3.7, 2.60/4.6. The leftmost occurrence: 1.84 and 2.43.
     """
 
+    one_path = True
     feature_names = ("source", *CHAIN_FEATURES)
     early_features = True
     sees_noise = "own"

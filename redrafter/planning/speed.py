@@ -18,7 +18,6 @@ import torch
 
 from redrafter.heads.base import DraftHead
 from redrafter.planning.tracing import traced
-from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 
 
@@ -49,7 +48,7 @@ def target_bytes_read(target: Target) -> int:
     """Weights that a forward of one token reads, all layers and lm_head; of the embedding single
     rows, which are not counted."""
     one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
-    cache = RowCache(target.n_layers, 1, 2, target.device)
+    cache = target.new_cache(1, 2)
     cache.prepare(1)
     with torch.inference_mode(), traced() as trace:
         target.forward(one, one, target.masks(one[:, None] >= 0, one, one), cache)

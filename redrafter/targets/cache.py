@@ -7,6 +7,8 @@ moved per step are bounded by the tree's size, whatever the context's.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -20,7 +22,10 @@ class RowCache(Cache):
 
     lengths: committed entries per row, known on the host (the loop reads them anyway)
     bytes_moved: bytes written by the last `prepare` .. `commit` round
+    shared: whether every layer has keys, so that those of one shape can lie in one tensor
     """
+
+    shared = True
 
     def __init__(self, n_layers: int, batch_size: int, capacity: int, device: torch.device):
         self.n_layers = n_layers
@@ -142,6 +147,11 @@ class RowCache(Cache):
         self.lengths = list(lengths)
         self._length = None
 
+    def aside(self, rows: Tensor) -> AbstractContextManager[None]:
+        """Around a forward over the root alone that comes between a forward and its `commit`; of
+        `rows` (B,) bool it is the one that counts. Nothing to do: its keys are overwritten."""
+        return nullcontext()
+
     def clear(self, rows: Tensor) -> None:
         """Forget what lies behind the committed entries of some rows. rows: (B,) bool"""
         behind = torch.arange(self.capacity, device=self.device) >= self.length[:, None]
@@ -168,10 +178,10 @@ class RowCache(Cache):
             return self._groups[-1]
 
         alike = keys.shape == values.shape
-        if not self._groups and alike:
+        if self.shared and not self._groups and alike:
             zeros(2 * self.n_layers, keys)
         first = self._groups[0] if self._groups else None
-        if alike and len(first) == 2 * self.n_layers and _fits(first, keys):
+        if self.shared and alike and len(first) == 2 * self.n_layers and _fits(first, keys):
             view = (first[2 * layer_idx], first[2 * layer_idx + 1])
         else:  # a model that mixes head sizes (DeepSeek: keys and values differ) or devices
             view = (zeros(1, keys)[0], zeros(1, values)[0])

@@ -121,6 +121,7 @@ def make_invariant(target: Any) -> Form:
 
     form = find_form(target, use)
     use(form)
+    target.invariant, target.verifies = form, "chains"
     return form
 
 
@@ -201,7 +202,7 @@ def _decode(
     chains of so many tokens. Before each longer chain a wrong one is read and dropped."""
     device, width = target.device, max(prompts)
     length = torch.tensor(prompts, device=device)
-    cache = RowCache(target.n_layers, len(rows), width + sum(steps) + max(steps) + spare, device)
+    cache = target.new_cache(len(rows), width + sum(steps) + max(steps) + spare)
     tokens = torch.stack(rows)
     position = torch.arange(width, device=device)[None]
     causal = position[:, :, None] >= position[:, None, :]
@@ -238,7 +239,7 @@ def _seconds(target: Any) -> float:
     for n in _TIMED:
         times = []
         for _ in range(3):
-            cache = RowCache(target.n_layers, 1, 64, target.device)
+            cache = target.new_cache(1, 64)
             where = torch.arange(n, device=target.device)[None]
             begin = time.perf_counter()
             float(_read(target, cache, ids[None, :n], where)[0, 0, 0])  # until it is there

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from redrafter.targets.adapters import (
     plain_model,
     probe_tokens,
 )
+from redrafter.targets.cache import RowCache
 from redrafter.targets.devices import pick_device
 from redrafter.targets.fused import choose_forward
 from redrafter.targets.invariant import Form, make_invariant
@@ -35,6 +37,7 @@ from redrafter.targets.passed import check_once, files_of
 from redrafter.targets.paths import OWN_CODE, check_path, said
 from redrafter.targets.precision import auto_dtype
 from redrafter.targets.probe import check_target
+from redrafter.targets.recurrent import StateCache, find_mixers
 from redrafter.targets.sharding import ShardedBackbone, check_launch, load_split
 from redrafter.targets.text import load_tokenizer
 
@@ -43,7 +46,12 @@ if TYPE_CHECKING:
 
 # Distances or windows that these compute from where a key lies in the cache (ALiBi, GPT-Neo's
 # local attention, Doge's pruning), or a state that is no list of keys: masks cannot correct it.
-_UNFIT = ("bloom", "mpt", "gpt_neo", "doge", "mamba", "mamba2", "rwkv")
+_UNFIT = ("bloom", "mpt", "gpt_neo", "doge", "rwkv")
+# What layers a configuration may name: attention whose keys can be masked; where there are mixers
+# that keep their state in the cache (`recurrent.py`), these, and layers without either.
+_ATTENTION = {"full_attention", "sliding_attention"}
+_RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"}
+_BESIDE = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 
 
 @dataclass
@@ -57,8 +65,9 @@ class TargetOutput:
 class Target:
     """A Hugging Face causal language model, frozen, in evaluation mode.
 
-    Tree verification needs attention whose keys can be masked one by one: models with recurrent
-    or linear-attention layers, or with ALiBi, are refused when loaded.
+    Tree verification needs attention whose keys can be masked one by one. Models with recurrent or
+    linear-attention layers verify chains, where their states are kept in the cache; those with
+    ALiBi, or with states elsewhere, are refused when loaded.
 
     model: a transformers model, or a PeftModel, whose adapter is then kept as it is
     parts: what it was made from, where an adapter has been merged (`load_target` does that)
@@ -95,15 +104,10 @@ class Target:
                 "one matrix: call merge_and_unload() first, or save the adapter and load its folder"
             )
         kinds = set(getattr(self.config, "layer_types", None) or ())
-        unknown = kinds - {"full_attention", "sliding_attention"}
-        alibi = getattr(self.config, "alibi", False)  # Falcon's first ones
-        if unknown or alibi or self.config.model_type in _UNFIT:
-            why = ", ".join(sorted(unknown)) or "ALiBi, windows of its own, or recurrence"
-            raise InputError(
-                f"{self.name}: model_type {self.config.model_type!r} has layers whose keys cannot "
-                f"be masked one by one ({why}); "
-                "a token tree cannot be verified on it"
-            )
+        #: what can be verified on it: any tree, or one path of tokens only
+        self._has_states = bool(find_mixers(model))
+        self.verifies: Literal["trees", "chains"] = "chains" if self._has_states else "trees"
+        self._check_layers(kinds)
         attention = getattr(self.config, "_attn_implementation", None)
         if attention not in (None, "sdpa", "eager"):  # flash kernels take no mask of single keys
             raise InputError(
@@ -130,11 +134,34 @@ class Target:
         self._no_mask = torch.empty(1, 1, 1, 0)
         #: a shorter way to the same hidden states, where there is one (`redrafter.targets.fused`)
         self.fused: Any = None
+        takes = inspect.signature(self.backbone.forward).parameters
+        self._attends = "cache_params" not in takes  # Mamba's classes have no attention
+        self._cache_name = "past_key_values" if self._attends else "cache_params"
         check(self)
+
+    def _check_layers(self, kinds: set[str]) -> None:
+        """Raises InputError where a layer's past can neither be masked nor kept as a state."""
+        unknown = kinds - _ATTENTION - (_RECURRENT if self.verifies == "chains" else set())
+        alibi = getattr(self.config, "alibi", False)  # Falcon's first ones
+        if unknown or alibi or self.config.model_type in _UNFIT:
+            why = ", ".join(sorted(unknown)) or "ALiBi, windows of its own, or recurrence"
+            raise InputError(
+                f"{self.name}: {type(self.model).__name__}, model_type "
+                f"{self.config.model_type!r}, has layers whose keys cannot be masked one by one "
+                f"({why}) and whose states are not kept in the cache as others' are; neither a "
+                "token tree nor a chain can be verified on it"
+            )
+
+    def new_cache(self, n_rows: int, capacity: int) -> RowCache:
+        """An empty cache of `capacity` tokens a row."""
+        kind = StateCache if self._has_states else RowCache
+        return kind(self.n_layers, n_rows, capacity, self.device)
 
     def _windows(self, kinds: set[str]) -> dict[str, int | None]:
         """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
         window = getattr(self.config, "sliding_window", None)
+        if kinds & _RECURRENT:  # a state has no mask
+            kinds = {_BESIDE.get(k, k) for k in kinds} & _ATTENTION or {"full_attention"}
         if not kinds:
             return {"full_attention": None} if window is None else {"sliding_attention": window}
         return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
@@ -218,9 +245,12 @@ class Target:
             hidden = self.fused(tokens, positions, masks, cache)
         else:
             hidden = self.backbone(
-                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
-                attention_mask=for_rows(masks, len(tokens)),
-            ).last_hidden_state  # fmt: skip
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=for_rows(masks, len(tokens)) if self._attends else None,
+                use_cache=True,
+                **{self._cache_name: cache},
+            ).last_hidden_state
         if keep is not None:
             hidden = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
         return TargetOutput(self.project(hidden), hidden)
@@ -362,7 +392,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     if config.logits == "float32":
         target.widen_logits()
     if invariant:
-        target.invariant = make_invariant(target)
+        make_invariant(target)
     return target
 
 

@@ -10,8 +10,14 @@ masks, positions and cache, and every path is compared with the bare model's for
                |                        node's place among the keys is not its position
                +----- 2 -- 3
 
-Three forwards of at most 4 x 6 tokens each, once per target; more only where a difference is larger
-than rounding usually makes one: then the model is compared with itself as well. Source: ours.
+A model with recurrent layers verifies chains: of each row another part is accepted, what was
+rejected is another text's, and a second chain goes on from there.
+
+    chain     0 -- 1 -- 2 -- 3          row 0 accepts node 0, row 1 nodes 0 to 2; both go on
+
+Three forwards (of a chain four) of at most 4 x 7 tokens each, once per target; more only where a
+difference is larger than rounding usually makes one: then the model is compared with itself as
+well. Source: ours.
 """
 
 from __future__ import annotations
@@ -31,6 +37,8 @@ _PROMPTS = (2, 3)
 _WINDOW = 3  # shorter than the paths
 _PARENT = (0, 0, 0, 2)
 _PATHS = ((0, 1), (0, 2, 3))  # from the root to each leaf
+_CHAIN = (tuple(range(len(_PARENT))),)
+_ACCEPTED = (1, 3)  # of each row's first chain
 # As for stored figures of a head (`redrafter.export.rounding`): several roundings to the dtype one
 # after the other, sums of many terms, which are kept in float32 at least, and how many times a
 # measured difference another order of the same sums may reach.
@@ -43,7 +51,7 @@ def check_target(target: Any) -> None:
     Processes that share a target's weights all call it together.
     """
     tokens = _tokens(target)
-    paths = _paths(tokens)
+    paths = _paths(target, tokens)
     with torch.inference_mode(), _short_windows(target):
         try:
             own, ours = _compare(target, tokens, paths)
@@ -117,31 +125,39 @@ def _special_ids(fields: dict[str, Any]) -> Iterator[int]:
             yield from (t for t in found if isinstance(t, int))
 
 
-def _paths(tokens: Tensor) -> Tensor:
-    """(4, 6) int64: each row's text along each path, with any token behind a shorter one."""
-    width = max(_PROMPTS) + max(map(len, _PATHS))
+def _branches(target: Any) -> tuple[tuple[int, ...], ...]:
+    return _PATHS if target.verifies == "trees" else _CHAIN
+
+
+def _paths(target: Any, tokens: Tensor) -> Tensor:
+    """(4, 6) or, of chains, (2, 7) int64: each row's text along each path, with any token behind a
+    shorter one."""
+    branches = _branches(target)
+    width = max(_PROMPTS) + max(map(len, branches))
     made = []
     for row, length in zip(tokens, _PROMPTS, strict=True):
         nodes = row[max(_PROMPTS) :]
-        for path in _PATHS:
+        for path in branches:
             text = torch.cat([row[:length], nodes[list(path)]])
             made.append(torch.cat([text, row[: width - len(text)]]))
     return torch.stack(made)
 
 
-def _places() -> Iterator[tuple[int, int, list[int], list[int]]]:
+def _places(target: Any) -> Iterator[tuple[int, int, list[int], list[int]]]:
     """Of every path: (its place among `_paths`, row, its nodes, their positions)."""
+    branches = _branches(target)
     for row, length in enumerate(_PROMPTS):
-        for i, path in enumerate(_PATHS):
-            yield row * len(_PATHS) + i, row, list(path), [length + d for d in range(len(path))]
+        for i, path in enumerate(branches):
+            yield row * len(branches) + i, row, list(path), [length + d for d in range(len(path))]
 
 
 def _compare(target: Any, tokens: Tensor, paths: Tensor) -> tuple[Tensor, Tensor]:
     """(n, V) logits each, in float32 at least: the model's own, and as decoding computes them."""
     whole = _wide(_own_logits(target, paths))
-    first, nodes = _decoded(target, tokens)
+    decoded = _decoded if target.verifies == "trees" else _decoded_chains
+    first, nodes = decoded(target, tokens)
     own, ours = [], []
-    for i, row, path, positions in _places():
+    for i, row, path, positions in _places(target):
         own += [whole[i, [_PROMPTS[row] - 1]], whole[i, positions]]
         ours += [first[row], nodes[row, path]]
     return torch.cat(own), torch.cat(ours)
@@ -152,23 +168,30 @@ def _own_logits(target: Any, tokens: Tensor) -> Tensor:
     return target.model(input_ids=tokens, use_cache=False).logits
 
 
-def _decoded(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded prefill, then the tree on its cache. tokens: (2, 7).
-
-    Returns (2, 1, V) logits of each prompt's last token, and (2, 4, V) of the nodes.
-    """
-    rows, width, n = len(_PROMPTS), max(_PROMPTS), len(_PARENT)
-    device = target.device
-    length = torch.tensor(_PROMPTS, device=device)
-    cache = RowCache(target.n_layers, rows, width + n, device)
-    position = torch.arange(width, device=device)[None]
+def _prefilled(target: Any, tokens: Tensor) -> tuple[RowCache, Tensor]:
+    """A cache with the prompts in it, padded on the right, and (2, 1, V) logits of their ends."""
+    rows, width = len(_PROMPTS), max(_PROMPTS)
+    length = torch.tensor(_PROMPTS, device=target.device)
+    cache = target.new_cache(rows, width + 2 * len(_PARENT))
+    position = torch.arange(width, device=target.device)[None]
     causal = position[:, :, None] >= position[:, None, :]
-    cache.prepare(width)
+    cache.prepare(width, position >= length[:, None])
     first = target.forward(
         tokens[:, :width], position.expand(rows, -1), target.masks(causal, position, position),
         cache, keep=length - 1,
     )  # fmt: skip
     cache.commit(list(_PROMPTS))
+    return cache, _wide(first.logits)
+
+
+def _decoded(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Right-padded prefill, then the tree on its cache. tokens: (2, 7).
+
+    Returns (2, 1, V) logits of each prompt's last token, and (2, 4, V) of the nodes.
+    """
+    rows, n, device = len(_PROMPTS), len(_PARENT), target.device
+    cache, first = _prefilled(target, tokens)
+    length = cache.length
     cache.prepare(n)
     seen, depth = torch.eye(n, dtype=torch.bool), [0] * n
     for node, parent in enumerate(_PARENT[1:], start=1):
@@ -180,8 +203,30 @@ def _decoded(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     for row, start in enumerate(_PROMPTS):
         allowed[row, :, start : start + n] = seen.to(device)
         keys[row, start : start + n] = position[row]
-    out = target.forward(tokens[:, width:], position, target.masks(allowed, position, keys), cache)
-    return _wide(first.logits), _wide(out.logits)
+    masks = target.masks(allowed, position, keys)
+    out = target.forward(tokens[:, max(_PROMPTS) :], position, masks, cache)
+    return first, _wide(out.logits)
+
+
+def _decoded_chains(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_decoded`, of the nodes as one chain: of the first forward over them the rows accept
+    `_ACCEPTED`, behind which it reads other tokens; a second one reads the rest."""
+    n, nodes = len(_PARENT), tokens[:, max(_PROMPTS) :]
+    cache, first = _prefilled(target, tokens)
+    accepted = torch.tensor(_ACCEPTED, device=target.device)[:, None]
+    place = torch.arange(n, device=target.device)
+    drafted = torch.where(place < accepted, nodes, nodes.flip(0, 1))
+    rest = nodes.gather(1, (accepted + place).clamp(max=n - 1))
+    made = []
+    for read, kept in ((drafted, _ACCEPTED), (rest, (0, 0))):
+        cache.prepare(n)
+        position = cache.length[:, None] + place
+        keys = torch.arange(cache.width, device=target.device).expand(len(nodes), -1)
+        masks = target.masks(keys[:, None] <= position[:, :, None], position, keys)
+        made.append(_wide(target.forward(read, position, masks, cache).logits))
+        cache.commit([now + more for now, more in zip(cache.lengths, kept, strict=True)])
+    logits = [torch.cat([a[:k], b[: n - k]]) for a, b, k in zip(*made, _ACCEPTED, strict=True)]
+    return first, torch.stack(logits)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -209,7 +254,7 @@ def _own_rounding(target: Any, paths: Tensor, own: Tensor) -> float:
     """The largest difference of two logits that are equal but for rounding: the bare model on all
     paths at once, on each alone, and token by token with its own cache."""
     largest, done = 0.0, 0
-    for i, row, path, _ in _places():
+    for i, row, path, _ in _places(target):
         n, start = len(path) + 1, _PROMPTS[row] - 1
         text = paths[i : i + 1, : start + n]
         together = own[done : done + n]
@@ -276,6 +321,8 @@ def _why_wrong(target: Any, tokens: Tensor, measured: float) -> str:
         return "changes its logits after lm_head in a way this version does not know"
     if differs(_wide(_own_logits(target, tokens[:, :-3])), logits[:, :-3]):
         return "lets a token see what follows it (is_decoder is not set, or it is no causal LM)"
+    if target.verifies == "chains":
+        return "does not go on from the keys and states of a text as from the text itself"
     place = torch.arange(tokens.shape[1], device=target.device).expand_as(tokens)
     given = hidden(position_ids=place)
     if differs(_wide(target.project(given)), logits):
