@@ -299,7 +299,7 @@ def check_mode(
     for batch_size in batch_sizes:
         starts = range(0, len(prompts), batch_size)
         about = f"{name}, batches of {batch_size}, {_mode(config)}"
-        for start in Bar(starts, desc=about, unit="batch", leave=False):
+        for start in Bar(starts, desc=about, unit="chunk", leave=False):
             chunk = range(start, min(start + batch_size, len(prompts)))
             strategy = make_strategy([[*prompts[i], *plain_of[i].tokens] for i in chunk])
             decode = functools.partial(
