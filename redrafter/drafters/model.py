@@ -23,6 +23,7 @@ from torch import Tensor
 from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, level_depths, level_start
 from redrafter.decode.warp import score_dtype
+from redrafter.drafters.beams import best_children
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.drafters.frontier import ModelFrontier
@@ -106,15 +107,11 @@ class DraftModel(Drafter):
             scores = scores / (self.temperature or self.seqs.temperature)
         if self.noise is not None:
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
-        # The best W of all children are among the best W of each parent.
-        best, ids = scores.topk(self.width, dim=-1)
-        self._read = scores, scores.logsumexp(-1)
-        total = best + (self.log_q[-1] - self._read[1])[:, :, None]
-        best, index = total.flatten(1).topk(self.width, dim=-1)
-        self.tokens.append(ids.flatten(1).gather(1, index))
-        self._place = index // self.width
-        self.parents.append(level_start(level - 1, self.width) + self._place)
-        self.log_q.append(best.masked_fill((level > self._room)[:, None], float("-inf")))
+        found = best_children(scores, self.log_q[-1], self.width)
+        self._read, self._place = (scores, found.norm), found.place
+        self.tokens.append(found.tokens)
+        self.parents.append(level_start(level - 1, self.width) + found.place)
+        self.log_q.append(found.log_q.masked_fill((level > self._room)[:, None], float("-inf")))
         if self.budget:
             self._ended = not self.budget.go_on(self.log_q[-1])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
+from redrafter.drafters.beams import best_children
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.heads.base import DraftHead
@@ -71,7 +72,6 @@ class RecurrentDrafter(Drafter):
         super().begin(seqs)
         rows = torch.zeros_like(seqs.length)[:, None]
         self._zeros = rows
-        self._arange = torch.arange(self.width, device=rows.device).expand(len(rows), -1)
 
     def observe(self, truth: Truth) -> None:
         """Keep c (B, H): the hidden state whose logits produced the new root."""
@@ -110,26 +110,18 @@ class RecurrentDrafter(Drafter):
         if self.noise is not None:
             scores = scores / self.seqs.temperature
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
-        # The best W of all children are among the best W of each parent.
-        top, ids = scores.topk(self.width, dim=-1)
-        self._read = scores, scores.logsumexp(-1)
-        total = top + (self.log_q[-1] - self._read[1])[:, :, None]
+        found = best_children(scores, self.log_q[-1], self.width)
+        self._read = scores, found.norm
         if frontier.shape[1] > 1:
-            best, index = total.flatten(1).topk(self.width, dim=-1)
-            beam = index // self.width
-            ids = ids.flatten(1).gather(1, index)
-            states = states.gather(1, beam[:, :, None].expand(-1, -1, states.shape[-1]))
-            parent = beam + level_start(level - 1, self.width)
+            beam = found.place[:, :, None].expand(-1, -1, states.shape[-1])
+            self.states = states.gather(1, beam)
         else:
-            best, ids = total[:, 0], ids[:, 0]
-            states = states.expand(-1, self.width, -1)
-            parent = self._arange * 0 if level == 1 else self._arange + (level - 1)
-        self.states = states
-        self.tokens.append(self.head.to_vocab_ids(ids))
-        self.parents.append(parent)
-        self.log_q.append(best)
+            self.states = states.expand(-1, self.width, -1)
+        self.tokens.append(self.head.to_vocab_ids(found.tokens))
+        self.parents.append(level_start(level - 1, self.width) + found.place)
+        self.log_q.append(found.log_q)
         if self.budget:
-            self._ended = not self.budget.go_on(best)
+            self._ended = not self.budget.go_on(found.log_q)
 
     def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         if len(self.log_q) == 1:
