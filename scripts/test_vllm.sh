@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Heads in a real vLLM, on a CPU: texts, acceptance, the law at temperature 1, the server, speed; and
-# Medusa heads that scripts/convert_head.py wrote, in vLLM's own `method: medusa`.
+# Heads in a real vLLM, on a CPU: texts, acceptance, the law at temperature 1, the server, speed;
+# and Medusa heads that scripts/convert_head.py wrote, in vLLM's own `method: medusa`.
 # Not part of CI: it installs vLLM (4 GB) into .venv-vllm, and takes half an hour on two slow cores.
 #
 #   bash scripts/test_vllm.sh                              makes a small model and heads for it
@@ -11,10 +11,11 @@
 # finding is wrong. In the environment:
 #
 #   VLLM_VENV   an environment that has vLLM, in place of .venv-vllm; nothing is installed into it
-#   MEDUSA      a medusa head for MODEL (else one is trained on answers to the first rows of PROMPTS)
+#   MEDUSA      a medusa head for MODEL (else one is trained, on answers to the first of PROMPTS)
 #   SMOLLM2     the folder of scripts/make_smollm2.py (else it is made)
 #   PARTS       what vllm_real.py does with MODEL
-#   N_PROMPTS   of the last rows (100); NEW_TOKENS of each answer (64), SMOLLM2_TOKENS of SmolLM2's (16)
+#   N_PROMPTS   of the last rows (100); NEW_TOKENS of each answer (64), of SmolLM2's SMOLLM2_TOKENS
+#               (16)
 #   ONLY        some of: head medusa server answers smollm2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -246,21 +246,22 @@ def planted(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingP
     counts(rows, counted, 0.01, planted=True)
 
 
-def laws(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
-    """The sampler as it is, where it may lose the law and then nothing is drafted; and repaired,
+def sampled(
+    args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams, repair: int
+) -> None:
+    """The sampler as it is, where it may lose the law and then nothing is drafted; or repaired,
     which it stays in this process."""
-    for repair in (0, 1):
-        speculative, extra = with_head(args, redrafter_serve_repair=repair)
-        with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
-            law(engine, rows, drafted=engine.drafter.drafts_sampled)
-            mixed(engine, rows, plain, greedy)
+    speculative, extra = with_head(args, redrafter_serve_repair=repair)
+    with Engine(args.model, speculative, extra, max_num_seqs=_LAW_BATCH) as engine:
+        law(engine, rows, drafted=engine.drafter.drafts_sampled)
+        mixed(engine, rows, plain, greedy)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "head", "rows", "differing"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--parts", default="plain,head,hard,planted,laws,ngram")
+    parser.add_argument("--parts", default="plain,head,hard,planted,law,repaired,ngram")
     args = parser.parse_args()
     rows = json.loads(Path(args.rows).read_text())
     args.depth = rows["depth"]
@@ -277,8 +278,9 @@ def main() -> int:
         hard_cases(args, rows, plain, greedy)
     if "planted" in parts:
         planted(args, rows, plain, greedy)
-    if "laws" in parts:
-        laws(args, rows, plain, greedy)
+    for repair, part in enumerate(("law", "repaired")):
+        if part in parts:
+            sampled(args, rows, plain, greedy, repair)
     if "ngram" in parts:
         ngram(args, rows, plain, greedy)
     say(f"{len(failed)} findings are wrong", not failed)
