@@ -25,7 +25,7 @@ generations by the clock, with a 95 % interval. T 0 is greedy, T 1 samples; the 
 both. loops: the share of plain's text whose last four tokens had occurred in this order before."""
 _LOOPING = """\
 At T {temperatures} the target, which is very small, repeats itself: there copying is hard to beat,
-and a head gains less than on text that says something new (README: Drafters)."""
+and a head gains less than on text that says something new (docs/drafters.md)."""
 
 
 def show(bodies: Sequence[dict[str, Any]]) -> str:

@@ -93,6 +93,9 @@ def test_the_receipt_of_the_data(run, published_run):
     words = ["/x/bin/redrafter train_redrafter", "train_redrafter", "--a", "1"]
     line = launch_line({"argv": words})
     assert line == "redrafter train_redrafter --a 1"
+    words = ["/x/redrafter/cli/train_redrafter.py", "--a", "1"]  # as accelerate starts it
+    line = launch_line({"argv": words, "processes": 2})
+    assert line == "redrafter train --launch.num_processes 2 --a 1"
 
 
 def test_a_source_on_the_hub_is_named_in_the_metadata(run):

@@ -1,10 +1,13 @@
 """What the documents say is run, and what they point to is there."""
 
 import doctest
+import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from redrafter.config import TreeConfig
 from redrafter.drafters.recurrent import RecurrentDrafter
@@ -15,7 +18,7 @@ from redrafter.targets.model import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
-DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "examples/README.md"]
 
 
 def test_the_worked_examples_run():
@@ -67,3 +70,31 @@ def test_code_in_the_documents_runs(quickstart, monkeypatch, document, heading, 
     names: dict = {}
     for block in blocks:
         exec(compile(block, document, "exec"), names)
+
+
+def test_the_readmes_picture_is_drawn_from_the_files():
+    """What it shows is in docs/pictures/trace.json and in a committed table."""
+    place = ROOT / "scripts/dev/readme_picture.py"
+    spec = importlib.util.spec_from_file_location("readme_picture", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PICTURE.read_text(encoding="utf-8") == module.drawn()
+    assert module.PICTURE.relative_to(ROOT).as_posix() in (ROOT / "README.md").read_text()
+
+
+def pages(item) -> list[str]:
+    """The files that a navigation names."""
+    if isinstance(item, str):
+        return [item]
+    return [page for part in (item.values() if isinstance(item, dict) else item)
+            for page in pages(part)]  # fmt: skip
+
+
+def test_every_page_can_be_reached_and_every_name_of_the_api_is_there():
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    there = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    assert sorted(named) == sorted(there)
+    api = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^::: (\S+)$", api, re.MULTILINE):
+        assert pkgutil.resolve_name(name), name
+    assert "::: " in api

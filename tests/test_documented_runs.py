@@ -27,6 +27,7 @@ SMALL = {
     "lossless": "--n_prompts=2 --max_new_tokens=8 --batch_sizes=2",
     "speed": "--n_prompts=2 --max_new_tokens=8 --cost_rounds=1",
     "costs": "--rounds=1 --contexts=16 --batch_sizes=1 --new_tokens=1,9,33",
+    "report": "--n_prompts=1 --max_new_tokens=8",
     "table": "--n_prompts=2 --max_new_tokens=8 --cost_rounds=1 --temperatures=[0.0]",
     "lookahead_records": "--n_prompts=4 --skip_rows=2 --max_new_tokens=8",
     "train_disco": "--validation_prompts=2 --epochs=1 --rollouts=1 --hidden=4",
@@ -82,14 +83,15 @@ def globbed(word: str) -> list[str]:
 
 
 LINES = {
-    path.name: [words for words in shown(path) if start_of(words) is not None]
-    for path in DOCUMENTS
+    path.name: [words for words in shown(path) if start_of(words) is not None] for path in DOCUMENTS
 }
 
 
-@pytest.mark.parametrize(
-    ("document", "least"), [("README.md", 8), ("data.md", 5), ("lookaheads.md", 4)]
-)
+#: document -> how many of its lines are run, at least
+RUN = {"README.md": 5, "start.md": 8, "data.md": 5, "lookaheads.md": 4}
+
+
+@pytest.mark.parametrize(("document", "least"), RUN.items())
 def test_the_lines_of_a_document_run_to_their_end(document, least, clone):
     lines = [words for words in LINES[document] if reason_not_to(words) is None]
     assert len(lines) >= least
@@ -97,7 +99,7 @@ def test_the_lines_of_a_document_run_to_their_end(document, least, clone):
         if any("more/states" in word for word in words):
             shutil.copytree("runs/states", "more/states")
         run_line(words)
-    if document == "README.md":
+    if document in ("README.md", "start.md"):
         card = Path("runs/head/card/README.md").read_text()
         assert "Nothing was measured" not in card
         assert "lossless.json" in card and "speed.json" in card
@@ -106,4 +108,4 @@ def test_the_lines_of_a_document_run_to_their_end(document, least, clone):
 def test_only_lines_that_need_more_than_a_clone_are_left_out():
     for document, lines in LINES.items():
         for words in lines:
-            assert document in ("README.md", "data.md", "lookaheads.md") or reason_not_to(words)
+            assert document in RUN or reason_not_to(words)

@@ -1,14 +1,45 @@
-"""The head that ships is whole, small, and says what it was made from."""
+"""The head that ships is whole, small, and says what it was made from; the programs run."""
 
+import importlib.util
+import io
 import json
+import os
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from redrafter import generate
+from redrafter.config import TargetConfig
 from redrafter.export.golden import file_faults, read_golden
 from redrafter.heads.load import load_head
+from redrafter.targets.model import load_target
 
-HEAD = Path(__file__).resolve().parent.parent / "examples" / "smollm2-135m" / "head"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+HEAD = EXAMPLES / "smollm2-135m" / "head"
+
+
+def module_of(name: str):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shell(
+    name: str, *words: object, first: Path = Path(sys.executable).parent
+) -> subprocess.CompletedProcess:
+    """A script, with the commands of a folder: this environment's own."""
+    path = f"{first}{os.pathsep}{os.environ['PATH']}"
+    root = str(EXAMPLES.parent)
+    return subprocess.run(
+        ["bash", EXAMPLES / name, *map(str, words)], capture_output=True, text=True,
+        env={**os.environ, "PATH": path, "PYTHONPATH": root},
+    )  # fmt: skip
 
 
 def test_the_shipped_head_is_what_was_exported():
@@ -25,3 +56,67 @@ def test_it_says_what_it_was_trained_on_and_how():
     config = facts["config"]
     assert config["head"]["draft_vocab_size"] == 6144 and config["optim"]["steps"] == 8000
     assert any("self" in store for store in config["data"]["stores"])
+
+
+@pytest.mark.parametrize("acceptance", ["copied", "all", "some", "none"])
+def test_the_teaching_loop_gives_the_librarys_tokens(acceptance, tiny_target):
+    """In float64, with every length of an accepted draft from none to all."""
+    loop = module_of("teaching_loop")
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float64)
+    target = load_target(TargetConfig(path=str(tiny_target), dtype="float64"))
+    for text in ("# Anna has 24 books. Anna has", "Ben 3"):
+        ids = target.tokenizer(text).input_ids
+        for n in (1, 2, 30):
+            wanted = generate(target, [ids], max_new_tokens=n).tokens[0]
+            known = [*ids, *wanted]
+
+            def draft(so_far, known=known):
+                """The truth, wrong from a place on that moves along."""
+                guess = known[len(so_far) : len(so_far) + 4]
+                right = {"all": 4, "some": len(so_far) % 5, "none": 0}[acceptance]
+                return [*guess[:right], *[(t + 1) % target.vocab_size for t in guess[right:]]]
+
+            given = {} if acceptance == "copied" else {"draft": draft}
+            tokens, steps = loop.speculate(model, ids, n, **given)
+            assert tokens == wanted
+            if acceptance == "none":
+                assert steps == len(wanted)
+            if acceptance == "all":
+                assert steps == -(-len(wanted) // 5)
+
+
+def test_the_chat_says_what_was_accepted(published_run, tiny_target, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Anna has 3 cards.\nBen has 4.\n"))
+    module_of("chat").main(str(tiny_target), str(published_run), "head:2x2", 24)
+    said = capsys.readouterr().out
+    assert said.count(" tokens, ") == 2 and said.count("by depth ") == 2
+    target = load_target(str(tiny_target))
+    first = [{"role": "user", "content": "Anna has 3 cards."}]
+    assert generate(target, messages=first, max_new_tokens=24).extra["texts"][0] in said
+
+
+def test_own_prompts_are_evaluated(run, tiny_target, tmp_path):
+    """The script's own lines, kept by what stands for the command and then run."""
+    for name in ("lossless.json", "speed.json"):
+        (run / name).unlink()
+    kept = tmp_path / "redrafter"
+    kept.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/lines\n')
+    kept.chmod(0o755)
+    prompts = tiny_target / "prompts_heldout.jsonl"
+    done = shell("evaluate_own_prompts.sh", tiny_target, run, prompts, 2, 8, "--cost_rounds=1",
+                 first=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in (tmp_path / "lines").read_text().splitlines():
+        command, *words = line.split(" ")
+        assert not import_module(f"redrafter.cli.{command}").main(words)
+    for name in ("lossless.json", "speed.json", "report.html"):
+        assert (run / name).is_file()
+    assert "redrafter speed" not in (run / "report.html").read_text(), "it was measured"
+
+
+def test_what_would_be_served_is_said(published_run, tiny_target):
+    done = shell("serve_vllm.sh", tiny_target, published_run, "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "vllm" in done.stdout and str(tiny_target) in done.stdout
+    for script in ("serve_vllm.sh", "evaluate_own_prompts.sh"):
+        assert shell(script).returncode == 2 and "MODEL HEAD" in shell(script).stderr

@@ -122,6 +122,7 @@ MAY_IMPORT = {
     "config": set(),
     "files": {"config"},
     "fetch": {"contracts"},
+    "shipped": {"contracts"},
     "processes": {"contracts"},
     "threads": {"contracts"},
     "bars": set(),

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from redrafter import shipped
 from redrafter.cli import train
 from redrafter.cli.configs import main as configs
 from redrafter.cli.main import SUBCOMMANDS, TASKS, usage
 from redrafter.cli.train_redrafter import main as train_redrafter
-from redrafter.config import shipped
 from redrafter.contracts import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

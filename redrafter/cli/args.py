@@ -122,14 +122,11 @@ def parse(
     first: names of the options that `--help` shows, for a command of many; `--help-all` shows all
     refuse: raises InputError for what is known to be wrong before anything heavy is imported
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = _words(cls, argv, plan is not None)
     parser = _parser_of(cls, prog, description, names is not None, plan is not None)
     parser.teach(first)
     if names is not None and "--list" in words:
         _list(names)
-    if plan is not None and "--plan" in words:
-        # Paths may be left out; those given stand later on the line and win.
-        words = [f"--{name}=" for name in _required_texts(cls)] + words
     config, planned, wanted = _read(parser, cls, words)
     if planned:
         show_plan(plan, config, wanted)
@@ -145,6 +142,15 @@ def typed(script: str) -> str:
     the script."""
     name = Path(sys.argv[0]).name
     return name if name.startswith("redrafter ") else script
+
+
+def _words(cls: type, argv: Sequence[str] | None, plans: bool) -> list[str]:
+    """What the parser reads of the arguments."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if plans and "--plan" in words:
+        # Paths may be left out; those given stand later on the line and win.
+        words = [f"--{name}=" for name in _required_texts(cls)] + words
+    return words
 
 
 def _parser_of(cls: type, prog: str, description: str | None, lists: bool, plans: bool) -> _Parser:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redrafter.cli.args import reports_input_errors
-from redrafter.config.shipped import find, folder, names
 from redrafter.contracts import InputError
 from redrafter.files import write_bytes
+from redrafter.shipped import find, folder, names
 
 _DESCRIPTION = """\
 list: names and the command of each; show NAME: a file's text; copy NAME [TO]: a file of your own to

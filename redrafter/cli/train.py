@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from redrafter.cli.args import reports_input_errors
-from redrafter.config.shipped import find
+from redrafter.shipped import find
 
 _PREFIX = "--launch."
 

@@ -12,7 +12,7 @@ IN_A_WHEEL = "shipped_configs"
 
 def folder() -> Path:
     """Where they lie. Raises InputError where neither is."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent
     for place in (package / IN_A_WHEEL, package.parent / "configs"):
         if (place / "quickstart.yaml").is_file():
             return place
