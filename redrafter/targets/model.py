@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_json, digest_weights
+from redrafter.products import PackedProduct
 from redrafter.targets.adapters import (
     CONFIG,
     Adapter,
@@ -123,6 +124,8 @@ class Target:
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         choose_experts(model, self.dtype)
+        plain_head = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        self.lm_product = PackedProduct(self.lm_head.weight) if plain_head else None
         self._no_mask = torch.empty(1, 1, 1, 0)
         #: a shorter way to the same hidden states, where there is one (`redrafter.targets.fused`)
         self.fused: Any = None
@@ -164,7 +167,7 @@ class Target:
         columns: (Vd,) int64, those of an lm_head that is a plain `nn.Linear`; None: all
         """
         if columns is None:
-            logits = self.lm_head(hidden)
+            logits = (self.lm_product or self.lm_head)(hidden)
         else:
             bias = None if self.lm_head.bias is None else self.lm_head.bias[columns]
             logits = nn.functional.linear(hidden, self.lm_head.weight[columns], bias)
