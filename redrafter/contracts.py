@@ -86,6 +86,7 @@ class RowState:
               see `noise.private_uniform`
     cache:    the target's keys and values (a `RowCache`), for a drafter that borrows it: it may
               write behind the committed part, and puts `lengths` back before its tree is verified
+    alive:    `live` on the host, where the loop has told it; see `live_rows`
     """
 
     ids: Tensor
@@ -96,6 +97,11 @@ class RowState:
     temperature: float = 1.0
     seeds: Tensor | None = None
     cache: Any = None
+    alive: list[bool] | None = None
+
+    def live_rows(self) -> list[bool]:
+        """`live` on the host; reads it only where the loop has not told it (`alive`)."""
+        return self.live.tolist() if self.alive is None else self.alive
 
     @property
     def root(self) -> Tensor:
@@ -117,6 +123,7 @@ class Truth:
     tree:   the tree that was verified, and
     tree_logits: (B, N, V), the raw target logits at all of its nodes, accepted or not; None if
             `needs` lacks "tree_logits", and after the prefill
+    told:   the real ones of `tokens` on the host, where the loop has told them; see `rows`
     After the prefill, K = 0: `tokens[:, 0]` is the first root, and the prompt itself stands in
     `RowState.ids`.
     """
@@ -128,6 +135,15 @@ class Truth:
     tree: TokenTree | None = None
     tree_logits: Tensor | None = None
     last_logits: Tensor | None = None
+    told: list[list[int]] | None = None
+
+    def rows(self) -> list[list[int]]:
+        """Per row the real ones of `tokens`, on the host; reads them only where the loop, which
+        knows them, has not told them (`told`)."""
+        if self.told is None:
+            found = zip(self.tokens.tolist(), self.count.tolist(), strict=True)
+            self.told = [tokens[:count] for tokens, count in found]
+        return self.told
 
     def last_hidden(self) -> Tensor:
         """(B, H): the hidden state that produced the new root."""

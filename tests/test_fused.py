@@ -16,7 +16,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.evaluation.operations import of_decoding
-from redrafter.targets import fused
+from redrafter.targets import fused, passed
 from redrafter.targets.fused import KNOWN
 from redrafter.targets.model import load_target
 
@@ -171,6 +171,16 @@ def test_what_computes_something_else_is_not_taken(folders, monkeypatch, tmp_pat
     assert load(folders("llama"), "auto", "float32").fused is None
     with pytest.raises(InputError, match="cannot be a target"):
         load(folders("llama"), "fused", "float32")
+
+
+def test_it_is_compared_once(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    probed, check = [], passed.check_target
+    monkeypatch.setattr(
+        passed, "check_target", lambda target: (probed.append(target.fused), check(target))
+    )
+    first, again = (load(folders("llama"), "auto") for _ in range(2))
+    assert probed == [None, first.fused] and again.fused is not None
 
 
 def refused(tmp_path, model, why):

@@ -31,8 +31,9 @@ def probed(monkeypatch):
     return found
 
 
-def load(folder, dtype="float32"):
-    return load_target(TargetConfig(str(folder), device="cpu", dtype=dtype))
+def load(folder, dtype="float32", **more):
+    config = TargetConfig(str(folder), device="cpu", dtype=dtype, forward="model", **more)
+    return load_target(config)
 
 
 def test_it_is_passed_once(folder, probed):
@@ -98,12 +99,12 @@ def test_another_adapter_is_probed(folder, probed, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     for expected in (2, 2):
-        load_target(TargetConfig(str(tmp_path / "adapter"), base=str(folder), device="cpu"))
+        load(tmp_path / "adapter", base=str(folder))
         assert len(probed) == expected
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     save_file({name: w + 0.01 for name, w in weights.items()}, file, {"format": "pt"})
-    load_target(TargetConfig(str(tmp_path / "adapter"), base=str(folder), device="cpu"))
+    load(tmp_path / "adapter", base=str(folder))
     assert len(probed) == 3
 
 

@@ -100,7 +100,7 @@ def speculative_loop(
         verdict, told = state.verify(out, tree, seen, drafted)
         in_order = state.accept(told, tree.n_nodes)
         state.commit(verdict, in_order)
-        truth = _truth(verdict, out, tree, seqs, needs)
+        truth = _truth(verdict, out, tree, seqs, needs, told)
         with timer("draft"):
             drafter.observe(truth)
         with timer("lookahead"):
@@ -291,12 +291,20 @@ class _Decoding:
         where = seqs.length[:, None] + torch.arange(tokens.shape[1], device=device)
         seqs.ids.scatter_(1, where, tokens)
         seqs.length = torch.tensor(self.emitter.lengths, device=device)
-        seqs.live = torch.tensor(self.emitter.live, device=device)
+        seqs.alive = self.emitter.live
+        seqs.live = torch.tensor(seqs.alive, device=device)
 
 
 def _truth(
-    verdict: Verdict, out: TargetOutput, tree: TokenTree, seqs: RowState, needs: frozenset[str]
+    verdict: Verdict,
+    out: TargetOutput,
+    tree: TokenTree,
+    seqs: RowState,
+    needs: frozenset[str],
+    told: list[list[int]],
 ) -> Truth:
+    """told: what the host was told, see `_Decoding.verify`"""
+
     def along(x: Tensor, nodes: Tensor) -> Tensor:
         if tree.n_nodes == 1:
             return x
@@ -315,4 +323,5 @@ def _truth(
         tree,
         out.logits if "tree_logits" in needs else None,
         last,
+        [row[2 : row[0] + 3] if on else [] for row, on in zip(told, seqs.live_rows(), strict=True)],
     )

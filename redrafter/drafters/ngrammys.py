@@ -213,9 +213,7 @@ class NGrammys(Drafter):
         }  # fmt: skip
 
     def observe(self, truth: Truth) -> None:
-        """One read of the host per step."""
-        told = torch.cat([truth.count[:, None], truth.tokens], 1).tolist()
-        self._feed([tokens[:count] for count, *tokens in told])
+        self._feed(truth.rows())
 
     def _feed(self, rows: list[list[int]]) -> None:
         if self.reads_text:

@@ -278,10 +278,8 @@ class SuffixDrafter(Drafter):
             row.feed(ids[:length])
 
     def observe(self, truth: Truth) -> None:
-        """One read of the host per step."""
-        told = torch.cat([truth.count[:, None], truth.tokens], 1).tolist()
-        for row, (count, *tokens) in zip(self.rows, told, strict=True):
-            row.feed(tokens[:count])
+        for row, tokens in zip(self.rows, truth.rows(), strict=True):
+            row.feed(tokens)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {
@@ -290,7 +288,7 @@ class SuffixDrafter(Drafter):
         }  # fmt: skip
 
     def start(self) -> None:
-        live = self.seqs.live.tolist()
+        live = self.seqs.live_rows()
         drafts = [
             row.draft(self.min_match, self.factor, self.max_depth) if on else ([], 0, 0.0)
             for row, on in zip(self.rows, live, strict=True)

@@ -38,6 +38,7 @@ from redrafter.files import digest_weights
 from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import describe
 from redrafter.heads.reading import read_config, with_weights
+from redrafter.products import PackedProduct
 
 
 class DraftHeadConfig(PreTrainedConfig):
@@ -106,6 +107,7 @@ class DraftHead(PreTrainedModel):
         config.check()
         super().__init__(config)
         self._frozen_matrix: Tensor | None = None
+        self._products: dict[int, PackedProduct] = {}  # by where the matrix lies
 
     # -- what a kind gives -----------------------------------------------------------------
 
@@ -219,6 +221,8 @@ class DraftHead(PreTrainedModel):
         """
         if self.draws_on_target:
             self._frozen_matrix = self.rows_of(target)
+            if shared := getattr(target, "lm_product", None):  # packed once for both
+                self._products[shared.matrix.data_ptr()] = shared
         return self
 
     def rows_of(self, target: Any) -> Tensor:
@@ -247,7 +251,13 @@ class DraftHead(PreTrainedModel):
     def logits(self, context: Tensor, states: Tensor, level: int = 1) -> Tensor:
         """Scores of the token after the last one read. Arguments: see `features`; (..., Vd)."""
         matrix = self.vocab_matrix(level)
-        return F.linear(self.features(context, states, level).to(matrix.dtype), matrix)
+        features = self.features(context, states, level).to(matrix.dtype)
+        if not isinstance(matrix, nn.Parameter) and matrix is not self._frozen_matrix:
+            return F.linear(features, matrix)  # made anew in every call
+        place = matrix.data_ptr()
+        if place not in self._products:
+            self._products[place] = PackedProduct(matrix)
+        return self._products[place](features)
 
     def read(
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int

@@ -158,23 +158,25 @@ class FusedForward:
 
 
 def choose_forward(target: Any, wanted: str, check: Callable[[Any], None]) -> None:
-    """Give a target the forward that is wanted (`TargetConfig.forward`), and `check` it with that.
+    """`check` a target and give it the forward that is wanted (`TargetConfig.forward`).
 
-    Raises InputError where there is no fused one of it, or it computes something else, and it was
-    asked for by name; else the model's own is taken.
+    Its class's own is checked whatever is wanted, as it stands in where the fused one steps aside.
+    Raises InputError where `fused` was asked for by name and there is none, or it computes
+    something else; `auto` then leaves the class's own.
     """
     why = cannot_fuse(target.model, target.backbone, target.config)
     if wanted == "fused" and why is not None:
         raise InputError(f"target.forward fused: {target.name} has none, as {why}; leave it out")
-    if wanted != "model" and why is None:
-        target.fused = FusedForward(target.backbone, target.config)
+    check(target)
+    if wanted == "model" or why is not None:
+        return
+    target.fused = FusedForward(target.backbone, target.config)
     try:
         check(target)
     except InputError:
-        if wanted == "fused" or target.fused is None:
+        if wanted == "fused":
             raise
         target.fused = None
-        check(target)
 
 
 def cannot_fuse(model: nn.Module, backbone: nn.Module, config: Any) -> str | None:

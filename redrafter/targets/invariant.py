@@ -110,6 +110,7 @@ def make_invariant(target: Any) -> Form:
     if not layers or not all(hasattr(sys.modules[m], "eager_attention_forward") for m in modules):
         raise InputError(_refusal(target, "its class brings attention of its own"))
     target.model.set_attn_implementation(ATTENTION)
+    target.lm_product = None  # packed for every shape alike; the lm_head is one of the products
     products = list(_products(target))
     whole = [m.forward for m in products]
 

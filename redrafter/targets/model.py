@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_json, digest_weights
+from redrafter.products import PackedProduct
 from redrafter.targets.adapters import (
     CONFIG,
     Adapter,
@@ -131,6 +132,8 @@ class Target:
         #: how its products are computed where that is fixed (`redrafter.targets.invariant`)
         self.invariant: Form | None = None
         choose_experts(model, self.dtype)
+        plain_head = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
+        self.lm_product = PackedProduct(self.lm_head.weight) if plain_head else None
         self._no_mask = torch.empty(1, 1, 1, 0)
         #: a shorter way to the same hidden states, where there is one (`redrafter.targets.fused`)
         self.fused: Any = None
@@ -216,8 +219,10 @@ class Target:
         columns: (Vd,) int64, those of an lm_head that is a plain `nn.Linear`; None: all
         """
         if columns is None:
-            wide = self.wide_head
-            logits = self.lm_head(hidden) if wide is None else wide(hidden.float())
+            if self.wide_head is not None:
+                logits = self.wide_head(hidden.float())
+            else:
+                logits = (self.lm_product or self.lm_head)(hidden)
         else:
             bias = None if self.lm_head.bias is None else self.lm_head.bias[columns]
             logits = nn.functional.linear(hidden, self.lm_head.weight[columns], bias)

@@ -1,0 +1,94 @@
+"""Large products by packed matrices: the same numbers, of the values that the matrix has now."""
+
+import copy
+
+import pytest
+import torch
+from models import tiny
+from torch import nn
+from torch.nn import functional as F
+
+from redrafter.heads.recurrent import RecurrentHead
+from redrafter.products import PackedProduct, _available
+from redrafter.targets.model import Target
+
+LARGE, SMALL = (1 << 11, 1 << 9), (1 << 9, 1 << 9)
+needs_onednn = pytest.mark.skipif(not _available(), reason="this torch packs no matrices")
+
+
+def drawn(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def check(product, matrix, rows=5):
+    x = drawn(2, rows, matrix.shape[1], dtype=matrix.dtype)
+    with torch.inference_mode():
+        found = product(x)
+    torch.testing.assert_close(found, F.linear(x, matrix), rtol=1e-4, atol=1e-3)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 50])
+def test_numbers_are_those_of_the_matrix(rows):
+    matrix = drawn(*LARGE)
+    product = PackedProduct(matrix)
+    check(product, matrix, rows)
+    assert product._packed is not None
+
+
+@needs_onednn
+def test_a_matrix_that_changes_is_packed_anew():
+    matrix = nn.Parameter(drawn(*LARGE))
+    product = PackedProduct(matrix)
+    check(product, matrix)
+    with torch.no_grad():
+        matrix.mul_(-2)
+    check(product, matrix)
+    matrix.data = drawn(*reversed(LARGE)).t().contiguous()
+    check(product, matrix)
+
+
+@needs_onednn
+def test_copies_are_of_the_copy():
+    matrix = nn.Parameter(drawn(*LARGE))
+    product = PackedProduct(matrix)
+    check(product, matrix)
+    other = copy.deepcopy(product)
+    with torch.no_grad():
+        other.matrix.mul_(3)
+    check(other, 3 * matrix.detach())
+    check(product, matrix)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(SMALL, torch.float32), (LARGE, torch.float64), (LARGE, torch.bfloat16)]
+)
+def test_what_gains_nothing_is_not_packed(shape, dtype):
+    matrix = drawn(*shape, dtype=dtype)
+    product = PackedProduct(matrix)
+    x = drawn(3, shape[1], dtype=dtype)
+    with torch.inference_mode():
+        assert torch.equal(product(x), F.linear(x, matrix))
+    assert product._packed is None
+
+
+def test_gradients_pass_where_there_are_any():
+    product = PackedProduct(nn.Parameter(drawn(*LARGE)))
+    product(drawn(3, LARGE[1])).sum().backward()
+    assert product.matrix.grad is not None and product._packed is None
+
+
+@needs_onednn
+def test_a_head_on_the_targets_matrix_shares_it():
+    wide = tiny.__wrapped__("llama", vocab_size=1 << 15)
+    target = Target(wide.model.float())
+    head = RecurrentHead.for_target(target, output="target").eval()
+    context, tokens = drawn(1, 1, target.hidden_size), torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        target.project(drawn(3, target.hidden_size))
+        _, logits = head.read(target, tokens, context, None, 1)
+        states = head.advance(target, tokens, context, None, 1)
+        wanted = F.linear(head.features(context, states), target.lm_head_weight)
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    assert list(head._products.values()) == [target.lm_product]
+    assert target.lm_product._packed is not None
