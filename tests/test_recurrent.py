@@ -221,7 +221,7 @@ def test_a_ragged_prefill_without_its_padding_is_an_error():
 
 
 def test_a_model_is_watched_once_and_works_as_before():
-    model = build("qwen3_next")
+    model = build("lfm2")
     ids = torch.arange(10, 18)[None]
     before = model(input_ids=ids).logits
     first = Target(model)
