@@ -98,7 +98,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": dict(layer_types=["linear_attention", "moe", "full_attention"],
                        num_hidden_layers=3),
     "olmo_hybrid": _MIXED,
-    "qwen3_5": dict(text_config=_MIXED), "qwen3_5_moe": dict(text_config=_MIXED),
+    **{family: dict(text_config=_MIXED) for family in ("qwen3_5", "qwen3_5_moe")},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), _MIXED),
     "reformer": dict(axial_pos_embds=False, attention_head_size=8, attn_layers=["local", "lsh"],
                      local_attn_chunk_length=8, lsh_attn_chunk_length=8, num_buckets=2),
@@ -111,8 +111,8 @@ _OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(family: str) -> PreTrainedConfig:
-    return _small(CONFIG_MAPPING[family], _OWN.get(family, {}))
+def config_of(family: str, **changes: Any) -> PreTrainedConfig:
+    return _small(CONFIG_MAPPING[family], _OWN.get(family, {}) | changes)
 
 
 def _small(kind: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
@@ -129,10 +129,13 @@ def _small(kind: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfi
     return kind(**{**made, **own})
 
 
-def build(family: str) -> Any:
-    """The model, in float64 where its class can compute in it. Whatever it raises comes out."""
+def build(family: str, **changes: Any) -> Any:
+    """The model, in float64 where its class can compute in it. Whatever it raises comes out.
+
+    changes: fields of its configuration
+    """
     dtype = torch.float32 if family in _SINGLE else torch.float64
-    config = config_of(family)
+    config = config_of(family, **changes)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > MOST:

@@ -16,10 +16,10 @@ from models import (
 )
 from transformers import DynamicCache
 
-from redrafter.decode import request as request_module
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.targets import model as model_module
 from redrafter.targets.cache import RowCache
 
 # Largest measured: 2e-14. RMS norms round to float32 inside a float64 model, which swallows the
@@ -44,7 +44,7 @@ def caches(monkeypatch):
             self.rounds.append((self.width, self.bytes_moved, path is not None, before))
             self.pointers.append(self.data_ptrs())
 
-    monkeypatch.setattr(request_module, "RowCache", Watched)
+    monkeypatch.setattr(model_module, "RowCache", Watched)
     return made
 
 

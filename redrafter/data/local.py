@@ -56,6 +56,11 @@ def continue_greedily(
     it means nothing.
     Raises InputError where a row and its `wanted` differ in length or a row exceeds the context.
     """
+    if n > 1 and target.verifies == "chains":
+        raise InputError(
+            f"data.labels local: {target.name} has recurrent layers, and reads no chains beside "
+            "each other; take data.labels greedy or tokens"
+        )
     _check(target, rows, wanted, n, max_nodes)
     result = [torch.full((len(row), n), -1) for row in rows]
     work = [r for r in range(len(rows)) if any(wanted[r])]
@@ -71,7 +76,7 @@ def continue_greedily(
     # Chunks of equal size: a last one of two chains would cost as many forwards as a full one.
     n_chunks = -(-start.shape[1] // width)
     chunk = -(-start.shape[1] // n_chunks)
-    cache = RowCache(target.n_layers, n_rows, length + (n - 1) * chunk, target.device)
+    cache = target.new_cache(n_rows, length + (n - 1) * chunk)
     first = _read(target, tokens.to(target.device), width, cache)
     chains = [_say(target, first, t, n, cache) for t in start.split(chunk, dim=1)]
     eos = target.eos_token_ids if eos is None else eos

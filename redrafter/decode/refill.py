@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from redrafter.contracts import Generation, RowState, StepStats
 from redrafter.decode.noise import gumbel
-from redrafter.decode.request import Emitter, Prompts, Request
+from redrafter.decode.plain import plain
+from redrafter.decode.request import Emitter, Prompts, Request, as_rows, row_seeds
 from redrafter.decode.verify import choose_scored, to_host
 from redrafter.decode.warp import MinNewTokens, Warp, score_dtype
 from redrafter.targets.cache import RowCache
@@ -106,8 +108,12 @@ def refilled(
         longest row
     ended: told the number of every row that ends, in the order of the ends
     The longest prompts go first: what memory is needed is needed at once, and few rows are left
-    when the last ones end.
+    when the last ones end. Rows with recurrent states do not take each other's places: they go
+    `slots` at a time.
     """
+    if target.verifies == "chains":
+        how = dict(logits_processor=logits_processor, stopping_criteria=stopping_criteria)
+        return _in_turns(target, prompts, generation_config, slots, seeds, ended, how)
     request = Request(
         target, prompts, generation_config, seeds, logits_processor, stopping_criteria, None, None
     )
@@ -143,6 +149,41 @@ def refilled(
     return emitter.result(stats)
 
 
+def _in_turns(
+    target: Target,
+    prompts: Prompts,
+    generation_config: GenerationConfig | None,
+    slots: int,
+    seeds: int | Sequence[int],
+    ended: Callable[[int], object],
+    how: dict[str, Any],
+) -> Generation:
+    """`plain` of `slots` prompts at a time, the longest first."""
+    rows = as_rows(prompts, None, target)
+    own = row_seeds(seeds, len(rows)).tolist()
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    stats = StepStats([0] * len(rows), [0] * len(rows))
+    tokens: list[list[int]] = [[] for _ in rows]
+    finish = [""] * len(rows)
+    for start in range(0, len(order), slots):
+        turn = order[start : start + slots]
+        made = plain(
+            target, [rows[row] for row in turn], generation_config,
+            seeds=[own[row] for row in turn], **how,
+        )  # fmt: skip
+        for place, row in enumerate(turn):
+            tokens[row], finish[row] = made.tokens[place], made.finish[place]
+            stats.steps[row], stats.emitted[row] = (
+                made.stats.steps[place], made.stats.emitted[place],
+            )  # fmt: skip
+            ended(row)
+        stats.forwards += made.stats.forwards
+        stats.nodes_verified += made.stats.nodes_verified
+        for part, seconds in made.stats.seconds.items():
+            stats.seconds[part] = stats.seconds.get(part, 0.0) + seconds
+    return Generation(tokens, finish, stats)
+
+
 def _read(target: Target, prompts: list[list[int]], cache: SlotCache) -> Tensor:
     """The prompts of rows that enter. Returns (B, V) logits behind each one's last token."""
     lengths = torch.tensor([len(p) for p in prompts])
@@ -176,7 +217,9 @@ def _go_on(target: Target, tokens: list[int], cache: SlotCache) -> Tensor:
     return logits
 
 
-def _choose(request: Request, known: RowState, rows: list[int], logits: Tensor) -> list[list[int]]:
+def _choose(
+    request: Request, known: RowState, rows: list[int], logits: Tensor
+) -> list[list[int]]:
     """The next token of some rows, or none. known: of all rows, brought up to date with them;
     logits: (B, V)."""
     at = torch.tensor(rows, device=logits.device)

@@ -95,7 +95,7 @@ class Request:
         device = target.device
         self._noise = None
         if self.sampled:
-            self._seed = _seeds(seeds, self.n_rows).to(device)
+            self._seed = row_seeds(seeds, self.n_rows).to(device)
             self._noise = NoiseAhead(self._seed, target.vocab_size, score_dtype(target.dtype))
         minimum = [
             max(config.min_new_tokens or 0, (config.min_length or 0) - len(p)) for p in self.prompts
@@ -345,11 +345,11 @@ def sample_seeds(seeds: int | Sequence[int], n_prompts: int, samples: int) -> Se
             f"seeds: {n_given} given for {n_prompts} prompts of {samples} samples; give one for "
             f"all, one for each prompt or one for each of the {n_prompts * samples} rows"
         )
-    own = _seeds(seeds, n_prompts).tolist()
+    own = row_seeds(seeds, n_prompts).tolist()
     return [seed + j for seed in own for j in range(samples)]
 
 
-def _seeds(seeds: int | Sequence[int], n_rows: int) -> Tensor:
+def row_seeds(seeds: int | Sequence[int], n_rows: int) -> Tensor:
     """One seed for every row, or one each: a row's text depends on its own seed alone."""
     try:
         given = [seeds] * n_rows if isinstance(seeds, int) else seeds

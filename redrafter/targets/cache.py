@@ -152,6 +152,10 @@ class RowCache(Cache):
         `rows` (B,) bool it is the one that counts. Nothing to do: its keys are overwritten."""
         return nullcontext()
 
+    def rehearse(self, count: int) -> None:
+        """For who measures: what `commit` will cost of `count` of the tokens that the forward
+        brought. Nothing here; moving the entries of a branch is left out."""
+
     def clear(self, rows: Tensor) -> None:
         """Forget what lies behind the committed entries of some rows. rows: (B,) bool"""
         behind = torch.arange(self.capacity, device=self.device) >= self.length[:, None]

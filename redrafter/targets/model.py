@@ -31,6 +31,7 @@ from redrafter.targets.cache import RowCache
 from redrafter.targets.devices import pick_device
 from redrafter.targets.fused import choose_forward
 from redrafter.targets.invariant import Form, make_invariant
+from redrafter.targets.layers import check_layers, context_of, windows_of
 from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
 from redrafter.targets.offload import check_alone, load_in_places, reader
@@ -44,15 +45,6 @@ from redrafter.targets.text import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-
-# Distances or windows that these compute from where a key lies in the cache (ALiBi, GPT-Neo's
-# local attention, Doge's pruning), or a state that is no list of keys: masks cannot correct it.
-_UNFIT = ("bloom", "mpt", "gpt_neo", "doge", "rwkv")
-# What layers a configuration may name: attention whose keys can be masked; where there are mixers
-# that keep their state in the cache (`recurrent.py`), these, and layers without either.
-_ATTENTION = {"full_attention", "sliding_attention"}
-_RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "moe", "mlp"}
-_BESIDE = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 
 
 @dataclass
@@ -104,18 +96,11 @@ class Target:
                 f"{self.name}: its adapter changes the lm_head, which only a merged model shows as "
                 "one matrix: call merge_and_unload() first, or save the adapter and load its folder"
             )
-        kinds = set(getattr(self.config, "layer_types", None) or ())
         #: what can be verified on it: any tree, or one path of tokens only
         self._has_states = bool(find_mixers(model))
         self.verifies: Literal["trees", "chains"] = "chains" if self._has_states else "trees"
-        self._check_layers(kinds)
-        attention = getattr(self.config, "_attn_implementation", None)
-        if attention not in (None, "sdpa", "eager"):  # flash kernels take no mask of single keys
-            raise InputError(
-                f"{self.name}: attn_implementation {attention!r} cannot verify a token tree; load "
-                "the model with attn_implementation='sdpa' (or 'eager')"
-            )
-        self.windows = self._windows(kinds)
+        check_layers(self)
+        self.windows = windows_of(self.config)
         #: whether a query may look at every key before it, however far
         self.sees_all = list(self.windows.values()) == [None]
         self.device = self.lm_head.weight.device
@@ -142,32 +127,10 @@ class Target:
         self._cache_name = "past_key_values" if self._attends else "cache_params"
         check(self)
 
-    def _check_layers(self, kinds: set[str]) -> None:
-        """Raises InputError where a layer's past can neither be masked nor kept as a state."""
-        unknown = kinds - _ATTENTION - (_RECURRENT if self.verifies == "chains" else set())
-        alibi = getattr(self.config, "alibi", False)  # Falcon's first ones
-        if unknown or alibi or self.config.model_type in _UNFIT:
-            why = ", ".join(sorted(unknown)) or "ALiBi, windows of its own, or recurrence"
-            raise InputError(
-                f"{self.name}: {type(self.model).__name__}, model_type "
-                f"{self.config.model_type!r}, has layers whose keys cannot be masked one by one "
-                f"({why}) and whose states are not kept in the cache as others' are; neither a "
-                "token tree nor a chain can be verified on it"
-            )
-
     def new_cache(self, n_rows: int, capacity: int) -> RowCache:
         """An empty cache of `capacity` tokens a row."""
         kind = StateCache if self._has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
-
-    def _windows(self, kinds: set[str]) -> dict[str, int | None]:
-        """Mask name -> window in tokens (None: all). One entry: the model takes a single mask."""
-        window = getattr(self.config, "sliding_window", None)
-        if kinds & _RECURRENT:  # a state has no mask
-            kinds = {_BESIDE.get(k, k) for k in kinds} & _ATTENTION or {"full_attention"}
-        if not kinds:
-            return {"full_attention": None} if window is None else {"sliding_attention": window}
-        return {k: window if k == "sliding_attention" else None for k in sorted(kinds)}
 
     def widen_logits(self) -> None:
         """From now on the last product is computed, and its logits are kept, in float32. Does
@@ -453,17 +416,3 @@ def _eos_of(settings: Any, config: Any) -> set[int]:
     given = (getattr(c, "eos_token_id", None) for c in (settings, config))
     eos = next((found for found in given if found is not None), None)
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-
-
-def context_of(config: Any) -> int | None:
-    """Tokens of context of a (text) configuration, None where there is no limit.
-
-    LongRoPE (Phi-3) switches every row of a batch, keys in the cache apart, to other rotations
-    when one row passes the original context; a row's text would then depend on its batch.
-    """
-    context = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if part.get("rope_type") == "longrope":
-            context = part["original_max_position_embeddings"]
-    return context

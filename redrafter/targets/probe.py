@@ -15,7 +15,7 @@ rejected is another text's, and a second chain goes on from there.
 
     chain     0 -- 1 -- 2 -- 3          row 0 accepts node 0, row 1 nodes 0 to 2; both go on
 
-Three forwards (of a chain four) of at most 4 x 7 tokens each, once per target; more only where a
+Three forwards (of a chain four) of at most 4 x 6 tokens each, once per target; more only where a
 difference is larger than rounding usually makes one: then the model is compared with itself as
 well. Source: ours.
 """

@@ -210,6 +210,11 @@ class StateCache(RowCache):
         reading.run(again, 0, count, rows)
         return again._now
 
+    def rehearse(self, count: int) -> None:
+        rows = torch.arange(len(self.lengths), device=self.device)
+        for reading in self._reads:
+            self._behind(reading, count, rows)
+
     @contextmanager
     def aside(self, rows: Tensor) -> Iterator[None]:
         """Around a forward over the root alone that comes between a forward and its `commit`: of
