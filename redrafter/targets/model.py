@@ -37,7 +37,7 @@ from redrafter.targets.masks import additive_masks, for_rows
 from redrafter.targets.offload import check_alone, load_in_places, reader
 from redrafter.targets.passed import check_once, files_of
 from redrafter.targets.paths import OWN_CODE, check_path, said
-from redrafter.targets.precision import auto_dtype
+from redrafter.targets.precision import auto_dtype, widen_logits
 from redrafter.targets.probe import check_target
 from redrafter.targets.recurrent import StateCache, find_mixers
 from redrafter.targets.sharding import ShardedBackbone, check_launch, load_split
@@ -131,27 +131,6 @@ class Target:
         """An empty cache of `capacity` tokens a row."""
         kind = StateCache if self._has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
-
-    def widen_logits(self) -> None:
-        """From now on the last product is computed, and its logits are kept, in float32. Does
-        nothing where they are that wide already. Takes 4 x V x H bytes."""
-        if self.dtype.itemsize >= 4:
-            return
-        if type(self.lm_head) is not nn.Linear:
-            raise InputError(
-                f"target.logits float32: {self.name} has an lm_head of class "
-                f"{type(self.lm_head).__name__}, which is not known to be a plain product; leave "
-                "it at own"
-            )
-        with torch.device("meta"):
-            head = nn.Linear(self.hidden_size, self.vocab_size, self.lm_head.bias is not None)
-        wide = {k: nn.Parameter(v.float(), False) for k, v in self.lm_head.named_parameters()}
-        head.load_state_dict(wide, assign=True)
-        self.wide_head = head.requires_grad_(False)
-
-    def products(self) -> list[nn.Module]:
-        """Its modules, of which some are matrix products."""
-        return [*self.model.modules(), *filter(None, [self.wide_head])]
 
     def together(self) -> AbstractContextManager[None]:
         """Processes that share the target's weights all enter this where each of them makes as many
@@ -358,7 +337,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     check = partial(choose_forward, wanted=wanted, check=partial(check_once, files=files))
     target = Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
     if config.logits == "float32":
-        target.widen_logits()
+        widen_logits(target)
     if invariant:
         make_invariant(target)
     return target

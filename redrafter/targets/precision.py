@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from redrafter.contracts import InputError
 from redrafter.processes import launched
 
 ROWS = 17  # of a 4x4 tree: what drafting verifies at once
@@ -77,3 +79,21 @@ def measured_ratio(hidden: int, inner: int) -> float:
                     found.append(time.perf_counter() - begin)
     half, full = (sorted(found)[len(found) // 2] for found in times)
     return half / full
+
+
+def widen_logits(target: Any) -> None:
+    """From now on its last product is computed, and its logits are kept, in float32. Does nothing
+    where they are that wide already. Takes 4 x V x H bytes."""
+    if target.dtype.itemsize >= 4:
+        return
+    head = target.lm_head
+    if type(head) is not nn.Linear:
+        raise InputError(
+            f"target.logits float32: {target.name} has an lm_head of class {type(head).__name__}, "
+            "which is not known to be a plain product; leave it at own"
+        )
+    with torch.device("meta"):
+        wide = nn.Linear(target.hidden_size, target.vocab_size, head.bias is not None)
+    weights = {k: nn.Parameter(v.float(), False) for k, v in head.named_parameters()}
+    wide.load_state_dict(weights, assign=True)
+    target.wide_head = wide.requires_grad_(False)
