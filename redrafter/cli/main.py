@@ -33,6 +33,7 @@ TASKS = {
         "static": "predict which fixed size of drafts pays best here (eval/static.py)",
         "regret": "selectors beside their arms on a stream of prompts (eval/regret.py)",
         "lookahead": "when to stop drafting, beside every static length (eval/lookahead.py)",
+        "compare_heads": "kinds, sizes and losses of heads, trained alike (eval/compare_heads.py)",
     },
     "publish and serve": {
         "push": "publish a head with its card on the Hub (scripts/push_to_hub.py)",
