@@ -1,5 +1,6 @@
 """`target.exact invariant`: a text does not change by a bit with what is computed beside it."""
 
+import json
 from functools import partial
 
 import pytest
@@ -173,3 +174,5 @@ def test_both_together_through_the_command(tiny_target, tmp_path, capsys):
         "--n_prompts=3", "--max_new_tokens=8", "--methods=lookup", f"--out={tmp_path / 'x.json'}",
     ]) == 0  # fmt: skip
     assert "0.0e+00" in capsys.readouterr().out
+    found = json.loads((tmp_path / "x.json").read_text())["provenance"]["target"]["computed_in"]
+    assert found.startswith("bfloat16, logits in float32, blocks of ")

@@ -12,6 +12,7 @@ from typing import Any
 from redrafter.contracts import InputError
 from redrafter.files import plain_values, provenance, read_packed, write_json
 from redrafter.targets.devices import device_name
+from redrafter.targets.identity import computed_in
 from redrafter.targets.inflation import said
 from redrafter.targets.model import Target
 
@@ -151,6 +152,7 @@ def write_result(
             "name": target.name,
             "fingerprint": target.fingerprint(),
             "dtype": str(target.dtype).removeprefix("torch."),
+            "computed_in": computed_in(target),
             "attention": getattr(target.config, "_attn_implementation", None),
             "inflated": said(target.config),
         },
