@@ -120,3 +120,27 @@ def test_what_would_be_served_is_said(published_run, tiny_target):
     assert "vllm" in done.stdout and str(tiny_target) in done.stdout
     for script in ("serve_vllm.sh", "evaluate_own_prompts.sh"):
         assert shell(script).returncode == 2 and "MODEL HEAD" in shell(script).stderr
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tiny_target, tmp_path):
+    """Cell by cell, at toy size: what its first cell says is said otherwise."""
+    text = (EXAMPLES / "train_own.ipynb").read_text(encoding="utf-8")
+    cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    assert not [c for c in cells if c["outputs"]], "committed without what it printed"
+    first, *others = ["".join(c["source"]) for c in cells]
+    names: dict = {}
+    exec(first, names)
+    out = tmp_path / "head"
+    toy = {
+        "MODEL": str(tiny_target), "PROMPTS": str(tiny_target / "prompts_train.jsonl"),
+        "OUT": str(out), "MEASURE": ["--n_prompts=2", "--max_new_tokens=8"],
+        "TRAIN": ["--data.source.n_rows=8", "--data.answers.max_new_tokens=8", "--optim.steps=2",
+                  "--optim.batch_positions=8", "--optim.depth=2", "--eval.prompts=0"],
+    }  # fmt: skip
+    assert set(toy) == {name for name in names if name.isupper()}
+    names |= toy
+    for cell in others:
+        exec(cell.replace("speed([*given,", "speed([*given, '--cost_rounds=1',"), names)
+    for name in ("model.safetensors", "rows.html", "lossless.json", "speed.json", "report.html"):
+        assert (out / name).is_file()
