@@ -56,7 +56,7 @@ _SMALL: dict[str, Any] = dict(
     image_token_id=VOCAB - 1, audio_token_id=VOCAB - 2, video_token_id=VOCAB - 3,
 )  # fmt: skip
 #: Their own code fails in float64, with no code of ours about.
-_SINGLE = ("xglm", "xlnet")
+_SINGLE = ("xglm", "xlnet", "inkling2_text")
 #: Not given where a family has none by default.
 _NO_WINDOW = ("sliding_window",)
 
