@@ -149,9 +149,9 @@ MAY_IMPORT = {
     "hub": BASE | {"heads", "evaluation", "export"},
     "report": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "evaluation"}
     | {"generation", "hub"},
-    "studies": BASE | {"targets", "heads", "evaluation", "training"},  # trains, then measures
     "planning": BASE
     | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training"},
+    "studies": BASE | {"targets", "heads", "evaluation", "training", "planning"},
     "serve": BASE | {"heads"},  # loaded by engines, where no more than that is installed
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.pictures import new_figure
     from redrafter.files import write_config
+    from redrafter.planning.meta import MetaTarget
     from redrafter.studies import measure, report
     from redrafter.studies.train import rows_of, train_rows
 
@@ -42,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parse_methods(",".join(config.methods))
     check_resources(config.methods, config)
     target, _ = load_both(replace(config, head=None))
-    rows = rows_of(config, trainings, target)
+    rows = rows_of(config, trainings, MetaTarget(config.target))
     write_config(Path(config.out) / "config.yaml", config)
     runs = train_rows(config, rows)
     heads = measure.load_heads(runs, target)
     bodies = measure.measure_all(config, heads, target)
-    report.write(Path(config.out), report.study(rows, runs, heads, target, bodies), bodies, target)
+    found = report.study(rows, runs, heads, target, bodies, config.tree.depth)
+    report.write(Path(config.out), found, bodies, target)
     return 0
 
 

@@ -14,8 +14,8 @@ from redrafter.evaluation.pictures import new_figure, save_figure
 from redrafter.evaluation.report import markdown_table, measured_on, milliseconds, with_interval
 from redrafter.files import plain_values, write_json, write_text
 from redrafter.heads.base import DraftHead
+from redrafter.planning.speed import level_bytes_read
 from redrafter.studies.measure import method_name
-from redrafter.studies.size import bytes_per_level
 from redrafter.studies.train import Row, Run, chosen
 from redrafter.targets.model import Target
 
@@ -31,19 +31,18 @@ def study(
     heads: Mapping[str, DraftHead],
     target: Target,
     bodies: Bodies,
+    depth: int,
 ) -> dict[str, Any]:
-    """By row what it is and what it measured, ready for JSON."""
+    """By row what it is and what it measured, ready for JSON. depth: levels that are drafted"""
     names = {row.name: [method_name(row.name, s) for s in row.seeds] for row in rows}
     found = {}
     for row in rows:
         head = heads[names[row.name][0]]
-        drafted = next(iter(bodies.values()))["methods"][names[row.name][0]]["acceptance"]
-        read = bytes_per_level(head, target, *_shape(bodies, names[row.name][0], drafted))
         found[row.name] = {
             "kind": head.kind,
             "options": row.config.head.options,
             "parameters": row.parameters,
-            "bytes_per_level": sum(read) / len(read),
+            "bytes_per_level": level_bytes_read(head, target, depth),
             "steps": row.config.optim.steps,
             "learning_rate": chosen(runs[row.name])[0].lr,
             "seeds": list(row.seeds),
@@ -65,13 +64,6 @@ def study(
         "n_prompts": {f"{t:g}": body["n_prompts"] for t, body in bodies.items()},
         "warnings": {f"{t:g}": body["warnings"] for t, body in bodies.items()},
     }
-
-
-def _shape(bodies: Bodies, name: str, drafted: dict[str, list]) -> tuple[int, int]:
-    """(levels of a draft, nodes of each)."""
-    levels = len(drafted["unconditional"])
-    nodes = next(iter(bodies.values()))["methods"][name]["bound_parts"]["nodes"]
-    return levels, max(1, round((nodes - 1) / levels))
 
 
 def figures_of(

@@ -16,8 +16,8 @@ from typing import Any
 from redrafter.config import CompareConfig, SourceConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.files import plain_values
+from redrafter.planning.meta import MetaTarget
 from redrafter.studies.size import n_parameters, sized
-from redrafter.targets.model import Target
 from redrafter.training.loop import Training
 
 #: of a row, beside what it changes of a training
@@ -47,7 +47,7 @@ class Row:
 
 
 def rows_of(
-    config: CompareConfig, trainings: Mapping[str, TrainConfig], target: Target
+    config: CompareConfig, trainings: Mapping[str, TrainConfig], target: MetaTarget
 ) -> list[Row]:
     """The rows, their heads brought to the sizes asked for. trainings: by row, as parsed.
 
@@ -67,9 +67,7 @@ def rows_of(
         n_seeds = len(config.seeds) if own["seeds"] is None else own["seeds"]
         if not 1 <= n_seeds <= len(config.seeds):
             raise InputError(f"rows: {name}: seeds {n_seeds} must lie in 1..{len(config.seeds)}")
-        count = n_parameters(
-            training.head, training.optim.depth, target.hidden_size, target.vocab_size
-        )
+        count = n_parameters(training.head, training.optim.depth, target)
         found[name] = Row(name, _measured(config, training), config.seeds[:n_seeds], count)
     return list(found.values())
 
@@ -85,7 +83,8 @@ def _measured(config: CompareConfig, training: TrainConfig) -> TrainConfig:
         max_new_tokens=config.max_new_tokens, tree=config.tree, every_steps=training.optim.steps,
     )  # fmt: skip
     folder = str(Path(config.out) / "data")
-    data = replace(training.data, stores=tuple(config.stores), folder=folder)
+    stores = training.data.stores or tuple(config.stores)  # a row may learn from others
+    data = replace(training.data, stores=stores, folder=folder)
     return replace(
         training, target=config.target, data=data, eval=measured, tracker=None, resume="auto"
     )
