@@ -73,7 +73,9 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("adapters need peft, which is not installed: pip install peft") from None
+        raise InputError(
+            "adapters need peft, which is not installed: pip install peft"
+        ) from None
     return peft
 
 
