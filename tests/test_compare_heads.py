@@ -17,9 +17,8 @@ from redrafter.studies.size import SIZE_OPTIONS, n_parameters, nearest_width, si
 from redrafter.studies.train import Run, best_rate, chosen
 
 ROWS = {
-    "first": {},
     "hydra": {"head.kind": "hydra", "head.output": "target", "seeds": 1},
-    "wide": {"head.output": "target", "parameters": "hydra", "seeds": 1},
+    "recurrent": {"head.output": "target", "parameters": "hydra"},
 }
 
 
@@ -46,7 +45,8 @@ def argv(base, tiny_target, tmp_path):
         given = {
             "target.path": tiny_target, "prompts": tiny_target / "prompts_train.jsonl",
             "base": base[0], "stores": json.dumps([str(base[1])]), "rows": json.dumps(rows),
-            "learning_rates": "[0.001, 0.01]", "seeds": "[0, 1]", "validation_prompts": 2,
+            "learning_rates": "[0.01, 0.02]", "temperatures": "[1]", "seeds": "[0, 1]",
+            "validation_prompts": 2,
             "n_prompts": 3, "max_new_tokens": 8, "text_prompt_tokens": 4,
             "tree": '{"width": 2, "depth": 2}',
             "methods": '["plain", "bigram:2x2", "replay:2x2"]', "bigram_prompts": 3,
@@ -70,6 +70,7 @@ def without_times(found):
     return kept
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, capsys):
     assert compare_heads.main(argv("whole")) == 0
     whole = json.loads((tmp_path / "whole/rows.json").read_text())
@@ -82,7 +83,7 @@ def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, ca
     class Killed(real):
         def _save(self):
             super()._save()
-            if len(began) == 3 and self.done == 3:
+            if len(began) == 4 and self.done == 3:
                 raise KeyboardInterrupt
 
     def counted(cls):
@@ -95,11 +96,11 @@ def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, ca
     monkeypatch.setattr(trainings, "Training", counted(Killed))
     with pytest.raises(SystemExit):
         compare_heads.main(argv("cut"))
-    assert len(began) == 3  # the other seed of the first row, halfway through
+    assert len(began) == 4  # the other learning rate of the second row, halfway through
     monkeypatch.setattr(trainings, "Training", counted(real))
     assert compare_heads.main(argv("cut")) == 0
-    assert began[2] == began[3] and len(began[3:]) == len(set(began[3:]))
-    assert not set(began[:2]) & set(began[3:]), "what was finished is not trained again"
+    assert began[3] == began[4] and len(began[4:]) == 2
+    assert not set(began[:3]) & set(began[4:]), "what was finished is not trained again"
     cut = json.loads((tmp_path / "cut/rows.json").read_text())
     assert without_times(cut) == without_times(whole)
 
@@ -108,7 +109,7 @@ def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, ca
     monkeypatch.setattr("redrafter.studies.measure.measure_heads", None)
     assert compare_heads.main(argv("cut")) == 0 and not began
     with pytest.raises(SystemExit):
-        compare_heads.main(argv("cut", rows={"first": {"optim.steps": 5}}))
+        compare_heads.main(argv("cut", rows={"hydra": {"optim.steps": 5}}))
     assert "was trained with another" in capsys.readouterr().err
 
     check_figures(whole)
@@ -116,20 +117,19 @@ def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, ca
 
 def check_figures(found):
     rows = found["rows"]
-    assert len(rows["first"]["validation"]) == 3 and len(rows["hydra"]["validation"]) == 2
-    one, two = rows["hydra"]["parameters"], rows["wide"]["parameters"]
-    assert abs(one - two) <= 0.05 * one and rows["wide"]["options"]["exit_dim"] is not None
-    for t in ("0", "1"):
-        ceiling = found["beside"]["replay:2x2"][t]["tokens_per_step"][0]
-        for row in rows.values():
-            m = row["measured"][t]
-            assert m["equal_share"] == 1.0  # no head changes a token
-            assert 1.0 <= m["tokens_per_step"][0] <= ceiling
-            assert len(m["per_seed"]) == len(row["seeds"]) and len(m["acceptance"]) == 2
-        assert rows["first"]["measured"][t]["over_first"] == [1.0, 1.0, 1.0]
-        assert rows["hydra"]["measured"][t]["tokens_per_step"][0] == pytest.approx(
-            rows["hydra"]["measured"][t]["per_seed"][0]
-        )
+    assert len(rows["hydra"]["validation"]) == 2 and len(rows["recurrent"]["validation"]) == 3
+    one, two = (row["parameters"] for row in rows.values())
+    assert abs(one - two) <= 0.05 * one and rows["recurrent"]["options"]["exit_dim"] is not None
+    ceiling = found["beside"]["replay:2x2"]["1"]["tokens_per_step"][0]
+    for row in rows.values():
+        m = row["measured"]["1"]
+        assert m["equal_share"] == 1.0  # no head changes a token
+        assert 1.0 <= m["tokens_per_step"][0] <= ceiling
+        assert len(m["per_seed"]) == len(row["seeds"]) and len(m["acceptance"]) == 2
+        assert min(m["per_seed"]) <= m["tokens_per_step"][0] <= max(m["per_seed"])
+    assert rows["hydra"]["measured"]["1"]["over_first"] == [1.0, 1.0, 1.0]
+    (alone,) = rows["hydra"]["measured"]["1"]["per_seed"]
+    assert rows["hydra"]["measured"]["1"]["tokens_per_step"][0] == pytest.approx(alone)
 
 
 def test_a_learning_rate_is_chosen_by_validation_alone():
@@ -165,7 +165,8 @@ def test_validation_and_measured_prompts_are_not_the_same(argv, tiny_target, mon
 def shape(tmp_path_factory):
     """A target of which only config.json is there: H = 288, V = 4096."""
     folder = tmp_path_factory.mktemp("shape")
-    LlamaConfig(hidden_size=288, num_hidden_layers=1, vocab_size=4096).save_pretrained(folder)
+    sizes = dict(hidden_size=288, num_attention_heads=4, num_hidden_layers=1, vocab_size=4096)
+    LlamaConfig(**sizes).save_pretrained(folder)
     return MetaTarget(TargetConfig(str(folder)))
 
 

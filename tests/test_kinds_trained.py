@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from launching import ROOT, launch
+from published import released
 from test_training import SETTINGS
 from transformers import AutoModelForCausalLM
 
@@ -108,6 +109,15 @@ def test_card_and_plan_say_what_it_is(run, config_of):
     shown = plan_training(config_of(kind, "planned"), PlanConfig(probe_s=0)).show()
     trained = sum(p.numel() for p in found.head.parameters())
     assert f"head: {trained:,} parameters" in shown
+
+
+def test_what_would_be_published_is_whole(run):
+    kind, out = run
+    release, _ = released(out)
+    there = set(release.files)
+    assert {"README.md", "config.json", "model.safetensors", "golden/golden.json"} <= there
+    assert f"custom_generate/heads_{kind}.py" in there and "custom_generate/generate.py" in there
+    assert not [name for name in there if name.startswith("checkpoints")]
 
 
 def test_goes_on_from_it_and_retunes_it(run, config_of):
