@@ -193,7 +193,7 @@ def test_the_quickstarts_table_says_where_the_text_repeats_itself():
 def test_the_package_says_that_it_is_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert (ROOT / "redrafter/py.typed").exists()
-    assert settings["tool"]["setuptools"]["package-data"] == {"redrafter": ["py.typed"]}
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["redrafter"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
