@@ -76,7 +76,10 @@ def speculative(
 def speculative_loop(
     request: Request, drafter: Drafter, lookahead: Lookahead, rule: Rule
 ) -> Generation:
-    """The loop. What the steps' parts do stands below, in the order in which they are called."""
+    """The loop. What its parts do stands below.
+
+    seen: (B, N, N) bool, each node and its ancestors; told: what the step's one read gave the host
+    """
     state = _Decoding(request, drafter, rule)
     seqs, emitter, timer = state.seqs, state.emitter, state.timer
     needs = drafter.needs | lookahead.needs

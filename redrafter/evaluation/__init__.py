@@ -1,0 +1,1 @@
+"""Ways of decoding, measured: speed, losslessness, costs, acceptance, Spec-Bench, lookaheads."""

@@ -1,4 +1,5 @@
-"""Loading a causal LM so that it is the one in the checkpoint, and runs in its dtype."""
+"""Loading a causal LM so that it is the one in the checkpoint, and runs in its dtype; called by
+`load_target` (model.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The frozen language model: the only way to its forward pass, its embedding and its lm_head."""
+"""The frozen language model: `load_target`, and the only way to its forward pass, its embedding and
+its lm_head."""
 
 from __future__ import annotations
 
