@@ -39,6 +39,15 @@ class PackedProduct:
             self._packed, self._packed_of = packed, state
         return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, None, "none", [], "")
 
+    def is_of(self, matrix: Tensor | None) -> bool:
+        """Whether it multiplies by this matrix, or a view of all of it."""
+        own = self.matrix
+        return (
+            matrix is not None
+            and own.data_ptr() == matrix.data_ptr()
+            and (own.shape, own.dtype) == (matrix.shape, matrix.dtype)
+        )
+
     def __deepcopy__(self, memo: dict) -> PackedProduct:
         return PackedProduct(copy.deepcopy(self.matrix, memo))  # opaque tensors have no copies
 

@@ -18,7 +18,7 @@ from redrafter.evaluation.lossless import check_mode, references
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets import invariant
 from redrafter.targets.identity import target_identity
-from redrafter.targets.invariant import Form, difference, find_form, in_blocks
+from redrafter.targets.invariant import difference, find_form, in_blocks
 from redrafter.targets.model import load_target
 
 DTYPES = ("float32", "bfloat16")
@@ -95,10 +95,13 @@ def no_blocks(target, monkeypatch):
 
 
 def borders_that_move(target, monkeypatch):
-    """Keys of any number: where a sum is split moves with the cache's width."""
-    for module in target.model.modules():
-        if hasattr(module, "invariant_form"):
-            monkeypatch.setattr(module, "invariant_form", Form(target.invariant.rows, 1))
+    """Keys in one sum: where a library splits it moves with the cache's width."""
+    block = invariant._block
+
+    def whole(query, keys, values, *rest):
+        return block(query, [torch.cat(list(keys), 1)], [torch.cat(list(values), 1)], *rest)
+
+    monkeypatch.setattr(invariant, "_block", whole)
 
 
 def in_rows(compute, x):
@@ -119,13 +122,22 @@ def test_a_planted_fault_is_seen(fault, tiny_target, monkeypatch):
     if difference(usual) is None:
         pytest.skip("this machine sums products of any shape alike: no fault of shapes can show")
     target = loaded(tiny_target, "float32")
-    if fault is borders_that_move and target.invariant.columns == 1:
-        pytest.skip("on this machine a cache's width moves no border")
     fault(target, monkeypatch)
     assert difference(target) is not None
 
 
 # ------------------------------------------------------------------------------ refusals
+
+
+def test_attention_that_computes_something_else_is_refused(tiny_target, monkeypatch):
+    attention = invariant.attention
+
+    def scaled(*args, scaling=None, **options):
+        return attention(*args, scaling=2 * scaling, **options)
+
+    monkeypatch.setattr(invariant, "attention", scaled)
+    with pytest.raises(InputError, match="its attention is of another kind"):
+        loaded(tiny_target, "float32")
 
 
 def test_where_no_form_holds_it_is_refused(tiny_target, monkeypatch):

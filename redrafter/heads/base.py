@@ -255,9 +255,16 @@ class DraftHead(PreTrainedModel):
         if not isinstance(matrix, nn.Parameter) and matrix is not self._frozen_matrix:
             return F.linear(features, matrix)  # made anew in every call
         place = matrix.data_ptr()
-        if place not in self._products:
-            self._products[place] = PackedProduct(matrix)
-        return self._products[place](features)
+        product = self._products.get(place)
+        if product is None or not product.is_of(matrix):
+            product = self._products[place] = PackedProduct(matrix)
+        return product(features)
+
+    def train(self, mode: bool = True) -> Self:
+        """Also where it is told what it is already, matrices are packed anew: fused optimisers
+        change weights without a trace, and between steps and drafting this is called."""
+        self._products = {k: p for k, p in self._products.items() if p.is_of(self._frozen_matrix)}
+        return super().train(mode)
 
     def read(
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int

@@ -50,7 +50,7 @@ def about(run: Run) -> str:
         f"<li><strong>{with_interval(m['tokens_per_step'], None, None)} tokens per step</strong>, "
         f"{with_interval(m['speedup_plain'], None, None)} x the best plain loop: "
         f"<code>{escape(name)}</code> on {escape(result.title)} "
-        f"({escape(measured_on(result.body['provenance']))}, commit {_commit(result)})</li>"
+        f"({escape(measured_on(result.body['provenance']))}, commit {escape(_commit(result))})</li>"
         for result in run.speeds for name, m in result.of_head().items()
     ]  # fmt: skip
     return facts(rows) + (f"<ul>{''.join(found)}</ul>" if found else "")

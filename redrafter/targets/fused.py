@@ -99,11 +99,17 @@ class FusedForward:
         with torch.inference_mode(False):  # the model's weights stay ordinary tensors
             self.layers = [_layer(*pair) for pair in zip(backbone.layers, kinds, strict=True)]
         self._parts = [vars(part) for part in backbone.modules()]
+        maps = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
+        self._joined = [(m._parameters, m.weight.data_ptr()) for m in maps]
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @property
     def untouched(self) -> bool:
-        """Whether every part of the model still runs its class's own code, seen by nobody."""
+        """Whether every part of the model still runs its class's own code, seen by nobody, with the
+        weights that were joined (a copy of the model, or one in another dtype, has others)."""
+        for parameters, place in self._joined:
+            if parameters["weight"].data_ptr() != place:
+                return False
         for part in self._parts:
             if part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part:
                 return False

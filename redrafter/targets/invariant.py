@@ -5,8 +5,8 @@ verified beside sixteen others, or in a batch of four, gets other last digits th
 bfloat16 that is often another token. Here every product has one shape:
 
     linear layers   in blocks of M rows, the last one padded
-    attention       in blocks of M queries of one row of the batch, over keys padded to whole
-                    multiples of C; masked keys have weight 0, and adding 0 is exact
+    attention       in blocks of M queries of one row by C keys, summed block after block; masked
+                    keys have weight 0, and adding 0 is exact
 
 so a token's numbers depend on its prefix alone, wherever in a block it stands, whatever drafted it
 and whoever shares the batch. That is so where a library sums each row of such a product in the same
@@ -34,58 +34,91 @@ from torch.nn import functional as F
 from redrafter.contracts import InputError
 from redrafter.targets.adapters import probe_tokens
 from redrafter.targets.cache import RowCache
+from redrafter.targets.probe import tolerance
 
 ATTENTION = "redrafter_invariant"  # the name by which transformers knows it
 ROWS = (4, 8, 16, 32, 64)
 _USUAL = 16  # rows of a tile of matrix units, and of a chain of a root and 15 drafted tokens
+_FACTOR = 4.0  # times what rounding usually changes logits by
 _DECISIVE = 0.75  # part of its time below which other rows are taken: a noisy clock decides nothing
-COLUMNS = (1, 64)
-_PROMPT = 21  # tokens of the probe's prompt: no whole number of blocks
+COLUMNS = (64,)
+_PROMPT = 170  # tokens of the probe's prompt: its text ends in another block of keys
+_LENGTHS = (60, -60)  # other rows are so much longer or shorter, one after the other
 _CHAINS = (2, 3, 5, 9, 17)  # new tokens of the forwards that are tried in turn
 _TIMED = (1, 9)  # new tokens of the forwards that decide between forms that hold
 
 
 @dataclass(frozen=True)
 class Form:
-    """M rows a block, keys in multiples of C columns."""
+    """M rows a block, C keys a block."""
 
     rows: int
     columns: int
 
     def __str__(self) -> str:
-        return f"blocks of {self.rows} rows, keys in multiples of {self.columns}"
+        return f"blocks of {self.rows} rows, {self.columns} keys"
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-              attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:  # fmt: skip
-    """The class's own eager attention, block by block. query: (B, heads, N, d); key, value:
-    (B, kv heads, S, d); attention_mask: (B or 1, 1, N or 1, S) additive.
+              attention_mask: Tensor | None, scaling: float | None = None,
+              softcap: float | None = None, s_aux: Tensor | None = None,
+              **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention whose every product has one shape: M queries of one row by C keys.
 
-    Returns (B, N, heads, d) and, as it keeps no weights, None."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    The blocks of keys are summed one after the other, so that a longer cache adds zeros at the end
+    and moves no border. Scores and sums are kept in float32 at least.
+    query: (B, heads, N, d); key, value: (B, kv heads, S, d); attention_mask: (B or 1, 1, N or 1, S)
+    additive. Returns (B, N, heads, d) and, as it keeps no weights, None.
+    """
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks")
     form: Form = module.invariant_form
-    n, width = query.shape[2], key.shape[2]
+    n, width, dim = query.shape[2], key.shape[2], query.shape[3]
+    scaling = dim**-0.5 if scaling is None else scaling
     more = -width % form.columns
-    lowest = torch.finfo(query.dtype).min
     if attention_mask is None:
         attention_mask = query.new_zeros(1, 1, n, width)
     mask = attention_mask[..., :width].expand(len(query), -1, n, -1)
     if more:
         key, value = (F.pad(x, (0, 0, 0, more)) for x in (key, value))
-        mask = F.pad(mask, (0, more), value=lowest)
+        mask = F.pad(mask, (0, more), value=torch.finfo(mask.dtype).min)
+    groups = query.shape[1] // key.shape[1]
     query, mask = (F.pad(x, (0, 0, 0, -n % form.rows)) for x in (query, mask))
     rows = []
     for b in range(len(query)):
-        one = slice(b, b + 1)
-        blocks = [
-            eager(
-                module, query[one, :, i : i + form.rows].contiguous(), key[one], value[one],
-                mask[one, :, i : i + form.rows].contiguous(), **options,
-            )[0]
+        keys = key[b].repeat_interleave(groups, 0).split(form.columns, 1)
+        values = value[b].repeat_interleave(groups, 0).split(form.columns, 1)
+        rows.append(torch.cat([
+            _block(
+                query[b, :, i : i + form.rows].contiguous(), keys, values,
+                mask[b, :, i : i + form.rows], scaling, softcap,
+            )
             for i in range(0, query.shape[2], form.rows)
-        ]  # fmt: skip
-        rows.append(torch.cat(blocks, 1))
-    return torch.cat(rows)[:, :n], None
+        ], 1))  # fmt: skip
+    return torch.stack(rows)[:, :, :n].transpose(1, 2), None
+
+
+def _block(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, scaling: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """(heads, M, d) of queries (heads, M, d) over blocks of keys (heads, C, d); mask: (1, M, S)."""
+    columns = keys[0].shape[1]
+    scores = [query @ k.contiguous().transpose(1, 2) for k in keys]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    largest = torch.full((), -torch.inf, dtype=wide, device=query.device)
+    for i, own in enumerate(scores):
+        own = own.to(wide) * scaling
+        if softcap is not None:
+            own = torch.tanh(own / softcap) * softcap
+        scores[i] = own + mask[..., i * columns : (i + 1) * columns].to(wide)
+        largest = torch.maximum(largest, scores[i].amax(-1, keepdim=True))  # exact in any order
+    total = summed = 0.0
+    for own, v in zip(scores, values, strict=True):
+        weight = torch.exp(own - largest)
+        total = total + weight.sum(-1, keepdim=True)
+        summed = summed + (weight.to(v.dtype) @ v.contiguous()).to(wide)
+    return (summed / total).to(query.dtype)
 
 
 def in_blocks(compute: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:
@@ -105,10 +138,15 @@ def make_invariant(target: Any) -> Form:
     Raises InputError where its class has no eager attention of transformers' kind or no form holds.
     """
     register()
+    if target.has_states:
+        raise InputError(_refusal(target, "its layers keep states"))
     layers = [m for m in target.model.modules() if type(m).__name__.endswith("Attention")]
     modules = {type(m).__module__ for m in layers}
     if not layers or not all(hasattr(sys.modules[m], "eager_attention_forward") for m in modules):
         raise InputError(_refusal(target, "its class brings attention of its own"))
+    ids = probe_tokens(target.vocab_size, _fitting(target)).to(target.device)
+    with torch.inference_mode():
+        usual = target.project(target.states(ids))
     target.model.set_attn_implementation(ATTENTION)
     target.lm_product = None  # packed for every shape alike; the lm_head is one of the products
     products = list(_products(target))
@@ -120,8 +158,17 @@ def make_invariant(target: Any) -> Form:
         for module, compute in zip(products, whole, strict=True):
             module.forward = partial(in_blocks, compute, form.rows)
 
-    form = find_form(target, use)
-    use(form)
+    try:
+        form = find_form(target, use)
+        use(form)
+        with torch.inference_mode():
+            off = float((target.project(target.states(ids)) - usual).abs().max())
+    except InputError:
+        raise
+    except Exception as error:  # each class has its own way to fail
+        raise InputError(_refusal(target, f"{type(error).__name__}: {error}")) from error
+    if not off <= _FACTOR * tolerance(target, usual.float()):
+        raise InputError(_refusal(target, f"its attention is of another kind: logits off by {off}"))
     target.invariant, target.verifies = form, "chains"
     return form
 
@@ -176,34 +223,42 @@ def difference(target: Any) -> str | None:
 
     Tried, against the text alone and one token at a time: chains of several lengths, each after a
     wrong one that is dropped, the prompt read in other pieces, other rows of other lengths in the
-    batch, in each place, a cache of another width, and the whole text at once without a cache.
+    batch, longer and shorter ones, in each place, and the whole text at once without a cache.
     """
-    n = _PROMPT + sum(_CHAINS)
-    ids = probe_tokens(target.vocab_size, 3 * n).view(3, n).to(target.device)
-    text, others = ids[0], [ids[1], ids[2]]
-    alone = _decode(target, [text], [_PROMPT], [1] * sum(_CHAINS))[0]
-    if not torch.equal(_decode(target, [text], [_PROMPT], _CHAINS)[0], alone):
+    prompt, new = _fitting(target) - sum(_CHAINS), sum(_CHAINS)
+    ids = probe_tokens(target.vocab_size, 3 * (prompt + new + max(_LENGTHS))).view(3, -1)
+    text, others = ids[0].to(target.device), ids[1:].to(target.device)
+    alone = _decode(target, [text], [prompt], [1] * new)[0]
+    if not torch.equal(_decode(target, [text], [prompt], _CHAINS)[0], alone):
         return "several tokens at once"
-    again = _decode(target, [text], [5], (_PROMPT - 5, *reversed(_CHAINS)), spare=100)[0]
-    if not torch.equal(again[-sum(_CHAINS) :], alone[-sum(_CHAINS) :]):
+    again = _decode(target, [text], [5], (prompt - 5, *reversed(_CHAINS)))[0]
+    if not torch.equal(again[-new:], alone[-new:]):
         return "a prompt read in other pieces"
     for place in range(3):
         rows = [*others[:place], text, *others[place:]]
-        prompts = [_PROMPT - 6 * abs(i - place) for i in range(3)]
-        if not torch.equal(_decode(target, rows, prompts, _CHAINS)[place], alone):
+        lengths = [max(1, prompt + more) for more in _LENGTHS]
+        lengths.insert(place, prompt)
+        if not torch.equal(_decode(target, rows, lengths, _CHAINS)[place], alone):
             return "other rows in the batch"
-    whole = target.project(target.states(text[None]))[0, _PROMPT - 1 :]
+    text = text[: prompt + new]
+    whole = target.project(target.states(text[None]))[0, prompt - 1 :]
     return None if torch.equal(whole, alone) else "the whole text at once"
 
 
+def _fitting(target: Any) -> int:
+    """Tokens of the probe's text: of a target with a short context fewer."""
+    most = target.max_positions or 1 << 30
+    return min(_PROMPT + sum(_CHAINS), most - max(_LENGTHS) - max(_CHAINS))
+
+
 def _decode(
-    target: Any, rows: list[Tensor], prompts: list[int], steps: Sequence[int], spare: int = 0
+    target: Any, rows: list[Tensor], prompts: list[int], steps: Sequence[int]
 ) -> list[Tensor]:
     """Of each row, (1 + sum of steps, V) logits: of its prompt's last token, then of the text in
     chains of so many tokens. Before each longer chain a wrong one is read and dropped."""
     device, width = target.device, max(prompts)
     length = torch.tensor(prompts, device=device)
-    cache = target.new_cache(len(rows), width + sum(steps) + max(steps) + spare)
+    cache = target.new_cache(len(rows), width + sum(steps) + max(steps))
     tokens = torch.stack(rows)
     position = torch.arange(width, device=device)[None]
     causal = position[:, :, None] >= position[:, None, :]

@@ -98,8 +98,8 @@ class Target:
                 "one matrix: call merge_and_unload() first, or save the adapter and load its folder"
             )
         #: what can be verified on it: any tree, or one path of tokens only
-        self._has_states = bool(find_mixers(model))
-        self.verifies: Literal["trees", "chains"] = "chains" if self._has_states else "trees"
+        self.has_states = bool(find_mixers(model))
+        self.verifies: Literal["trees", "chains"] = "chains" if self.has_states else "trees"
         check_layers(self)
         self.windows = windows_of(self.config)
         #: whether a query may look at every key before it, however far
@@ -130,7 +130,7 @@ class Target:
 
     def new_cache(self, n_rows: int, capacity: int) -> RowCache:
         """An empty cache of `capacity` tokens a row."""
-        kind = StateCache if self._has_states else RowCache
+        kind = StateCache if self.has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
 
     def together(self) -> AbstractContextManager[None]:
@@ -189,7 +189,7 @@ class Target:
         keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
               prefill does not project every position; None wants all.
         """
-        if self.fused is not None and self.fused.untouched:
+        if self.fused is not None and isinstance(cache, RowCache) and self.fused.untouched:
             hidden = self.fused(tokens, positions, masks, cache)
         else:
             hidden = self.backbone(

@@ -59,12 +59,12 @@ def check_target(target: Any) -> None:
             raise InputError(_refusal(target, _why_raised(target, paths, error))) from error
         finite = bool((own.isfinite().all() & ours.isfinite().all()).item())
         difference = float((own - ours).abs().max())
-        if not _any(target, not finite or difference > _tolerance(target, own)):
+        if not _any(target, not finite or difference > tolerance(target, own)):
             return
         if not finite:
             raise InputError(_refusal(target, _why_not_finite(target, own)))
         measured = _own_rounding(target, paths, own)
-        if not _any(target, difference > _tolerance(target, own, measured)):
+        if not _any(target, difference > tolerance(target, own, measured)):
             return
         why = _why_wrong(target, paths, measured)
     largest = float(own.abs().max())
@@ -236,7 +236,7 @@ def _wide(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- rounding
 
 
-def _tolerance(target: Any, own: Tensor, measured: float | None = None) -> float:
+def tolerance(target: Any, own: Tensor, measured: float | None = None) -> float:
     """What rounding may change a logit by: (4 eps(dtype) + 64 eps(float32)) of the largest, or four
     times the `measured` rounding. At most half of the dtype's digits (the root of its eps) are
     believed to be rounding, times four again: in float32 a wrong soft-cap stays visible however
@@ -309,7 +309,7 @@ def _why_not_finite(target: Any, own: Tensor) -> str:
 def _why_wrong(target: Any, tokens: Tensor, measured: float) -> str:
     """What a model ignores, by changing one thing at a time; the first that explains it."""
     logits = _wide(_own_logits(target, tokens))
-    bound = _tolerance(target, logits, measured)
+    bound = tolerance(target, logits, measured)
 
     def hidden(**given: Any) -> Tensor:
         return target.backbone(input_ids=tokens, use_cache=False, **given).last_hidden_state
