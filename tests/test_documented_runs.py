@@ -41,6 +41,7 @@ ELSEWHERE = {
     "configs/eval/lookahead.yaml": "it needs data that is no part of a clone",
     "vllm-serve": "test_documented_lines runs it",
     r"--answers\.server": "it needs a server: test_served_answers has one",
+    "vllm-medusa": "it needs a head of another kind: scripts/test_vllm.sh has one",
     "PREPARED": "it needs a folder of speculators: test_speculators has one",
     "redrafter doctor": "test_doctor runs it",
 }

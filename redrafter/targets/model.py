@@ -123,7 +123,7 @@ class Target:
         self._no_mask = torch.empty(1, 1, 1, 0)
         #: a shorter way to the same hidden states, where there is one (`redrafter.targets.fused`)
         self.fused: Any = None
-        takes = inspect.signature(self.backbone.forward).parameters
+        takes = inspect.signature(model.base_model.forward).parameters
         self._attends = "cache_params" not in takes  # Mamba's classes have no attention
         self._cache_name = "past_key_values" if self._attends else "cache_params"
         check(self)
