@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig
@@ -12,6 +13,7 @@ from redrafter.cli.args import parse
 from redrafter.config import KINDS, CompareConfig, HeadConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.planning.meta import MetaTarget
+from redrafter.studies import measure
 from redrafter.studies import train as trainings
 from redrafter.studies.size import SIZE_OPTIONS, n_parameters, nearest_width, sized
 from redrafter.studies.train import Run, best_rate, chosen
@@ -226,3 +228,21 @@ def test_configurations_are_read_as_they_are():
         config = parse(CompareConfig, [f"--config={path}"], "test")
         for name in config.rows:
             compare_heads.training_of(config, name)
+
+
+def test_seeds_and_rates_differ():
+    rows = {"a": {}}
+    for name, values in (("seeds", (0, 0)), ("learning_rates", (1e-3, 1.0000001e-3))):
+        with pytest.raises(ValueError, match=rf"{name}: .* are not all different"):
+            CompareConfig(
+                target=TargetConfig(path="x"), prompts="x", rows=rows, stores=["x"], out="x",
+                **{name: values},
+            )  # fmt: skip
+
+
+def test_figures_of_other_heads_are_refused(tmp_path, monkeypatch):
+    config = SimpleNamespace(temperatures=(0.0,), out=str(tmp_path))
+    monkeypatch.setattr(measure, "read_result", lambda *args: {"heads": {"a": "before"}})
+    target, head = (SimpleNamespace(fingerprint=lambda: "now") for _ in range(2))
+    with pytest.raises(InputError, match=r"t0\.json was measured of other heads"):
+        measure.measure_all(config, {"a": head}, target)

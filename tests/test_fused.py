@@ -1,5 +1,6 @@
 """A target's fused forward gives what its class's own does, and steps aside where it could not."""
 
+import copy
 import functools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from head_kinds import make_head
 from models import endless, prompts, replays, settings, tiny
 from torch import nn
+from transformers import DynamicCache
 
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
@@ -216,3 +218,16 @@ def test_what_stands_in_a_models_place_is_seen():
         assert "not plain ones" in said()
     finally:
         layer.up_proj = kept
+
+
+def test_other_weights_and_other_caches_are_left_to_the_class(both):
+    """Of a copy the joined weights are not those of its model; a cache of transformers' cannot say
+    how long it may become."""
+    target = both("llama")[1]
+    copied = copy.deepcopy(target)
+    assert target.fused.untouched and not copied.fused.untouched
+    ids, cache = torch.tensor([[1, 2, 3]]), DynamicCache()
+    place = torch.arange(3)[None]
+    masks = target.masks(place[:, :, None] >= place[:, None], place, place)
+    made = target.forward(ids, place, masks, cache).hidden
+    torch.testing.assert_close(made, target.states(ids))

@@ -92,3 +92,23 @@ def test_a_head_on_the_targets_matrix_shares_it():
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert list(head._products.values()) == [target.lm_product]
     assert target.lm_product._packed is not None
+
+
+@needs_onednn
+def test_a_head_that_is_trained_drafts_with_its_present_weights():
+    """A fused optimiser changes weights and leaves their version as it was."""
+    target = Target(tiny.__wrapped__("llama", vocab_size=1 << 15).model.float())
+    head = RecurrentHead.for_target(target, output="own")
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    context, tokens = drawn(1, 1, target.hidden_size), torch.tensor([[1, 2, 3]])
+    for _ in range(2):
+        with torch.inference_mode():
+            head.eval()  # as whoever evaluates in training calls it
+            _, logits = head.read(target, tokens, context, None, 1)
+            states = head.advance(target, tokens, context, None, 1)
+            wanted = F.linear(head.features(context, states), head.vocab_matrix(1))
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+        head.train()
+        states = head.advance(target, tokens, context, None, 1)
+        head.logits(context, states).square().sum().backward()
+        optimizer.step()

@@ -60,6 +60,10 @@ class CompareConfig(DraftingConfig, PromptFileConfig):
         check_temperatures(self.temperatures)
         if not self.rows or not self.stores or not self.seeds or not self.learning_rates:
             raise ValueError("rows, stores, seeds and learning_rates: give at least one of each")
+        for name in ("seeds", "learning_rates"):
+            given = [f"{value:g}" for value in getattr(self, name)]  # as folders are named
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}: {', '.join(given)} are not all different")
         for name in self.rows:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"rows: {name!r} must be letters, digits, - and _, as folders are")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.config import CompareConfig, SpeedConfig
+from redrafter.contracts import InputError
 from redrafter.evaluation.methods import build_method
 from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
@@ -61,9 +62,11 @@ def measure_heads(
     batches, answers = make_batches(target, [p.ids for p in prompts], speed)
     body = measure_speed(target, methods, batches, answers, speed)
     body["warnings"] += left_out
-    head = next(iter(heads.values()))
-    if warning := holdout_warning(head.name_or_path, config.prompts, prompts[0].row):
-        body["warnings"].append(warning)
+    for head in heads.values():  # a row may bring stores of its own
+        warning = holdout_warning(head.name_or_path, config.prompts, prompts[0].row)
+        if warning and warning not in body["warnings"]:
+            body["warnings"].append(warning)
+    body["heads"] = _fingerprints(heads)
     body["measured_rows"] = [p.row for p in prompts]
     return body
 
@@ -76,6 +79,8 @@ def measure_all(
     for temperature in config.temperatures:
         file = Path(config.out) / f"t{temperature:g}.json"
         body = read_result(file, config, target.fingerprint(), "eval/compare_heads.py")
+        if body is not None and body.get("heads") != _fingerprints(heads):
+            raise InputError(f"{file} was measured of other heads: remove it")
         if body is None:
             print(f"temperature {temperature:g}: {len(heads)} heads", flush=True)
             made = measure_heads(config, temperature, heads, target)
@@ -83,3 +88,7 @@ def measure_all(
             body = json.loads(file.read_text(encoding="utf-8"))
         bodies[temperature] = body
     return bodies
+
+
+def _fingerprints(heads: Mapping[str, DraftHead]) -> dict[str, str]:
+    return {name: head.fingerprint() for name, head in heads.items()}
