@@ -86,6 +86,7 @@ def test_texts_are_plains_whatever_is_accepted(family, kind):
 
 @pytest.mark.parametrize("family", KINDS)
 def test_a_state_kept_one_token_too_far_is_seen(family, monkeypatch):
+    target_of(family)  # before the fault, which its probe would see
     behind = StateCache._behind
     monkeypatch.setattr(
         StateCache, "_behind", lambda self, r, n, rows: behind(self, r, min(n + 1, self._n), rows)
