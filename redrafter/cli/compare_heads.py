@@ -10,6 +10,7 @@ from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import CompareConfig, TrainConfig
+from redrafter.config.compare import ROW_KEYS
 
 _DESCRIPTION = """\
 Which head, or which way of training one, is best for a target: a table of rows that differ in what
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def training_of(config: CompareConfig, name: str) -> TrainConfig:
     """The training of a row: `base`, then what the row changes. What makes no sense ends the
     program with the row and the option named."""
-    changes = {key: v for key, v in config.rows[name].items() if key not in ("parameters", "seeds")}
+    changes = {key: v for key, v in config.rows[name].items() if key not in ROW_KEYS}
     words = [f"--config={config.base}"] if config.base else []
     words += [f"--target.path={config.target.path}", f"--output_dir={config.out}"]
     words += [f"--{key}={_word(value)}" for key, value in changes.items()]

@@ -13,6 +13,9 @@ from redrafter.config.common import (
     check_temperatures,
 )
 
+#: of a row, beside what it changes of a training
+ROW_KEYS = ("parameters", "seeds")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(DraftingConfig, PromptFileConfig):

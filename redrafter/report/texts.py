@@ -53,9 +53,9 @@ def trace(config: ReportConfig, target: Target, head: Any) -> tuple[list[Traced]
     if strategy is None:
         raise InputError("drafter: plain drafts nothing: there is nothing to colour")
     wanted = generation_config(config.temperature, config.max_new_tokens)
+    tracer = Tracer(strategy.drafter, name_of(config))
     return [
-        _one(target, strategy, p, wanted, config.seed + i, name_of(config))
-        for i, p in enumerate(prompts)
+        _one(target, strategy, tracer, p, wanted, config.seed + i) for i, p in enumerate(prompts)
     ], warnings  # fmt: skip
 
 
@@ -67,9 +67,8 @@ def name_of(config: ReportConfig) -> str:
 
 
 def _one(
-    target: Target, strategy: Strategy, prompt: Any, wanted: Any, seed: int, name: str
+    target: Target, strategy: Strategy, tracer: Tracer, prompt: Any, wanted: Any, seed: int
 ) -> Traced:
-    tracer = Tracer(strategy.drafter, name)
     made = speculative(
         target, [prompt.ids], wanted, seeds=[seed], drafter=tracer, lookahead=strategy.lookahead,
         rule=strategy.rule,

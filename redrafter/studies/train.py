@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.config import CompareConfig, SourceConfig, TrainConfig
+from redrafter.config.compare import ROW_KEYS
 from redrafter.contracts import InputError
 from redrafter.files import plain_values
 from redrafter.planning.meta import MetaTarget
 from redrafter.studies.size import n_parameters, sized
 from redrafter.training.loop import Training
 
-#: of a row, beside what it changes of a training
-OWN_KEYS = ("parameters", "seeds")
 #: of a training: where it lies, and how it is gone on with
 _FREE = ("output_dir", "resume")
 
@@ -55,7 +54,7 @@ def rows_of(
     """
     found: dict[str, Row] = {}
     for name, training in trainings.items():
-        own = {key: config.rows[name].get(key) for key in OWN_KEYS}
+        own = {key: config.rows[name].get(key) for key in ROW_KEYS}
         if (size := own["parameters"]) is not None:
             if isinstance(size, str) and size not in found:
                 raise InputError(

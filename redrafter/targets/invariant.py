@@ -33,15 +33,14 @@ from torch.nn import functional as F
 
 from redrafter.contracts import InputError
 from redrafter.targets.adapters import probe_tokens
-from redrafter.targets.cache import RowCache
-from redrafter.targets.probe import tolerance
+from redrafter.targets.probe import prefilled, read_chain, tolerance
 
 ATTENTION = "redrafter_invariant"  # the name by which transformers knows it
 ROWS = (4, 8, 16, 32, 64)
 _USUAL = 16  # rows of a tile of matrix units, and of a chain of a root and 15 drafted tokens
 _FACTOR = 4.0  # times what rounding usually changes logits by
 _DECISIVE = 0.75  # part of its time below which other rows are taken: a noisy clock decides nothing
-COLUMNS = (64,)
+_COLUMNS = 64  # keys of a block of attention
 _PROMPT = 170  # tokens of the probe's prompt: its text ends in another block of keys
 _LENGTHS = (60, -60)  # other rows are so much longer or shorter, one after the other
 _CHAINS = (2, 3, 5, 9, 17)  # new tokens of the forwards that are tried in turn
@@ -197,12 +196,11 @@ def find_form(
     target: Any,
     use: Callable[[Form], None],
     rows: Iterable[int] = ROWS,
-    columns: Iterable[int] = COLUMNS,
 ) -> Form:
     """The cheapest form in which the target's logits are equal bit for bit however they are
     computed. use: makes the target compute in a form. Raises InputError where there is none."""
     seconds: dict[Form, float] = {}
-    for form in (Form(m, c) for m in rows for c in columns):
+    for form in (Form(m, _COLUMNS) for m in rows):
         use(form)
         seconds[form] = _seconds(target) * (_DECISIVE if form.rows == _USUAL else 1.0)
     differ = []
@@ -256,36 +254,17 @@ def _decode(
 ) -> list[Tensor]:
     """Of each row, (1 + sum of steps, V) logits: of its prompt's last token, then of the text in
     chains of so many tokens. Before each longer chain a wrong one is read and dropped."""
-    device, width = target.device, max(prompts)
-    length = torch.tensor(prompts, device=device)
-    cache = target.new_cache(len(rows), width + sum(steps) + max(steps))
     tokens = torch.stack(rows)
-    position = torch.arange(width, device=device)[None]
-    causal = position[:, :, None] >= position[:, None, :]
-    cache.prepare(width)
-    out = target.forward(
-        tokens[:, :width], position.expand(len(rows), -1),
-        target.masks(causal, position, position), cache, keep=length - 1,
-    )  # fmt: skip
-    cache.commit(list(prompts))
-    found, done = [out.logits], 0
+    cache, first = prefilled(target, tokens, prompts, sum(steps) + max(steps))
+    found = [first]
     for n in steps:
-        where = length[:, None] + done + torch.arange(n, device=device)
+        where = cache.length[:, None] + torch.arange(n, device=target.device)
         right = tokens.gather(1, where.clamp(max=tokens.shape[1] - 1))
         if n > 1:
-            _read(target, cache, right.flip(1), where)
-        found.append(_read(target, cache, right, where))
-        done += n
-        cache.commit([p + done for p in prompts])
+            read_chain(target, cache, right.flip(1))
+        found.append(read_chain(target, cache, right))
+        cache.commit([length + n for length in cache.lengths])
     return list(torch.cat(found, 1))
-
-
-def _read(target: Any, cache: RowCache, tokens: Tensor, where: Tensor) -> Tensor:
-    """(B, n, V) logits of tokens at positions (B, n), as decoding computes them."""
-    cache.prepare(tokens.shape[1])
-    keys = torch.arange(cache.width, device=tokens.device)[None]
-    masks = target.masks(keys[:, None] <= where[:, :, None], where, keys.expand(len(where), -1))
-    return target.forward(tokens, where, masks, cache).logits
 
 
 def _seconds(target: Any) -> float:
@@ -296,9 +275,8 @@ def _seconds(target: Any) -> float:
         times = []
         for _ in range(3):
             cache = target.new_cache(1, 64)
-            where = torch.arange(n, device=target.device)[None]
             begin = time.perf_counter()
-            float(_read(target, cache, ids[None, :n], where)[0, 0, 0])  # until it is there
+            float(read_chain(target, cache, ids[None, :n])[0, 0, 0])  # until it is there
             times.append(time.perf_counter() - begin)
         total += min(times)
     return total

@@ -22,7 +22,7 @@ well. Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,11 +168,16 @@ def _own_logits(target: Any, tokens: Tensor) -> Tensor:
     return target.model(input_ids=tokens, use_cache=False).logits
 
 
-def _prefilled(target: Any, tokens: Tensor) -> tuple[RowCache, Tensor]:
-    """A cache with the prompts in it, padded on the right, and (2, 1, V) logits of their ends."""
-    rows, width = len(_PROMPTS), max(_PROMPTS)
-    length = torch.tensor(_PROMPTS, device=target.device)
-    cache = target.new_cache(rows, width + 2 * len(_PARENT))
+def prefilled(
+    target: Any, tokens: Tensor, prompts: Sequence[int], room: int
+) -> tuple[RowCache, Tensor]:
+    """A cache with prompts in it, padded on the right, and (B, 1, V) logits of their ends.
+
+    tokens: (B, T), of which row i's prompt is the first `prompts[i]`; room: tokens that may follow
+    """
+    rows, width = len(prompts), max(prompts)
+    length = torch.tensor(prompts, device=target.device)
+    cache = target.new_cache(rows, width + room)
     position = torch.arange(width, device=target.device)[None]
     causal = position[:, :, None] >= position[:, None, :]
     cache.prepare(width, position >= length[:, None])
@@ -180,8 +185,17 @@ def _prefilled(target: Any, tokens: Tensor) -> tuple[RowCache, Tensor]:
         tokens[:, :width], position.expand(rows, -1), target.masks(causal, position, position),
         cache, keep=length - 1,
     )  # fmt: skip
-    cache.commit(list(_PROMPTS))
-    return cache, _wide(first.logits)
+    cache.commit(list(prompts))
+    return cache, first.logits
+
+
+def read_chain(target: Any, cache: RowCache, tokens: Tensor) -> Tensor:
+    """(B, n, V) logits of tokens (B, n) behind each row's committed ones; commits nothing."""
+    cache.prepare(tokens.shape[1])
+    position = cache.length[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    keys = torch.arange(cache.width, device=tokens.device).expand(len(tokens), -1)
+    masks = target.masks(keys[:, None] <= position[:, :, None], position, keys)
+    return target.forward(tokens, position, masks, cache).logits
 
 
 def _decoded(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +204,7 @@ def _decoded(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     Returns (2, 1, V) logits of each prompt's last token, and (2, 4, V) of the nodes.
     """
     rows, n, device = len(_PROMPTS), len(_PARENT), target.device
-    cache, first = _prefilled(target, tokens)
+    cache, first = prefilled(target, tokens, _PROMPTS, n)
     length = cache.length
     cache.prepare(n)
     seen, depth = torch.eye(n, dtype=torch.bool), [0] * n
@@ -205,28 +219,24 @@ def _decoded(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
         keys[row, start : start + n] = position[row]
     masks = target.masks(allowed, position, keys)
     out = target.forward(tokens[:, max(_PROMPTS) :], position, masks, cache)
-    return first, _wide(out.logits)
+    return _wide(first), _wide(out.logits)
 
 
 def _decoded_chains(target: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """As `_decoded`, of the nodes as one chain: of the first forward over them the rows accept
     `_ACCEPTED`, behind which it reads other tokens; a second one reads the rest."""
     n, nodes = len(_PARENT), tokens[:, max(_PROMPTS) :]
-    cache, first = _prefilled(target, tokens)
+    cache, first = prefilled(target, tokens, _PROMPTS, 2 * n)
     accepted = torch.tensor(_ACCEPTED, device=target.device)[:, None]
     place = torch.arange(n, device=target.device)
     drafted = torch.where(place < accepted, nodes, nodes.flip(0, 1))
     rest = nodes.gather(1, (accepted + place).clamp(max=n - 1))
     made = []
     for read, kept in ((drafted, _ACCEPTED), (rest, (0, 0))):
-        cache.prepare(n)
-        position = cache.length[:, None] + place
-        keys = torch.arange(cache.width, device=target.device).expand(len(nodes), -1)
-        masks = target.masks(keys[:, None] <= position[:, :, None], position, keys)
-        made.append(_wide(target.forward(read, position, masks, cache).logits))
+        made.append(_wide(read_chain(target, cache, read)))
         cache.commit([now + more for now, more in zip(cache.lengths, kept, strict=True)])
     logits = [torch.cat([a[:k], b[: n - k]]) for a, b, k in zip(*made, _ACCEPTED, strict=True)]
-    return first, torch.stack(logits)
+    return _wide(first), torch.stack(logits)
 
 
 def _wide(x: Tensor) -> Tensor:
