@@ -10,7 +10,7 @@ import math
 import torch
 
 ALPHA = 1e-4  # probability that a right sampler is called wrong
-DISTANCE = 0.03  # total variation that is found ...
+DISTANCE = 0.04  # total variation that is found ...
 POWER = 0.99  # ... with this probability, or more
 
 

@@ -16,6 +16,7 @@ from redrafter.contracts import Drafter, Lookahead, TokenTree, Truth
 from redrafter.decode.plain import plain
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.targets.fused import choose_forward
 from redrafter.targets.model import Target
 
 VOCAB = 48
@@ -34,9 +35,8 @@ _FAMILIES = {
     "llama": dict(num_key_value_heads=2),
     "qwen3": dict(num_key_value_heads=2, head_dim=8),
     "gemma3_text": dict(
-        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, num_hidden_layers=3,
-        sliding_window=NARROW, initializer_range=0.2,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=NARROW,
+        initializer_range=0.2, layer_types=["sliding_attention", "full_attention"],
     ),
     "mistral": dict(num_key_value_heads=2, head_dim=8, sliding_window=WINDOW),
     "phi3": dict(num_key_value_heads=2),
@@ -60,6 +60,7 @@ def tiny(family: str, **changes) -> Target:
     torch.manual_seed(1)
     config = AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES.get(family, {}), **changes})
     made = Target(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
+    choose_forward(made, "auto", lambda _: None)  # as users decode; `check` has passed above
     _known[made] = {}
     return made
 

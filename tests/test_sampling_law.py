@@ -332,7 +332,10 @@ def test_first_tokens_end_to_end(how):
     p1 = law([prompt])[0]
     p2 = law([[*prompt, a] for a in range(vocab)])
     p3 = law([[*prompt, a, b] for a in range(vocab) for b in range(vocab)]).view(vocab, vocab, -1)
-    n = n_draws(vocab**2)
+    joint12 = p1[:, None] * p2
+    joint23 = torch.einsum("a,ab,abc->bc", p1, p2, p3)
+    rarest = float(min(joint12.min(), joint23.min()))
+    n = max(n_draws(vocab**2), math.ceil(5 / rarest))  # what Pearson's statistic needs of a cell
     drafter = None if how == "plain" else Menu((p1 @ p2) ** 0.3, "coupled" in how)
     texts, accepted, rows = [], torch.zeros(2), 4000
     for start in range(0, n, rows):
@@ -343,10 +346,9 @@ def test_first_tokens_end_to_end(how):
         if drafter:
             accepted += torch.tensor(got.stats.accepted_at)
     if drafter:  # guesses of either level are accepted, and not always
-        assert (accepted > 0.1 * n).all() and (accepted < 0.99 * n).all()
+        share = accepted / len(texts)
+        assert (share > 0.1).all() and (share < 0.99).all()
     y1, y2, y3 = torch.tensor(texts).T
-    joint12 = p1[:, None] * p2
-    joint23 = torch.einsum("a,ab,abc->bc", p1, p2, p3)
     assert follows(y1, p1)
     assert follows(y1 * vocab + y2, joint12.flatten())
     assert follows(y2 * vocab + y3, joint23.flatten())
