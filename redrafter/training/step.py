@@ -156,27 +156,42 @@ def depth_accuracy(
     batches: list[Batch],
     chunk_rows: int,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> dict[str, list[float]]:
-    """Share of supervised tokens among the head's best 1 and best 5, by depth (teacher-forced).
+) -> dict[str, list[float | None]]:
+    """What a teacher-forced head gets right, by depth; batches with the target's ids as labels.
 
+    top_1, top_5: share of supervised tokens among the head's best 1 and best 5
+    accepted: share of starts whose depths up to this one are all right. On text that the target
+        says greedily, what a chain drafted from the same positions has accepted.
     total: adds up counts over all processes, each of which has batches of its own
     """
     n_depths = batches[0].mask.shape[1]
-    counts = torch.zeros(3, n_depths, dtype=torch.float64, device=target.device)
+    counts = torch.zeros(4, n_depths, dtype=torch.float64, device=target.device)
     for batch in batches:
-        features = head(batch.context, batch.tokens, target)
-        for depths in depth_groups(head, n_depths):
-            matrix, mask = head.vocab_matrix(depths.start + 1), batch.mask[:, depths]
-            depth = torch.arange(n_depths, device=target.device)[depths].expand_as(mask)[mask]
-            rows, labels = features[:, depths][mask], batch.labels[:, depths][mask]
-            for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
-                logits = rows[part].to(matrix.dtype) @ matrix.T
-                best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
-                one = torch.ones_like(labels[part])
-                found = torch.stack((one, best[:, 0], best.any(-1))).double()
-                counts.index_add_(1, depth[part], found)
-    n, top_1, top_5 = total(counts).tolist()
-    return {"top_1": _shares(top_1, n), "top_5": _shares(top_5, n)}
+        best = best_five(head, target, batch, chunk_rows)
+        right = best[..., 0]
+        rows = (torch.ones_like(right), right, best.any(-1), right.cumprod(1).bool())
+        counts += (torch.stack(rows) & batch.mask).sum(1)
+    n, *found = total(counts).tolist()
+    names = ("top_1", "top_5", "accepted")
+    return {name: _shares(hits, n) for name, hits in zip(names, found, strict=True)}
+
+
+def best_five(head: DraftHead, target: Target, batch: Batch, chunk_rows: int) -> Tensor:
+    """(P, K, 5) bool: whether the label is the head's best guess, second best and so on; False
+    where nothing is supervised. Labels are the target's ids, whatever the head's vocabulary."""
+    features, mask = head(batch.context, batch.tokens, target), batch.mask
+    found = mask.new_zeros((*mask.shape, min(5, head.draft_vocab_size)))
+    for depths in depth_groups(head, mask.shape[1]):
+        matrix, there = head.vocab_matrix(depths.start + 1), mask[:, depths]
+        rows, labels = features[:, depths][there], batch.labels[:, depths][there]
+        pieces = zip(rows.split(chunk_rows), labels.split(chunk_rows), strict=True)
+        each = [
+            head.to_vocab_ids((part.to(matrix.dtype) @ matrix.T).topk(found.shape[-1]).indices)
+            == label[:, None]
+            for part, label in pieces
+        ]
+        found[:, depths][there] = torch.cat(each)
+    return found
 
 
 def _shares(hits: list[float], n: list[float]) -> list[float | None]:
