@@ -19,6 +19,7 @@ from redrafter.contracts import InputError
 from redrafter.files import plain_values
 from redrafter.planning.meta import MetaTarget
 from redrafter.studies.size import n_parameters, sized
+from redrafter.training.checkpoint import changes
 from redrafter.training.loop import Training
 
 #: of a training: where it lies, and how it is gone on with
@@ -131,9 +132,7 @@ def _finished(folder: Path, training: TrainConfig) -> dict[str, Any] | None:
     if not file.is_file() or (folder / "checkpoints").is_dir():
         return None
     facts = json.loads(file.read_text(encoding="utf-8"))
-    made, wanted = facts["config"], plain_values(training)
-    differ = [k for k in wanted if k not in _FREE and made.get(k) != wanted[k]]
-    if differ:
+    if differ := changes(facts["config"], plain_values(training), _FREE):
         raise InputError(
             f"{folder} was trained with another {', '.join(differ)}: remove it, or give another out"
         )

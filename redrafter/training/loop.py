@@ -318,7 +318,6 @@ class Training:
     def _read(self, path: Path, head: DraftHead) -> None:
         """Weights and progress of a checkpoint, if it is one of this run."""
         state = checkpoint.read_state(path)
-        state["config"]["head"].setdefault("kind", "recurrent")  # from when there was no other
         facts = self._facts()
         checkpoint.check_same(state["config"], facts.pop("config"), _FREE, path)
         for name, value in facts.items():
