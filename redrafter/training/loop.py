@@ -236,8 +236,9 @@ class Training:
         asked = torch.full_like(weight, float(self.interruption.asked))
         self.shared = self.engine.sum(torch.stack((weight, asked)))
         return self.engine.step(
-            batch.split(optim.accumulation), self.shared[0], learning_rate(optim, step)
-        )
+            batch.split(optim.accumulation), self.shared[0], learning_rate(optim, step),
+            done=step / max(1, optim.steps - 1),
+        )  # fmt: skip
 
     def _stop(self, log: bool) -> bool:
         """Whether all processes should stop after this step; the same in all of them.
