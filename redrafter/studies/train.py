@@ -38,12 +38,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """config: but for learning rate, seed and folder; seeds: that it is trained with"""
+    """config: but for learning rate, seed and folder; seeds: that it is trained with;
+    learning_rates: that its first seed tries"""
 
     name: str
     config: TrainConfig
     seeds: tuple[int, ...]
     parameters: int
+    learning_rates: tuple[float, ...]
 
 
 def rows_of(
@@ -64,11 +66,15 @@ def rows_of(
                 )
             size = found[size].parameters if isinstance(size, str) else int(size)
             training = sized(training, size, target, name)
+        rates = config.learning_rates
+        if own["learning_rates"] is not None:
+            rates = tuple(float(lr) for lr in own["learning_rates"])
         n_seeds = len(config.seeds) if own["seeds"] is None else own["seeds"]
         if not 1 <= n_seeds <= len(config.seeds):
             raise InputError(f"rows: {name}: seeds {n_seeds} must lie in 1..{len(config.seeds)}")
         count = n_parameters(training.head, training.optim.depth, target)
-        found[name] = Row(name, _measured(config, training), config.seeds[:n_seeds], count)
+        seeds = config.seeds[:n_seeds]
+        found[name] = Row(name, _measured(config, training), seeds, count, rates)
     return list(found.values())
 
 
@@ -95,7 +101,7 @@ def train_rows(config: CompareConfig, rows: list[Row]) -> dict[str, list[Run]]:
     best of them."""
     found: dict[str, list[Run]] = {}
     for row in rows:
-        searched = [_run(config, row, lr, row.seeds[0]) for lr in config.learning_rates]
+        searched = [_run(config, row, lr, row.seeds[0]) for lr in row.learning_rates]
         lr = best_rate(searched)
         found[row.name] = searched + [_run(config, row, lr, seed) for seed in row.seeds[1:]]
     return found
