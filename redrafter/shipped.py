@@ -30,11 +30,12 @@ def names() -> list[str]:
 
 
 def find(name: str, below: str = "", option: str = "name") -> Path:
-    """The file of a name, with or without `.yaml`. below: a folder that may be left out of it
+    """The file of a name, with or without `.yaml`, and with or without the `configs/` that it lies
+    in in a clone. below: a folder that may be left out of it
 
     Raises InputError naming those that there are.
     """
-    known = names()
+    known, name = names(), name.removeprefix("configs/")
     for tried in (name, f"{name}.yaml", f"{below}/{name}", f"{below}/{name}.yaml"):
         if tried in known:
             return folder() / tried

@@ -76,7 +76,7 @@ class DraftModelConfig:
     """One matrix for embedding and lm_head."""
     loss: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
     """Weights of losses: kl (the target's whole distribution), cross_entropy (the stored tokens),
-    total_variation, minus_log_acceptance; see redrafter/training/losses.py."""
+    and the others of redrafter/training/losses.py."""
     steps: int = 3000
     """Optimiser steps."""
     batch_tokens: int = 2048

@@ -10,6 +10,7 @@ from redrafter.heads.load import head_class
 #: name of a case -> kind, and fields of its configuration; every kind of `config.KINDS` has some
 CASES = {
     "recurrent": ("recurrent", {"embedding_scale": "rms"}),
+    "recurrent-normed": ("recurrent", {"state_norm": True, "exit_dim": 9}),  # a matrix of rank 9
     "medusa": ("medusa", {"num_heads": 3}),
     "medusa-target": ("medusa", {"num_heads": 3, "num_draft_layers": 2, "output": "target"}),
     "medusa-pruned": ("medusa", {"num_heads": 2, "draft_ids": torch.arange(3, 40, 3)}),
@@ -51,10 +52,15 @@ def _block(weights, name, x):
 
 def _recurrent(weights, embedded, c, tokens, config):
     state, found = None, []
-    for e in embedded * weights["inverse_rms"]:
+    for e in embedded * weights.get("inverse_rms", 1.0):
         z = weights["rnn_w.weight"] @ e + weights["rnn_u.bias"]
         state = F.silu(z if state is None else z + weights["rnn_u.weight"] @ state)
+        if config.state_norm:
+            mean_square = (state * state).mean() + 1e-6
+            state = state / mean_square.sqrt() * weights["state_norm.weight"]
         x = torch.cat((c, state))
+        if config.exit_dim != 2 * config.hidden_size:
+            x = weights["input_proj.weight"] @ x + weights["input_proj.bias"]
         for i in range(config.num_draft_layers):
             x = _block(weights, f"lm_head.{i}", x)
         found.append(weights[f"lm_head.{config.num_draft_layers}.weight"] @ x)

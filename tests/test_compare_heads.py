@@ -13,7 +13,7 @@ from redrafter.cli.args import parse
 from redrafter.config import KINDS, CompareConfig, HeadConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.planning.meta import MetaTarget
-from redrafter.studies import measure
+from redrafter.studies import measure, report
 from redrafter.studies import train as trainings
 from redrafter.studies.size import SIZE_OPTIONS, n_parameters, nearest_width, sized
 from redrafter.studies.train import Run, best_rate, chosen
@@ -129,7 +129,7 @@ def check_figures(found):
         assert 1.0 <= m["tokens_per_step"][0] <= ceiling
         assert len(m["per_seed"]) == len(row["seeds"]) and len(m["acceptance"]) == 2
         assert min(m["per_seed"]) <= m["tokens_per_step"][0] <= max(m["per_seed"])
-    assert rows["hydra"]["measured"]["1"]["over_first"] == [1.0, 1.0, 1.0]
+    assert rows["hydra"]["measured"]["1"]["over"]["hydra"] == [1.0, 1.0, 1.0]
     (alone,) = rows["hydra"]["measured"]["1"]["per_seed"]
     assert rows["hydra"]["measured"]["1"]["tokens_per_step"][0] == pytest.approx(alone)
 
@@ -228,6 +228,47 @@ def test_configurations_are_read_as_they_are():
         config = parse(CompareConfig, [f"--config={path}"], "test")
         for name in config.rows:
             compare_heads.training_of(config, name)
+
+
+@pytest.mark.parametrize("name", ["ablation/base/short", "configs/ablation/base/short.yaml"])
+def test_a_base_that_comes_with_the_library_is_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a file that `redrafter configs copy` wrote may lie
+    given = dict(target=TargetConfig(path="x"), prompts="x", rows={"a": {}}, stores=["x"], out="x")
+    assert compare_heads.training_of(CompareConfig(base=name, **given), "a").optim.depth == 4
+    with pytest.raises(InputError, match="base: no file 'ablation/base/shorter'"):
+        compare_heads.training_of(CompareConfig(base="ablation/base/shorter", **given), "a")
+    Path("ablation/base").mkdir(parents=True)
+    Path("ablation/base/short").write_text("optim: {depth: 3}")  # a file of one's own comes first
+    found = compare_heads.training_of(CompareConfig(base="ablation/base/short", **given), "a")
+    assert found.optim.depth == 3
+
+
+def test_every_comparison_counts():
+    """a with b, c with both, at 2 temperatures: not rows alone, and no pair twice."""
+    measured = {"per_seed": [1.5], "tokens_per_step": (1.5, 1.4, 1.6), "speedup_plain": None}
+    row = {
+        "kind": "recurrent", "parameters": 1, "bytes_per_level": 1, "steps": 1, "seeds": [0],
+        "learning_rate": 1e-3, "validation": [{"lr": 1e-3, "seed": 0, "tokens_per_step": 1.5}],
+        "measured": {"0": measured, "1": measured},
+    }  # fmt: skip
+    counts = {"0": 3, "1": 3}
+    found = {"rows": {"a": row, "b": row, "c": row}, "beside": {}, "n_prompts": counts,
+             "warnings": {"0": [], "1": []}, "against": ["a", "b"]}  # fmt: skip
+    facts = {"device": "cpu", "threads": 1, "target": {"dtype": "float32"}}
+    said = report.markdown("t", found, facts)
+    assert "With 6 comparisons (each row with a and with b, at 2 temperatures)" in said
+    assert "0.3 would" in said and "| / a | / b |" in said
+
+
+def test_a_row_may_try_rates_of_its_own(shape, tmp_path):
+    rows = {"a": {"seeds": 1}, "b": {"learning_rates": [1e-2]}}
+    config = CompareConfig(target=TargetConfig(path=str(tmp_path)), prompts="x", rows=rows,
+                           stores=["x"], out="x", against=("b",))  # fmt: skip
+    given = {name: compare_heads.training_of(config, name) for name in rows}
+    found = trainings.rows_of(config, given, shape)
+    assert [row.learning_rates for row in found] == [config.learning_rates, (1e-2,)]
+    with pytest.raises(ValueError, match=r"against: c is no row \(a, b\)"):
+        replace(config, against=("c",))
 
 
 def test_seeds_and_rates_differ():

@@ -146,7 +146,7 @@ def test_the_scale_of_embeddings_is_folded_for_apple(tmp_path):
     "fields",
     [
         dict(first_state="paper"), dict(cell="gru"), dict(input_norm=True),
-        dict(draft_vocab_size=9), dict(cell="sum", embedding_scale="rms"),
+        dict(draft_vocab_size=9), dict(cell="sum", embedding_scale="rms"), dict(state_norm=True),
     ],
     ids=lambda fields: "-".join(fields),
 )  # fmt: skip
@@ -160,7 +160,7 @@ VARIANTS = [
     dict(),
     dict(exit_dim=11, num_draft_layers=1),
     dict(first_state="paper", embedding_scale="rms"),
-    dict(cell="gru", input_norm=True),
+    dict(cell="gru", input_norm=True, state_norm=True),
     dict(cell="sum", output="target"),
     dict(draft_ids=torch.tensor([2, 3, 11, 30])),
     dict(output="target", draft_ids=torch.tensor([0, 29])),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from redrafter.config import LOSSES
 from redrafter.training import losses
 from redrafter.training.losses import chunked, mixed
 
@@ -22,6 +23,26 @@ def test_against_sums_written_out():
     assert losses.acceptance(LOGITS_Q, LOG_P).item() == pytest.approx(overlap)
     assert losses.total_variation(LOGITS_Q, LOG_P).item() == pytest.approx(half)
     assert losses.minus_log_acceptance(LOGITS_Q, LOG_P).item() == pytest.approx(-math.log(overlap))
+    most = math.exp(-3 * overlap)
+    hybrid = most * divergence + (1 - most) * half
+    assert losses.lk_hybrid(LOGITS_Q, LOG_P).item() == pytest.approx(hybrid)
+    p = [0.5, 0.3, 0.15, 0.05]  # the divergence to a p of 0 is infinite
+    reverse = sum(q * math.log(q / p) for p, q in zip(p, Q, strict=True))
+    found = losses.reverse_kl(LOGITS_Q, torch.tensor(p, dtype=torch.float64).log()[None])
+    assert found.item() == pytest.approx(reverse)
+
+
+def test_the_weight_inside_the_hybrid_has_no_gradient():
+    logits = LOGITS_Q.clone().requires_grad_()
+    (found,) = torch.autograd.grad(losses.lk_hybrid(logits, LOG_P).sum(), logits)
+    overlap = losses.acceptance(LOGITS_Q, LOG_P).item()
+    most = math.exp(-3 * overlap)
+    parts = most * losses.kl(logits, LOG_P) + (1 - most) * losses.total_variation(logits, LOG_P)
+    torch.testing.assert_close(found, torch.autograd.grad(parts.sum(), logits)[0])
+
+
+def test_the_configuration_names_every_loss():
+    assert ("cross_entropy", *losses.SOFT) == LOSSES
 
 
 def test_a_pruned_vocabulary_counts_as_lost():
@@ -51,7 +72,7 @@ def test_the_minimum_is_at_p(name):
         assert losses.SOFT[name](log_p + 0.1 * torch.randn_like(log_p), log_p).item() > at_p
 
 
-MIXTURE = dict(cross_entropy=1.0, kl=0.5, total_variation=0.3, minus_log_acceptance=0.2)
+MIXTURE = dict(zip(LOSSES, (1.0, 0.5, 0.4, 0.3, 0.2, 0.1), strict=True))
 WEIGHTS = {"mixture": MIXTURE, **{name: {name: 1.0} for name in MIXTURE}}
 
 

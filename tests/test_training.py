@@ -238,7 +238,8 @@ def test_resume_refuses_what_would_not_be_the_same_run(config, tmp_path):
     assert Training(config("r", **same)).done == 4
     state = tmp_path / "r" / "checkpoints" / "step-4" / "state.json"
     before = json.loads(state.read_text())
-    del before["config"]["head"]["kind"]  # as it was when there was one kind
+    for section, field in (("head", "kind"), ("head", "state_norm")):  # as before there were any
+        del before["config"][section][field]
     state.write_text(json.dumps(before))
     assert Training(config("r", **same)).done == 4
     with pytest.raises(InputError, match="not a checkpoint"):

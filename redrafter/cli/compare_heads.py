@@ -11,6 +11,7 @@ from typing import Any
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import CompareConfig, TrainConfig
 from redrafter.config.compare import ROW_KEYS
+from redrafter.shipped import find
 
 _DESCRIPTION = """\
 Which head, or which way of training one, is best for a target: a table of rows that differ in what
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = train_rows(config, rows)
     heads = measure.load_heads(runs, target)
     bodies = measure.measure_all(config, heads, target)
-    found = report.study(rows, runs, heads, target, bodies, config.tree.depth)
+    found = report.study(rows, runs, heads, target, bodies, config.tree.depth, config.against)
     report.write(Path(config.out), found, bodies, target)
     return 0
 
@@ -58,10 +59,16 @@ def training_of(config: CompareConfig, name: str) -> TrainConfig:
     """The training of a row: `base`, then what the row changes. What makes no sense ends the
     program with the row and the option named."""
     changes = {key: v for key, v in config.rows[name].items() if key not in ROW_KEYS}
-    words = [f"--config={config.base}"] if config.base else []
+    words = [f"--config={base_of(config.base)}"] if config.base else []
     words += [f"--target.path={config.target.path}", f"--output_dir={config.out}"]
     words += [f"--{key}={_word(value)}" for key, value in changes.items()]
     return parse(TrainConfig, words, f"eval/compare_heads.py, row {name}: train/redrafter.py")
+
+
+def base_of(name: str) -> Path:
+    """A file, or one of those that come with the library. Raises InputError where it is neither."""
+    given = Path(name)
+    return given if given.is_file() else find(name, option="base")
 
 
 def _word(value: Any) -> str:

@@ -49,6 +49,7 @@ from redrafter.config.spec_bench import SpecBenchConfig
 from redrafter.config.static import StaticConfig
 from redrafter.config.table import AcceptanceConfig, RegretConfig, TableConfig
 from redrafter.config.training import (
+    LOSSES,
     LossConfig,
     OptimConfig,
     TrainConfig,
@@ -57,6 +58,7 @@ from redrafter.config.training import (
 
 __all__ = [
     "KINDS",
+    "LOSSES",
     "AcceptanceConfig",
     "AnswersConfig",
     "AskedAnswersConfig",

@@ -14,7 +14,7 @@ from redrafter.config.common import (
 )
 
 #: of a row, beside what it changes of a training
-ROW_KEYS = ("parameters", "seeds")
+ROW_KEYS = ("parameters", "seeds", "learning_rates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,18 @@ class CompareConfig(DraftingConfig, PromptFileConfig):
     rows: dict[str, dict[str, Any]]
     """Name of a row -> what it changes of `base`, as train/redrafter.py names it (`head.kind:
     medusa`). Beside these `parameters`: a number, or a row whose head's number of parameters this
-    row's is brought to (within 5 %) by the width or the blocks of its kind; and `seeds`: how many
-    of `seeds` it is trained with. The first row is the one that others are compared with."""
+    row's is brought to (within 5 %) by the width or the blocks of its kind; `seeds`: how many of
+    `seeds` it is trained with; `learning_rates`: those that it tries, instead of the others'."""
     stores: list[str]
     """Hidden states that every row learns from, of data/states.py; "path=weight" mixes them."""
     out: str
     """Folder. What was trained or measured there already, of the same configuration, is not done
     again; a training that was cut short goes on from its last checkpoint."""
     base: str | None = None
-    """YAML of train/redrafter.py that all rows begin from; none is its defaults."""
+    """YAML of train/redrafter.py that all rows begin from: a file, or the name of one that comes
+    with the library (`redrafter configs`); none is its defaults."""
+    against: tuple[str, ...] = ()
+    """Rows that all others are compared with, prompt by prompt; none is the first row."""
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Each row is trained with each by its first seed; its other seeds take the one that makes most
     tokens per step, greedily, on the validation prompts."""
@@ -67,6 +70,8 @@ class CompareConfig(DraftingConfig, PromptFileConfig):
             given = [f"{value:g}" for value in getattr(self, name)]  # as folders are named
             if len(set(given)) < len(given):
                 raise ValueError(f"{name}: {', '.join(given)} are not all different")
+        if unknown := [name for name in self.against if name not in self.rows]:
+            raise ValueError(f"against: {', '.join(unknown)} is no row ({', '.join(self.rows)})")
         for name in self.rows:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"rows: {name!r} must be letters, digits, - and _, as folders are")

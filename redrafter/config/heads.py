@@ -12,7 +12,8 @@ from redrafter.config.common import at_least
 KINDS: dict[str, dict[str, Any]] = {
     "recurrent": {
         "num_draft_layers": 2, "exit_dim": None, "first_state": "code", "cell": "simple",
-        "embedding_scale": "rms", "input_norm": False, "output": "own", "draft_vocab_size": None,
+        "embedding_scale": "rms", "input_norm": False, "state_norm": False, "output": "own",
+        "draft_vocab_size": None,
     },
     "medusa": {"num_draft_layers": 1, "output": "own", "draft_vocab_size": None},
     "hydra": {
@@ -61,7 +62,8 @@ class HeadConfig:
     num_draft_layers: int | None = None
     """Residual blocks; none is 2 (recurrent), or 1 in each head (medusa, hydra)."""
     exit_dim: int | None = None
-    """E, width of the residual blocks; none is twice the target's hidden width (recurrent)."""
+    """E, width of the residual blocks and of an own matrix's rows: one far below the hidden width
+    makes that matrix one of low rank; none is twice the target's hidden width (recurrent)."""
     first_state: Literal["code", "paper"] | None = None
     """`code`: s_1 = SiLU(W e_1 + b) as in Apple's code, or `paper`: s_1 = e_1; none is code
     (recurrent)."""
@@ -72,6 +74,8 @@ class HeadConfig:
     given is rms (recurrent, hydra)."""
     input_norm: bool | None = None
     """RMSNorm on the concatenated hidden state and recurrent state; none is false (recurrent)."""
+    state_norm: bool | None = None
+    """RMSNorm on the recurrent state after every step; none is false (recurrent)."""
     output: Literal["own", "target"] | None = None
     """The matrix over the vocabulary: trained, or the target's lm_head, which recurrent heads put
     behind a projection; none is own (recurrent, medusa, hydra)."""

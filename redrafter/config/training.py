@@ -15,6 +15,11 @@ from redrafter.config.common import (
 from redrafter.config.data import DataConfig
 from redrafter.config.heads import HeadConfig
 
+#: what a draft head may learn by
+LOSSES = (
+    "cross_entropy", "kl", "reverse_kl", "total_variation", "minus_log_acceptance", "lk_hybrid",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -24,20 +29,43 @@ class LossConfig:
     """Weight of -log q(label)."""
     kl: float = 0.0
     """Weight of KL(p || q)."""
+    reverse_kl: float = 0.0
+    """Weight of KL(q || p)."""
     total_variation: float = 0.0
     """Weight of the total variation between p and q."""
     minus_log_acceptance: float = 0.0
     """Weight of -log sum min(p, q)."""
+    lk_hybrid: float = 0.0
+    """Weight of KL(p || q) where little would be accepted, of the total variation where much."""
+    towards: dict[str, float] | None = None
+    """Weights at the last step, by the names above (0 for one not named); those of the steps before
+    lie on a line from the weights above to these. none keeps the weights above."""
     teacher: Literal["states", "top_k"] = "states"
     """Where p comes from: exactly, from the stored hidden states and the target's lm_head; or from
     the stored most probable tokens (data.states.teacher_top_k), without that matrix product."""
     depth_decay: float = 1.0
     """Depth k weighs depth_decay^(k-1)."""
+    depth_weights: Literal["fixed", "prefix"] = "fixed"
+    """`prefix` weighs it also by the chance that the depths before it are right: the product of the
+    head's own probabilities q of their labels, per draft; (1 - a) q + a with a = prefix_floor."""
+    prefix_floor: float = 0.0
+    """a of depth_weights `prefix`: 0 takes the chance itself, 1 weighs all depths alike."""
     chunk_rows: int = 256
     """Rows of logits (one per position and depth) held at once."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "chunk_rows")
+        if not any(getattr(self, name) for name in LOSSES):
+            raise ValueError(f"give one of {', '.join(LOSSES)} a weight (LossConfig)")
+        if unknown := sorted(set(self.towards or ()) - set(LOSSES)):
+            raise ValueError(
+                f"towards: {', '.join(unknown)} is no loss (LossConfig); name some of "
+                f"{', '.join(LOSSES)}"
+            )
+        if self.towards is not None and not any(self.towards.values()):
+            raise ValueError("towards: give one of the losses a weight, or none (LossConfig)")
+        if not 0 <= self.prefix_floor <= 1:
+            raise ValueError(f"prefix_floor: {self.prefix_floor} must lie in 0..1 (LossConfig)")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The hidden states of an inflated target are those of the small one with zeros behind, and so is the
 state of the recurrence: SiLU(0), tanh(0) and a sum of zeros are 0. x = [c ; s] has its zeros in two
 places, behind c and behind s. exit_dim grows in proportion, so that a draft costs what one of a
-head for that width costs. A head's logits are equal up to rounding; with `input_norm`, whose
+head for that width costs. A head's logits are equal up to rounding; with norms, whose
 epsilon is not the head's, up to that of an epsilon of 1e-6. Ours.
 """
 
@@ -36,7 +36,7 @@ def inflate_head(head: DraftHead, hidden_size: int) -> DraftHead:
     axes, made = _head_axes(old, config), {}
     for name, values in head.state_dict().items():
         values = values.detach().cpu()
-        if name == "input_norm.weight":
+        if name in ("input_norm.weight", "state_norm.weight"):
             values = values * (old.hidden_size / hidden_size) ** 0.5
         made[name] = placed(values, *(axes[axis] for axis in _axes_of(name, values.dim(), head)))
     large = type(head)(config).to(next(head.parameters()).dtype)
@@ -70,6 +70,7 @@ def _axes_of(name: str, dims: int, head: DraftHead) -> tuple[str | None, ...]:
         "rnn_u": ("hidden", "hidden"),
         "gru": ("gates", "hidden"),
         "input_norm": ("both",),
+        "state_norm": ("hidden",),
         "input_proj": ("exit", "both"),
         "to_hidden": ("hidden", "exit"),
         "lm_head": ("exit", "exit"),

@@ -55,6 +55,7 @@ def save_apple(head: DraftHead, folder: str | Path) -> None:
         "first_state": config.first_state == "code" or config.cell == "sum",
         "cell": config.cell in ("simple", "sum"),
         "input_norm": not config.input_norm,
+        "state_norm": not config.state_norm,
         "draft_vocab_size": config.draft_vocab_size is None,
         # The sum has no matrix to take the scale up.
         "embedding_scale": config.embedding_scale == "none" or config.cell == "simple",

@@ -7,7 +7,8 @@
 
 c is the hidden state and e_1, e_2, ... embed the tokens that are read, aligned as in
 `heads/base.py`. Parameters, with R blocks: 2 H^2 + H (simple), R (E^2 + E), V E (own matrix), and
-2 H E + E where E != 2H.
+2 H E + E where E != 2H. An E far below H so makes O a matrix of low rank (over the vocabulary,
+SlimSpec, arXiv 2605.10453).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class RecurrentHeadConfig(DraftHeadConfig):
     embedding_scale: "rms" divides embeddings by the root mean square of the target's embedding
         matrix (one frozen number, saved); "none" takes them as they are
     input_norm: RMSNorm on x = [c ; s]
+    state_norm: RMSNorm on every s_t, as it is read by the maps behind and by the step after
     output: "own" matrix (V, E), or "target": E -> H, then the target's frozen lm_head (not saved)
     """
 
@@ -49,6 +51,7 @@ class RecurrentHeadConfig(DraftHeadConfig):
     cell: str = "simple"
     embedding_scale: str = "none"
     input_norm: bool = False
+    state_norm: bool = False
     output: str = "own"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -77,6 +80,8 @@ class RecurrentHead(DraftHead):
             self.register_buffer("inverse_rms", torch.ones(()))
         if config.input_norm:
             self.input_norm = nn.RMSNorm(2 * hidden, eps=1e-6)
+        if config.state_norm:
+            self.state_norm = nn.RMSNorm(hidden, eps=1e-6)
         if width != 2 * hidden:
             self.input_proj = nn.Linear(2 * hidden, width)
         layers: list[nn.Module] = [ResidualBlock(width) for _ in range(config.num_draft_layers)]
@@ -106,6 +111,11 @@ class RecurrentHead(DraftHead):
         s: (..., H) state before it, or None at the first step
         Returns (..., H), the state after it.
         """
+        s = self._cell(e, s)
+        return self.state_norm(s) if self.config.state_norm else s
+
+    def _cell(self, e: Tensor, s: Tensor | None) -> Tensor:
+        """`step` without its norm."""
         e = e.to(self.dtype_of_weights)
         if self.config.embedding_scale == "rms":
             e = e * self.inverse_rms

@@ -60,6 +60,10 @@ class StepMemory:
         return self.batch + max(self.loss.total, self.backward.total)
 
 
+#: part of a training at which all of its losses have their weights
+HALFWAY = 0.5
+
+
 class _Labelled(nn.Module):
     """The head, whose forward is told apart from the loss."""
 
@@ -118,7 +122,7 @@ def step_memory(
         denominator = total_weight(batch, loss)
         for part in batch.split(optim.accumulation):
             with _moment(trace, LOGITS, peaks):
-                value, _ = batch_loss(model, head, target, part, loss, denominator)
+                value, _ = batch_loss(model, head, target, part, loss, denominator, HALFWAY)
             with _moment(trace, BACKWARD, peaks):
                 value.backward()
         if optim.clip_norm is not None:

@@ -18,7 +18,7 @@ from redrafter.data.rows import Rows, offsets_of
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
 from redrafter.heads.base import DraftHead
-from redrafter.planning.memory import meta_batch
+from redrafter.planning.memory import HALFWAY, meta_batch
 from redrafter.planning.meta import has_weights
 from redrafter.planning.plan import Plan
 from redrafter.targets.model import Target
@@ -109,7 +109,7 @@ def step_seconds(
     def step() -> None:
         weight = total_weight(batch, loss)
         for part in batch.split(optim.accumulation):
-            batch_loss(head, head, target, part, loss, weight)[0].backward()
+            batch_loss(head, head, target, part, loss, weight, HALFWAY)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -32,9 +32,12 @@ def study(
     target: Target,
     bodies: Bodies,
     depth: int,
+    against: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """By row what it is and what it measured, ready for JSON. depth: levels that are drafted"""
+    """By row what it is and what it measured, ready for JSON. depth: levels that are drafted;
+    against: rows that all are compared with, () for the first"""
     names = {row.name: [method_name(row.name, s) for s in row.seeds] for row in rows}
+    others = {name: names[name] for name in against or (rows[0].name,)}
     found = {}
     for row in rows:
         head = heads[names[row.name][0]]
@@ -51,15 +54,15 @@ def study(
                 for run in runs[row.name]
             ],
             "measured": {
-                f"{t:g}": figures_of(body, names[row.name], names[rows[0].name])
-                for t, body in bodies.items()
+                f"{t:g}": figures_of(body, names[row.name], others) for t, body in bodies.items()
             },
         }
-    others = [n for n in next(iter(bodies.values()))["methods"] if n not in heads]
+    beside = [n for n in next(iter(bodies.values()))["methods"] if n not in heads]
     return {
         "rows": found,
+        "against": list(others),
         "beside": {
-            n: {f"{t:g}": figures_of(body, [n], None) for t, body in bodies.items()} for n in others
+            n: {f"{t:g}": figures_of(body, [n], {}) for t, body in bodies.items()} for n in beside
         },
         "n_prompts": {f"{t:g}": body["n_prompts"] for t, body in bodies.items()},
         "warnings": {f"{t:g}": body["warnings"] for t, body in bodies.items()},
@@ -67,18 +70,20 @@ def study(
 
 
 def figures_of(
-    body: dict[str, Any], names: Sequence[str], first: Sequence[str] | None
+    body: dict[str, Any], names: Sequence[str], against: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """Of one row at one temperature; [value, low, high] by a bootstrap over prompts, seeds pooled
-    within each prompt. names: of its seeds; first: of the row that it is compared with"""
+    within each prompt. names: of its seeds; against: row that it is compared with -> of its seeds
+    """
     methods = [body["methods"][name] for name in names]
     out: dict[str, Any] = {"per_seed": [m["tokens_per_step"] for m in methods]}
     if methods[0]["steps"] is None:  # stock: a token a step
         return out | {"tokens_per_step": None, "speedup_plain": _speedup(body, names)}
     own = _counts(body, names)
     out["tokens_per_step"] = bootstrap(pooled, *own)
-    if first is not None:
-        out["over_first"] = bootstrap(_ratio, *own, *_counts(body, first))
+    out["over"] = {
+        row: bootstrap(_ratio, *own, *_counts(body, theirs)) for row, theirs in against.items()
+    }
     out["speedup_plain"] = _speedup(body, names)
     bounds = [m["bound"] for m in methods]
     out["bound"] = None if None in bounds else float(np.mean(bounds))
@@ -124,14 +129,17 @@ def markdown(title: str, found: dict[str, Any], facts: dict[str, Any]) -> str:
     for t, n in found["n_prompts"].items():
         texts += ["", f"## Temperature {t}", "", _measured(found, t), "", f"{n} prompts."]
         texts += [f"Warning: {warning}" for warning in found["warnings"][t]]
-    rows = len(found["rows"]) - 1
+    against, temperatures = found["against"], len(found["n_prompts"])
+    pairs = {frozenset((row, other)) for row in found["rows"] for other in against if row != other}
+    n = len(pairs) * temperatures
     texts += [
         "",
-        "Intervals: 95 % bootstrap over prompts, seeds pooled within each; `/ first`: tokens per "
-        "step over the first row's on the same prompts; of each seed: lowest and highest. With "
-        f"{rows} comparisons at 95 % each, {rows * 0.05:.1f} would miss their interval by chance "
-        "alone: a lone interval that just leaves out 1 says little. Intervals know of prompts, not "
-        "of the few seeds. "
+        "Intervals: 95 % bootstrap over prompts, seeds pooled within each; `/ row`: tokens per "
+        "step over that row's on the same prompts; of each seed: lowest and highest. With "
+        f"{n} comparisons (each row with {' and with '.join(against)}, at {temperatures} "
+        f"temperature{'s' * (temperatures > 1)}) at 95 % each, {n * 0.05:.1f} would "
+        "miss their interval by chance alone: a lone interval that just leaves out 1 says little. "
+        "Intervals know of prompts, not of the few seeds. "
         f"{measured_on(facts)}, commit {str(facts.get('git_commit'))[:10]}.",
     ]
     return "\n".join(texts) + "\n"
@@ -155,8 +163,10 @@ def _heads(found: dict[str, Any]) -> str:
 
 
 def _measured(found: dict[str, Any], t: str) -> str:
-    columns = ["row", "tokens/step", "of each seed", "/ first", "accepted to depth 1, 2, ...",
-               "level ms", "x best plain", "bound", "= plain"]  # fmt: skip
+    against = found["against"]
+    columns = ["row", "tokens/step", "of each seed", *(f"/ {name}" for name in against),
+               "accepted to depth 1, 2, ...", "level ms", "x best plain", "bound",
+               "= plain"]  # fmt: skip
     every = {f"`{name}`": row["measured"][t] for name, row in found["rows"].items()}
     every |= {f"`{name}`": measured[t] for name, measured in found["beside"].items()}
     rows = []
@@ -166,7 +176,7 @@ def _measured(found: dict[str, Any], t: str) -> str:
             name,
             with_interval(*(m["tokens_per_step"] or (1.0, None, None))),
             f"{low:.2f}-{high:.2f}" if len(m["per_seed"]) > 1 else "-",
-            with_interval(*m.get("over_first", (None, None, None))),
+            *(with_interval(*m.get("over", {}).get(n, (None, None, None))) for n in against),
             " ".join(f"{rate:.2f}" for rate in m.get("acceptance", [])) or "-",
             milliseconds(m.get("level_s")),
             with_interval(*(m["speedup_plain"] or (None, None, None))),

@@ -19,6 +19,7 @@ from redrafter.contracts import InputError
 from redrafter.files import plain_values
 from redrafter.planning.meta import MetaTarget
 from redrafter.studies.size import n_parameters, sized
+from redrafter.training.checkpoint import changes
 from redrafter.training.loop import Training
 
 #: of a training: where it lies, and how it is gone on with
@@ -37,12 +38,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """config: but for learning rate, seed and folder; seeds: that it is trained with"""
+    """config: but for learning rate, seed and folder; seeds: that it is trained with;
+    learning_rates: that its first seed tries"""
 
     name: str
     config: TrainConfig
     seeds: tuple[int, ...]
     parameters: int
+    learning_rates: tuple[float, ...]
 
 
 def rows_of(
@@ -63,11 +66,15 @@ def rows_of(
                 )
             size = found[size].parameters if isinstance(size, str) else int(size)
             training = sized(training, size, target, name)
+        rates = config.learning_rates
+        if own["learning_rates"] is not None:
+            rates = tuple(float(lr) for lr in own["learning_rates"])
         n_seeds = len(config.seeds) if own["seeds"] is None else own["seeds"]
         if not 1 <= n_seeds <= len(config.seeds):
             raise InputError(f"rows: {name}: seeds {n_seeds} must lie in 1..{len(config.seeds)}")
         count = n_parameters(training.head, training.optim.depth, target)
-        found[name] = Row(name, _measured(config, training), config.seeds[:n_seeds], count)
+        seeds = config.seeds[:n_seeds]
+        found[name] = Row(name, _measured(config, training), seeds, count, rates)
     return list(found.values())
 
 
@@ -94,7 +101,7 @@ def train_rows(config: CompareConfig, rows: list[Row]) -> dict[str, list[Run]]:
     best of them."""
     found: dict[str, list[Run]] = {}
     for row in rows:
-        searched = [_run(config, row, lr, row.seeds[0]) for lr in config.learning_rates]
+        searched = [_run(config, row, lr, row.seeds[0]) for lr in row.learning_rates]
         lr = best_rate(searched)
         found[row.name] = searched + [_run(config, row, lr, seed) for seed in row.seeds[1:]]
     return found
@@ -131,9 +138,7 @@ def _finished(folder: Path, training: TrainConfig) -> dict[str, Any] | None:
     if not file.is_file() or (folder / "checkpoints").is_dir():
         return None
     facts = json.loads(file.read_text(encoding="utf-8"))
-    made, wanted = facts["config"], plain_values(training)
-    differ = [k for k in wanted if k not in _FREE and made.get(k) != wanted[k]]
-    if differ:
+    if differ := changes(facts["config"], plain_values(training), _FREE):
         raise InputError(
             f"{folder} was trained with another {', '.join(differ)}: remove it, or give another out"
         )

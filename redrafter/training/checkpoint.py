@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from redrafter.config import DataConfig, HeadConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.store import disk_errors
-from redrafter.files import new_folder, write_json
+from redrafter.files import new_folder, plain_values, write_json
 from redrafter.heads import lora
 from redrafter.heads.base import DraftHead
 from redrafter.heads.reading import read_tensors
@@ -195,21 +197,30 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], free: frozenset[str], path: Path) -> None:
-    """Raises InputError naming the first values that differ between two configurations.
+def changes(old: dict[str, Any], new: dict[str, Any], free: Collection[str]) -> list[str]:
+    """Dotted keys whose values differ between two configurations of a training, as in files.
 
+    old: perhaps of an earlier version: what it does not name had, then as now, its default
     free: dotted keys, or sections ending in a dot, that may differ
     """
-    old, new = flat(old), flat(new)
-    changed = [
-        f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+    kind = old["head"].get("kind", "recurrent")  # from when there was no other
+    unsaid = TrainConfig(TargetConfig(""), DataConfig(), "", head=HeadConfig(kind=kind))
+    old, new = {**flat(plain_values(unsaid)), **flat(old)}, flat(new)
+    return [
+        key
         for key in sorted(set(old) | set(new))
         if old.get(key) != new.get(key)
         and key not in free
         and not any(key.startswith(name) for name in free if name.endswith("."))
     ]
-    if changed:
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], free: Collection[str], path: Path) -> None:
+    """Raises InputError naming the first `changes` between two configurations."""
+    if found := changes(old, new, free):
+        old, new = flat(old), flat(new)
+        said = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in found[:5]]
         raise InputError(
-            f"{path} was made with other settings ({'; '.join(changed[:5])}): resuming would not "
+            f"{path} was made with other settings ({'; '.join(said)}): resuming would not "
             "give the same run. Set them back, or start anew in another --output_dir"
         )

@@ -144,10 +144,13 @@ class Engine:
 
     # -- a step ----------------------------------------------------------------------------
 
-    def step(self, pieces: list[Batch], denominator: Tensor, lr: float) -> Tensor:
+    def step(
+        self, pieces: list[Batch], denominator: Tensor, lr: float, done: float = 0.0
+    ) -> Tensor:
         """One optimiser step on this process's micro-batches.
 
         denominator: `total_weight` of the step, summed over all processes
+        done: part of the training before it, as `batch_loss` takes it
         A step whose gradient is not finite changes nothing and is counted in `skips`.
         Returns the counts of `batch_loss`, of this process; zeros if the step was skipped.
         """
@@ -159,7 +162,7 @@ class Engine:
             last = number == len(pieces)
             self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, found = self.model(piece, denominator)
+                loss, found = self.model(piece, denominator, done)
                 self.accelerator.backward(loss if self.world == 1 else loss * self.world)
             counts = found if counts is None else counts + found
         bad = self._update()

@@ -236,8 +236,9 @@ class Training:
         asked = torch.full_like(weight, float(self.interruption.asked))
         self.shared = self.engine.sum(torch.stack((weight, asked)))
         return self.engine.step(
-            batch.split(optim.accumulation), self.shared[0], learning_rate(optim, step)
-        )
+            batch.split(optim.accumulation), self.shared[0], learning_rate(optim, step),
+            done=step / max(1, optim.steps - 1),
+        )  # fmt: skip
 
     def _stop(self, log: bool) -> bool:
         """Whether all processes should stop after this step; the same in all of them.
@@ -318,7 +319,6 @@ class Training:
     def _read(self, path: Path, head: DraftHead) -> None:
         """Weights and progress of a checkpoint, if it is one of this run."""
         state = checkpoint.read_state(path)
-        state["config"]["head"].setdefault("kind", "recurrent")  # from when there was no other
         facts = self._facts()
         checkpoint.check_same(state["config"], facts.pop("config"), _FREE, path)
         for name, value in facts.items():

@@ -12,6 +12,10 @@ loss serves which verification rule:
 - `total_variation` is 1 - (the probability that one draw from q is accepted by the ratio rule).
 - `minus_log_acceptance` is minus the logarithm of that probability, which keeps a gradient when q
   is far from p (LK losses, arXiv 2602.23881).
+- `lk_hybrid` is KL where little would be accepted and total variation where much would: their
+  mean with the weights lambda and 1 - lambda, lambda = exp(-3 acceptance) (the same paper).
+- `reverse_kl` (q || p) is the same divergence with every token weighted by q: it takes mass away
+  from what the target would not say, and leaves out what the head cannot tell apart.
 
 With a pruned draft vocabulary, pass log p of the kept columns, not renormalised: the acceptance and
 the total variation then count what was pruned as lost.
@@ -63,11 +67,35 @@ def minus_log_acceptance(logits_q: Tensor, log_p: Tensor) -> Tensor:
     return -torch.minimum(log_p, logits_q.log_softmax(-1)).logsumexp(-1)
 
 
+#: log p that a smaller one counts as in `reverse_kl`, which is infinite where p is 0
+_LEAST_LOG_P = -100.0
+
+
+def reverse_kl(logits_q: Tensor, log_p: Tensor) -> Tensor:
+    """logits_q, log_p: (..., V). Returns (...), sum_v q (log q - log p) in nats."""
+    log_q = logits_q.log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p.clamp(min=_LEAST_LOG_P))).sum(-1)
+
+
+#: how fast the weight of KL falls; the best one of the paper
+_HYBRID_ETA = 3.0
+
+
+def lk_hybrid(logits_q: Tensor, log_p: Tensor) -> Tensor:
+    """logits_q, log_p: (..., V). Returns (...), lambda KL(p || q) + (1 - lambda) TV, per position;
+    lambda is a weight and has no gradient (arXiv 2602.23881)."""
+    accepted = acceptance(logits_q, log_p)
+    weight = torch.exp(-_HYBRID_ETA * accepted.detach())
+    return weight * kl(logits_q, log_p) + (1.0 - weight) * (1.0 - accepted)
+
+
 #: losses that compare with p and need the target's logits
 SOFT = {
     "kl": kl,
+    "reverse_kl": reverse_kl,
     "total_variation": total_variation,
     "minus_log_acceptance": minus_log_acceptance,
+    "lk_hybrid": lk_hybrid,
 }
 
 

@@ -26,7 +26,8 @@ class Measure:
     """Calling it on a head returns, by temperature ("greedy", "temperature 1", ...):
 
     tokens_per_step: tau, by decoding the prompts with the head (docs: redrafter.contracts)
-    top_1, top_5: by depth, teacher-forced on the target's own answers to the prompts
+    top_1, top_5, accepted: by depth, teacher-forced on the target's own answers to the prompts;
+        see `depth_accuracy`
 
     Every process measures its share of the prompts, `total` adds up what they counted; so all of
     them call it together.
@@ -63,14 +64,15 @@ class Measure:
             self.batches[name] = feed.batches(max(1, chunk // depth))
 
     def __call__(self, head: DraftHead) -> dict[str, Any]:
-        rates, top_1, top_5 = {}, {}, {}
+        rates, by_depth = {}, {}
         for temperature, name in zip(self.config.eval.temperatures, self.names, strict=True):
             rates[name] = self.tokens_per_step(head, temperature)
             accuracy = depth_accuracy(
                 head, self.target, self.batches[name], self.config.loss.chunk_rows, self.total
             )
-            top_1[name], top_5[name] = accuracy["top_1"], accuracy["top_5"]
-        return {"tokens_per_step": rates, "top_1": top_1, "top_5": top_5}
+            for kind, shares in accuracy.items():
+                by_depth.setdefault(kind, {})[name] = shares
+        return {"tokens_per_step": rates, **by_depth}
 
     def tokens_per_step(self, head: DraftHead, temperature: float) -> float | None:
         """tau, pooled over the held-out prompts."""

@@ -8,22 +8,26 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from redrafter.config import LossConfig
+from redrafter.config import LOSSES, LossConfig
 from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch, Teacher
-from redrafter.training.losses import SOFT, chunked, mixed, top_k_log_p
+from redrafter.training.losses import SOFT, chunked, cross_entropy, mixed, top_k_log_p
 
 
-def loss_weights(config: LossConfig) -> dict[str, float]:
-    """Name -> weight of the losses that have one."""
-    names = ("cross_entropy", *SOFT)
-    return {name: weight for name in names if (weight := getattr(config, name)) != 0}
+def loss_weights(config: LossConfig, done: float = 0.0) -> dict[str, float]:
+    """Name -> weight of the losses that have one. done: part of the training, 0..1"""
+    weights = {name: getattr(config, name) for name in LOSSES}
+    if config.towards is not None:
+        ends = {name: config.towards.get(name, 0.0) for name in LOSSES}
+        weights = {name: (1 - done) * w + done * ends[name] for name, w in weights.items()}
+    return {name: weight for name, weight in weights.items() if weight != 0}
 
 
 def needed_teacher(config: LossConfig) -> Teacher | None:
     """What the losses need to compare with the target's distribution; None if none of them does."""
-    return config.teacher if any(name in SOFT for name in loss_weights(config)) else None
+    ever = {*loss_weights(config), *loss_weights(config, 1.0)}
+    return config.teacher if ever & set(SOFT) else None
 
 
 def depth_weights(config: LossConfig, depth: int, device: torch.device) -> Tensor:
@@ -34,8 +38,33 @@ def depth_weights(config: LossConfig, depth: int, device: torch.device) -> Tenso
 def total_weight(batch: Batch, config: LossConfig) -> Tensor:
     """Scalar float64: what the losses of an optimiser step are divided by, summed over all its
     micro-batches (and ranks) *before* the first of them runs, so that their split does not matter.
+    With weights that are known only then (`prefix`), the drafts: the first depth of each weighs 1.
     """
+    if config.depth_weights == "prefix":
+        return batch.mask.any(1).double().sum()
     return (batch.mask * depth_weights(config, batch.mask.shape[1], batch.mask.device)).sum()
+
+
+class PrefixChance:
+    """(P, K): the chance that what the head drafts gets as far as each depth, for `prefix` weights;
+    no gradient. Depths are to be told in their order, whatever chunk they are in.
+
+    floor: a; the factor of a depth is (1 - a) q(label) + a, and a where its label is none that the
+        head can draft. Source: the smoothing is D-PACE's (arXiv 2605.18810, equation 7), which
+        weighs by the depths behind as well
+    """
+
+    def __init__(self, mask: Tensor, floor: float):
+        self.floor = floor
+        blank = torch.full(mask.shape, floor, dtype=torch.float64, device=mask.device)
+        self.factors = blank.masked_fill(mask, 1.0)
+
+    def __call__(self, start: Tensor, depth: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """(m,) float64, of m rows in ascending order of (start, depth). logits: (m, Vd)"""
+        q = torch.exp(-cross_entropy(logits.detach(), labels)).double()
+        self.factors[start, depth] = (1.0 - self.floor) * q + self.floor
+        before = self.factors.cumprod(1).roll(1, dims=1)
+        return torch.where(depth > 0, before[start, depth], 1.0)
 
 
 def batch_loss(
@@ -45,20 +74,25 @@ def batch_loss(
     batch: Batch,
     config: LossConfig,
     denominator: Tensor,
+    done: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """This batch's share of the loss of its optimiser step.
 
     model: `head` itself or what wraps its forward
     denominator: scalar, `total_weight` of the whole step
+    done: part of the training, 0..1, for `loss.towards`
     Returns (scalar loss, (3, K) float64: supervised tokens, top-1 hits and loss sum by depth).
     """
     groups = depth_groups(head, batch.mask.shape[1])
     features = wide(model(batch.context, batch.tokens, target))  # (P, K, E)
     rows = [features[:, depths][batch.mask[:, depths]] for depths in groups]  # (M, E) each
     del features  # only those of supervised tokens stay
+    chance = None
+    if config.depth_weights == "prefix":
+        chance = PrefixChance(batch.mask, config.prefix_floor)
     total, counts = None, None
     for depths, part in zip(groups, rows, strict=True):
-        found = _loss_of(part, depths, head, target, batch, config, denominator)
+        found = _loss_of(part, depths, head, target, batch, config, denominator, done, chance)
         total = found[0] if total is None else total + found[0]
         counts = found[1] if counts is None else counts + found[1]
     return total, counts
@@ -79,15 +113,17 @@ def _loss_of(
     batch: Batch,
     config: LossConfig,
     denominator: Tensor,
+    done: float,
+    chance: PrefixChance | None,
 ) -> tuple[Tensor, Tensor]:
     """`batch_loss` of some depths, all of one matrix; chunk by chunk, so that whatever a head is
     made of, no more than one chunk of logits is there at a time. features: (M, E)"""
     n_depths, batch = batch.mask.shape[1], batch.at(depths)
-    depth = torch.arange(n_depths, device=batch.mask.device)[depths].expand_as(batch.mask)
-    depth, labels = depth[batch.mask], batch.labels[batch.mask]
+    start, depth = _places(batch.mask, depths)
+    labels = batch.labels[batch.mask]
     weight = depth_weights(config, n_depths, batch.mask.device)[depth] / denominator
     teacher = teacher_of(batch, target, getattr(head, "draft_ids", None))
-    weights = loss_weights(config)
+    weights = loss_weights(config, done)
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         logits = wide(logits)
@@ -97,7 +133,10 @@ def _loss_of(
             hit = (logits.argmax(-1) == labels[rows]).double()
             found = torch.stack((torch.ones_like(hit), hit, each.double()))
             counts = found.new_zeros(3, n_depths).index_add_(1, depth[rows], found)
-        return (each * weight[rows].to(each.dtype)).sum(), counts
+            own = weight[rows]
+            if chance is not None:
+                own = own * chance(start[rows], depth[rows], logits, labels[rows])
+        return (each * own.to(each.dtype)).sum(), counts
 
     # The loss is no place for a mixed precision either; a plan's meta device knows of none.
     whole = (
@@ -105,6 +144,14 @@ def _loss_of(
     )
     with whole:
         return chunked(features, head.vocab_matrix(depths.start + 1), loss, config.chunk_rows)
+
+
+def _places(mask: Tensor, depths: slice) -> tuple[Tensor, Tensor]:
+    """(M,) int64 each: which start, and which depth 0, 1, ... the supervised tokens are of.
+    mask: (P, k), of these depths"""
+    start = torch.arange(mask.shape[0], device=mask.device)[:, None].expand_as(mask)
+    depth = torch.arange(depths.start, depths.stop, device=mask.device).expand_as(mask)
+    return start[mask], depth[mask]
 
 
 class StepLoss(nn.Module):
@@ -115,8 +162,11 @@ class StepLoss(nn.Module):
         super().__init__()
         self.head, self.target, self.loss_config = head, target, config
 
-    def forward(self, batch: Batch, denominator: Tensor) -> tuple[Tensor, Tensor]:
-        return batch_loss(self.head, self.head, self.target, batch, self.loss_config, denominator)
+    def forward(
+        self, batch: Batch, denominator: Tensor, done: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        head, config = self.head, self.loss_config
+        return batch_loss(head, head, self.target, batch, config, denominator, done)
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -156,27 +206,42 @@ def depth_accuracy(
     batches: list[Batch],
     chunk_rows: int,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> dict[str, list[float]]:
-    """Share of supervised tokens among the head's best 1 and best 5, by depth (teacher-forced).
+) -> dict[str, list[float | None]]:
+    """What a teacher-forced head gets right, by depth; batches with the target's ids as labels.
 
+    top_1, top_5: share of supervised tokens among the head's best 1 and best 5
+    accepted: share of starts whose depths up to this one are all right. On text that the target
+        says greedily, what a chain drafted from the same positions has accepted.
     total: adds up counts over all processes, each of which has batches of its own
     """
     n_depths = batches[0].mask.shape[1]
-    counts = torch.zeros(3, n_depths, dtype=torch.float64, device=target.device)
+    counts = torch.zeros(4, n_depths, dtype=torch.float64, device=target.device)
     for batch in batches:
-        features = head(batch.context, batch.tokens, target)
-        for depths in depth_groups(head, n_depths):
-            matrix, mask = head.vocab_matrix(depths.start + 1), batch.mask[:, depths]
-            depth = torch.arange(n_depths, device=target.device)[depths].expand_as(mask)[mask]
-            rows, labels = features[:, depths][mask], batch.labels[:, depths][mask]
-            for part in torch.arange(len(rows), device=rows.device).split(chunk_rows):
-                logits = rows[part].to(matrix.dtype) @ matrix.T
-                best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[part, None]
-                one = torch.ones_like(labels[part])
-                found = torch.stack((one, best[:, 0], best.any(-1))).double()
-                counts.index_add_(1, depth[part], found)
-    n, top_1, top_5 = total(counts).tolist()
-    return {"top_1": _shares(top_1, n), "top_5": _shares(top_5, n)}
+        best = best_five(head, target, batch, chunk_rows)
+        right = best[..., 0]
+        rows = (torch.ones_like(right), right, best.any(-1), right.cumprod(1).bool())
+        counts += (torch.stack(rows) & batch.mask).sum(1)
+    n, *found = total(counts).tolist()
+    names = ("top_1", "top_5", "accepted")
+    return {name: _shares(hits, n) for name, hits in zip(names, found, strict=True)}
+
+
+def best_five(head: DraftHead, target: Target, batch: Batch, chunk_rows: int) -> Tensor:
+    """(P, K, 5) bool: whether the label is the head's best guess, second best and so on; False
+    where nothing is supervised. Labels are the target's ids, whatever the head's vocabulary."""
+    features, mask = head(batch.context, batch.tokens, target), batch.mask
+    found = mask.new_zeros((*mask.shape, min(5, head.draft_vocab_size)))
+    for depths in depth_groups(head, mask.shape[1]):
+        matrix, there = head.vocab_matrix(depths.start + 1), mask[:, depths]
+        rows, labels = features[:, depths][there], batch.labels[:, depths][there]
+        pieces = zip(rows.split(chunk_rows), labels.split(chunk_rows), strict=True)
+        each = [
+            head.to_vocab_ids((part.to(matrix.dtype) @ matrix.T).topk(found.shape[-1]).indices)
+            == label[:, None]
+            for part, label in pieces
+        ]
+        found[:, depths][there] = torch.cat(each)
+    return found
 
 
 def _shares(hits: list[float], n: list[float]) -> list[float | None]:

@@ -32,7 +32,9 @@ import gc
 import sys
 import time
 
-LOSSES = ("cross_entropy", "kl", "total_variation", "minus_log_acceptance")
+LOSSES = (
+    "cross_entropy", "kl", "reverse_kl", "total_variation", "minus_log_acceptance", "lk_hybrid",
+)  # fmt: skip
 
 
 def resident_bytes(field: str) -> int:
