@@ -38,7 +38,7 @@ from redrafter.contracts import InputError, StepStats
 from redrafter.hub.profile import PROFILE
 
 #: shares of the wealth that are staked: small ones find small drifts, large ones large drifts soon
-_STAKES = np.array([1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2])
+_STAKES = np.array([1 / 32, 1 / 8, 1 / 2, 0.95])
 _CERTAIN = 0.99  # no rate is promised above this one
 
 
