@@ -57,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _converse_learning(target: Any, head: Any, strategy: Any, config: ChatConfig) -> None:
     """The head learns meanwhile, and is kept however the conversation ends."""
+    from transformers.utils import logging
+
     from redrafter.learning.drift import watched
     from redrafter.learning.learner import Learner
 
+    logging.disable_progress_bar()  # of writing checkpoints, amid an answer
     alarm = watched(config, config.drafter, head)  # of the head as it was
     if isinstance(alarm, str):
         print(f"note: {alarm}", file=sys.stderr)

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(
         StreamConfig, argv, "eval/stream.py", _DESCRIPTION, names="describe_drafting", alone=True
     )
+    from transformers.utils import logging
+
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.report import write_result
     from redrafter.learning.stream import Stream, show
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.head is None:
         raise InputError("head: give --head, the folder of the head that is watched, and may learn")
     check_drafter(config)
+    logging.disable_progress_bar()  # of writing checkpoints
     target, head = load_both(config, measured=True)
     body = Stream(config, target, head).run()
     print(show(body))
