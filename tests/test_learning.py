@@ -331,7 +331,8 @@ def test_settings_that_make_no_sense_are_named(name, value):
 def test_a_stream_end_to_end(tiny_target, run, tmp_path, capsys):
     argv = [
         f"--target.path={tiny_target}", f"--head={run}", "--n_prompts=5", "--held_out=2",
-        f"--prompts={tiny_target / 'prompts_heldout.jsonl'}", "--max_new_tokens=16", "--window=3",
+        f"--prompts={tiny_target / 'prompts_heldout.jsonl'}", "--max_new_tokens=16", "--window=2",
+        "--batch_size=2",
         f"--learn={tmp_path / 'learned'}", f"--out={tmp_path / 'out.json'}",
         "--learning.share=1", "--learning.every_tokens=4", "--learning.batch_positions=4",
         "--threads=1",
@@ -339,17 +340,17 @@ def test_a_stream_end_to_end(tiny_target, run, tmp_path, capsys):
     assert stream.main(argv) == 0
     body = json.loads((tmp_path / "out.json").read_text())
     assert body["equal_texts"] == body["n_prompts"] == 5
-    assert [(w["first"], w["last"]) for w in body["windows"]] == [(1, 3), (4, 5)]
-    assert [probe["after"] for probe in body["held_out"]] == [0, 3, 5]
+    assert [(w["first"], w["last"]) for w in body["windows"]] == [(1, 2), (3, 4), (5, 5)]
+    assert [probe["after"] for probe in body["held_out"]] == [0, 2, 4, 5]
     assert set(body["arms"]) == {"as it was", "learning"} and body["learner"]["steps"] > 3
     steps = body["learner"]["steps"]
     assert (tmp_path / "learned/checkpoints" / f"step-{steps}").is_dir()
     promised = json.loads((run / "speculation_profile.json").read_text())["profiles"][0]
     drift = body["arms"]["as it was"]["drift"]
-    assert drift["promised"] == promised["marginal_accept_rates"] and drift["generations"] == 5
+    assert drift["promised"] == promised["marginal_accept_rates"] and drift["generations"] == 3
     assert load_head(tmp_path / "learned").fingerprint() != load_head(run).fingerprint()
     said = capsys.readouterr().out
-    assert "texts equal: 5/5" in said and "prompts 4..5" in said
+    assert "texts equal: 5/5" in said and "prompts 5..5" in said
     with pytest.raises(SystemExit) as ended:
         stream.main([*argv, "--drafter=suffix:8x1"])
     assert ended.value.code == 2 and "it is a head that learns" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def _converse_learning(target: Any, head: Any, strategy: Any, config: ChatConfig
     logging.disable_progress_bar()  # of writing checkpoints, amid an answer
     alarm = watched(config, config.drafter, head)  # of the head as it was
     if isinstance(alarm, str):
-        print(f"note: {alarm}", file=sys.stderr)
+        _note(alarm)
         alarm = None
     with Learner(head, target, config.learn, config.learning) as learner:
         converse(target, learner.watching(strategy), config, lines_of_user(), _write, alarm)
@@ -101,10 +101,7 @@ def converse(
     write: Callable[[str], Any],
     alarm: Any = None,
 ) -> None:
-    """Answer every line; what cannot be answered is said, and forgotten.
-
-    alarm: the drift alarm that watches, if any (`redrafter.learning.drift`)
-    """
+    """Answer every line; what cannot be answered is said, and forgotten. alarm: a DriftAlarm"""
     from redrafter.generation import generate
     from redrafter.targets.text import TextStream
 
@@ -132,7 +129,7 @@ def converse(
                 continue
             write(f"\n[{shown(made)}]\n")
             if alarm and (drifted := alarm.observe(made.stats, config.max_new_tokens)):
-                print(f"note: {drifted}", file=sys.stderr, flush=True)
+                _note(drifted)
             history = [*asked, {"role": "assistant", "content": made.extra["texts"][0]}]
             seed += 1
 
@@ -168,6 +165,10 @@ def lines_of_user() -> Iterator[str]:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _complain(text: str) -> None:

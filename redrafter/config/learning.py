@@ -70,8 +70,10 @@ class StreamConfig(ResourcesConfig, PromptFileConfig):
     held_out: int = 0
     """Rows at the end of the file that are decoded before the stream and after every `window` of
     it, and never learned from."""
+    batch_size: int = 1
+    """Prompts decoded at a time."""
     window: int = 100
-    """Prompts of the stream that one line of the table sums up."""
+    """Prompts of the stream that one line of the table sums up; a multiple of batch_size."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -80,5 +82,9 @@ class StreamConfig(ResourcesConfig, PromptFileConfig):
     """JSON file to write."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "n_prompts", "max_new_tokens", "window")
+        at_least(1, self, "n_prompts", "max_new_tokens", "batch_size", "window")
         at_least(0, self, "held_out", "temperature")
+        if self.window % self.batch_size:
+            raise ValueError(
+                f"window: {self.window} is no multiple of batch_size {self.batch_size}"
+            )

@@ -33,6 +33,7 @@ from redrafter.heads import lora
 from redrafter.heads.base import DraftHead
 from redrafter.learning.ring import Ring
 from redrafter.lookahead.wrapped import WrappedLookahead
+from redrafter.processes import name_the_cpu
 from redrafter.targets.model import Target
 from redrafter.training import checkpoint
 from redrafter.training.feed import Batch, draft_columns, gather
@@ -192,6 +193,7 @@ class Learner:
         """A checkpoint, and the learned head in the folder itself; each whole or absent."""
         if self.folder is None or self._saved == self.steps:
             return
+        name_the_cpu()  # in order to save, transformers imports DeepSpeed
         state = {"learner": self.facts, "settings": plain_values(self.settings),
                  "skipped_steps": self.skipped}  # fmt: skip
         averages = Whole(self.student, self._optimizer).averages()

@@ -1,4 +1,4 @@
-"""A stream of prompts, decoded one by one in order by a head that learns meanwhile and by the same
+"""A stream of prompts, decoded in order by a head that learns meanwhile and by the same
 head as it was; the drift alarm watches both.
 
 Figures: tokens per step, pooled over the prompts of a window; equal texts of both; seconds and CPU
@@ -19,6 +19,7 @@ from redrafter.bars import Bar
 from redrafter.config import StreamConfig
 from redrafter.contracts import Generation, StepStats
 from redrafter.data.answers import generation_config
+from redrafter.data.prompts import Prompt
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import needs
 from redrafter.drafting import Strategy, build_strategy, parse_strategy
@@ -36,16 +37,13 @@ from redrafter.targets.model import Target
 
 @dataclass
 class Arm:
-    """One way through the stream, and what it took."""
+    """One way through the stream, and what it took. stats: of each batch"""
 
     strategy: Strategy
     alarm: DriftAlarm | None
     stats: list[StepStats] = field(default_factory=list)
     seconds: float = 0.0
     cpu_s: float = 0.0
-
-    def tokens_per_step(self, first: int, last: int) -> float | None:
-        return _tau(self.stats[first:last])
 
     def report(self) -> dict[str, Any]:
         depth = len(self.stats[0].drafted_at)
@@ -92,7 +90,7 @@ class Stream:
         wanted = needs(parse_strategy(config.drafter).drafter)
         if "draft" in wanted:
             given["draft"] = load_draft(config)
-        resources = gather(wanted, self.target, given, config.tree, 1)
+        resources = gather(wanted, self.target, given, config.tree, config.batch_size)
         alarm = watched(config, config.drafter, head)
         if isinstance(alarm, str) and alarm not in self.warnings:
             self.warnings.append(alarm)
@@ -101,21 +99,18 @@ class Stream:
 
     def run(self) -> dict[str, Any]:
         """Decode it all. What was learned is saved, however it ends."""
-        windows, names = [], list(self.arms)
+        windows, equal, size = list[dict[str, Any]](), 0, self.config.batch_size
         with ExitStack() as stack:
             if self.learner is not None:
                 stack.enter_context(self.learner)
             self._probe(0)
-            equal = 0
-            for i in Bar(range(len(self.prompts)), desc="stream", unit="prompt", leave=False):
-                turn = i % len(names)
-                texts = [self._decode(self.arms[n], i).tokens for n in names[turn:] + names[:turn]]
-                equal += texts[0] == texts[-1]
-                done = i + 1
+            starts = range(0, len(self.prompts), size)
+            for turn, i in enumerate(Bar(starts, desc="stream", unit="batch", leave=False)):
+                batch = self.prompts[i : i + size]
+                equal += self._decode(batch, i, turn)
+                done = i + len(batch)
                 if done % self.config.window == 0 or done == len(self.prompts):
-                    first = windows[-1]["last"] if windows else 0
-                    rates = {n: a.tokens_per_step(first, done) for n, a in self.arms.items()}
-                    windows.append({"first": first + 1, "last": done, "tokens_per_step": rates})
+                    windows.append(self._window(windows[-1]["last"] if windows else 0, done))
                     self._probe(done)
         return {
             "windows": windows,
@@ -123,24 +118,40 @@ class Stream:
             "n_prompts": len(self.prompts),
             "equal_texts": equal,
             "temperature": self.config.temperature,
+            "batch_size": size,
             "arms": {name: arm.report() for name, arm in self.arms.items()},
             "learner": None if self.learner is None else self.learner.report(),
             "warnings": self.warnings,
         }
 
-    def _decode(self, arm: Arm, i: int) -> Generation:
-        wall, cpu = time.perf_counter(), time.process_time()
-        made = self._made(arm.strategy, self.prompts[i].ids, self.config.seed + i)
-        arm.seconds += time.perf_counter() - wall
-        arm.cpu_s += time.process_time() - cpu
-        arm.stats.append(made.stats)
-        if arm.alarm and (said := arm.alarm.observe(made.stats, self.config.max_new_tokens)):
-            Bar.write(said)
-        return made
+    def _window(self, first: int, last: int) -> dict[str, Any]:
+        size = self.config.batch_size
+        rates = {
+            name: _tau(arm.stats[first // size : -(-last // size)])
+            for name, arm in self.arms.items()
+        }
+        return {"first": first + 1, "last": last, "tokens_per_step": rates}
 
-    def _made(self, strategy: Strategy, prompt: Sequence[int], seed: int) -> Generation:
+    def _decode(self, batch: Sequence[Prompt], first: int, turn: int) -> int:
+        """A batch by every arm, in turns. Returns how many of its texts are the same by all."""
+        arms = list(self.arms.values())
+        turn %= len(arms)
+        texts = []
+        for arm in arms[turn:] + arms[:turn]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            made = self._made(arm.strategy, batch, self.config.seed + first)
+            arm.seconds += time.perf_counter() - wall
+            arm.cpu_s += time.process_time() - cpu
+            arm.stats.append(made.stats)
+            if arm.alarm and (said := arm.alarm.observe(made.stats, self.config.max_new_tokens)):
+                Bar.write(said)
+            texts.append(made.tokens)
+        return sum(one == other for one, other in zip(texts[0], texts[-1], strict=True))
+
+    def _made(self, strategy: Strategy, batch: Sequence[Prompt], seed: int) -> Generation:
         return speculative(
-            self.target, [list(prompt)], self.decoding, seeds=[seed], drafter=strategy.drafter,
+            self.target, [list(p.ids) for p in batch], self.decoding,
+            seeds=[seed + i for i in range(len(batch))], drafter=strategy.drafter,
             lookahead=strategy.lookahead, rule=strategy.rule,
         )  # fmt: skip
 
@@ -148,12 +159,14 @@ class Stream:
         """Tokens per step on the held-out prompts, with the head as it is now."""
         if not self.held_out:
             return
-        arm = list(self.arms.values())[-1]
-        strategy = arm.strategy
+        strategy, size = list(self.arms.values())[-1].strategy, self.config.batch_size
         if self.learner is not None:
             strategy = replace(strategy, lookahead=strategy.lookahead.inner)
         seed = self.config.seed + len(self.prompts)
-        made = [self._made(strategy, p.ids, seed + i) for i, p in enumerate(self.held_out)]
+        made = [
+            self._made(strategy, self.held_out[i : i + size], seed + i)
+            for i in range(0, len(self.held_out), size)
+        ]
         self.probes.append({"after": after, "tokens_per_step": _tau([m.stats for m in made])})
 
 
@@ -178,6 +191,6 @@ def show(body: dict[str, Any]) -> str:
         took = f"{name}: {arm['seconds']:.1f} s, {arm['cpu_s']:.1f} s of CPU"
         if (drift := arm["drift"]) is not None:
             after = drift["alarm_after"]
-            took += f"; drift alarm: {'none' if after is None else f'after {after} prompts'}"
+            took += f"; drift alarm: {'none' if after is None else f'after {after} batches'}"
         lines.append(took)
     return "\n".join(lines + [f"warning: {w}" for w in body["warnings"]])
