@@ -33,6 +33,7 @@ _PUBLIC = {
     "Resources": "redrafter.drafters.build",
     "TextStream": "redrafter.targets.text",
     "load_head": "redrafter.heads.load",
+    "Learner": "redrafter.learning.learner",
 }
 
 #: names of earlier versions -> what they are called now

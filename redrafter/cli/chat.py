@@ -16,10 +16,12 @@ Talk to a model; its answers are streamed, and are those of plain decoding whate
 
   redrafter chat --target.path MODEL --head HEAD
   redrafter chat --target.path MODEL --drafter "mix(head:6x5,suffix:16x1):nodes=17" --head HEAD
+  redrafter chat --target.path MODEL --head HEAD --learn runs/learned   # HEAD learns what is said
 
 One line is one message. /reset forgets the conversation, Ctrl-D ends it; Ctrl-C ends an answer.
 """
 _RESET = "/reset"
+_NOTHING_LEARNS = "learn: it is a head that learns: give --head, and a drafter that drafts by it"
 
 
 @reports_input_errors
@@ -44,19 +46,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         bigrams=config.bigrams, probed=config.probed, reference=config.reference,
     )  # fmt: skip
     try:
-        converse(target, strategy, config, lines_of_user(), _write)
+        if config.learn is None:
+            converse(target, strategy, config, lines_of_user(), _write)
+        else:
+            _converse_learning(target, head, strategy, config)
     except KeyboardInterrupt:  # between answers
         print()
     return 0
 
 
+def _converse_learning(target: Any, head: Any, strategy: Any, config: ChatConfig) -> None:
+    """The head learns meanwhile, and is kept however the conversation ends."""
+    from transformers.utils import logging
+
+    from redrafter.learning.drift import watched
+    from redrafter.learning.learner import Learner
+
+    logging.disable_progress_bar()  # of writing checkpoints, amid an answer
+    alarm = watched(config, config.drafter, head)  # of the head as it was
+    if isinstance(alarm, str):
+        _note(alarm)
+        alarm = None
+    with Learner(head, target, config.learn, config.learning) as learner:
+        converse(target, learner.watching(strategy), config, lines_of_user(), _write, alarm)
+
+
 def check_drafter(config: ChatConfig) -> dict[str, int]:
     """The resources that the drafter needs. Raises InputError, before anything is loaded, for a
-    name that is none and for a resource that is not given."""
+    name that is none, a resource that is not given, and where nothing can learn."""
     from redrafter.drafters.build import MISSING, needs
     from redrafter.drafting import parse_strategy
 
     if config.drafter in (None, "plain"):
+        if config.learn is not None and (config.drafter or config.head is None):
+            raise InputError(_NOTHING_LEARNS)
         return {}
     try:
         wanted = needs(parse_strategy(config.drafter).drafter)
@@ -65,6 +88,8 @@ def check_drafter(config: ChatConfig) -> dict[str, int]:
                 raise InputError(f"{config.drafter!r} needs {MISSING[name]}")
     except InputError as error:
         raise InputError(f"drafter: {error}") from None
+    if config.learn is not None and "head" not in wanted:
+        raise InputError(_NOTHING_LEARNS)
     return wanted
 
 
@@ -74,8 +99,9 @@ def converse(
     config: ChatConfig,
     lines: Iterator[str],
     write: Callable[[str], Any],
+    alarm: Any = None,
 ) -> None:
-    """Answer every line; what cannot be answered is said, and forgotten."""
+    """Answer every line; what cannot be answered is said, and forgotten. alarm: a DriftAlarm"""
     from redrafter.generation import generate
     from redrafter.targets.text import TextStream
 
@@ -102,6 +128,8 @@ def converse(
                 _complain(f"{error} ({_RESET} forgets the conversation)")
                 continue
             write(f"\n[{shown(made)}]\n")
+            if alarm and (drifted := alarm.observe(made.stats, config.max_new_tokens)):
+                _note(drifted)
             history = [*asked, {"role": "assistant", "content": made.extra["texts"][0]}]
             seed += 1
 
@@ -137,6 +165,10 @@ def lines_of_user() -> Iterator[str]:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _complain(text: str) -> None:

@@ -32,6 +32,7 @@ TASKS = {
         "acceptance": "what is accepted beside what could be, rule by rule (eval/acceptance.py)",
         "static": "predict which fixed size of drafts pays best here (eval/static.py)",
         "regret": "selectors beside their arms on a stream of prompts (eval/regret.py)",
+        "stream": "a stream of prompts, whose head may learn and is watched (eval/stream.py)",
         "lookahead": "when to stop drafting, beside every static length (eval/lookahead.py)",
         "compare_heads": "kinds, sizes and losses of heads, trained alike (eval/compare_heads.py)",
     },

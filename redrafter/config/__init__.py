@@ -41,6 +41,7 @@ from redrafter.config.evaluation import (
 )
 from redrafter.config.heads import KINDS, HeadConfig, LoraSettings
 from redrafter.config.hub import PushConfig
+from redrafter.config.learning import LearnConfig, StreamConfig
 from redrafter.config.lookahead import DiscoTrainConfig, RecordsConfig
 from redrafter.config.lookahead_eval import LookaheadEvalConfig
 from redrafter.config.plan import PlanConfig
@@ -77,6 +78,7 @@ __all__ = [
     "HeadConfig",
     "ImportSpeculatorsConfig",
     "InstructionsConfig",
+    "LearnConfig",
     "LookaheadEvalConfig",
     "LoraSettings",
     "LossConfig",
@@ -98,6 +100,7 @@ __all__ = [
     "SpeedConfig",
     "StatesConfig",
     "StaticConfig",
+    "StreamConfig",
     "TableConfig",
     "TargetConfig",
     "TrainConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from redrafter.config.common import ResourcesConfig, TargetConfig, at_least
+from redrafter.config.learning import LearnConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,11 @@ class ChatConfig(ResourcesConfig):
     drafter: str | None = None
     """Name of what drafts; `--list` prints all of them, with their options. None is the head, where
     there is one; `plain`, or neither, decodes without drafting."""
+    learn: str | None = None
+    """Let the head learn from the answers, and keep what it becomes in this folder, from which
+    the next conversation goes on. The answers stay the target's. None learns nothing."""
+    learning: LearnConfig = LearnConfig()
+    """How it learns."""
     system: str | None = None
     """A system message to begin with."""
     max_new_tokens: int = 256

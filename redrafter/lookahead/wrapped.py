@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from redrafter.contracts import AllLevels, Lookahead, RowState, Truth
@@ -17,6 +18,9 @@ class WrappedLookahead(Lookahead):
         self.inner = inner or AllLevels()
         self.level_by_level = self.inner.level_by_level
         self.needs, self.reads = self.inner.needs, self.inner.reads
+
+    def speculates(self, device: torch.device) -> bool:
+        return self.inner.speculates(device)
 
     def begin(self, seqs: RowState) -> None:
         self.inner.begin(seqs)

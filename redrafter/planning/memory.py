@@ -21,8 +21,8 @@ from redrafter.planning.tracing import Piece, Trace, longest_way, storage_bytes,
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
-from redrafter.training.loop import make_optimizer
 from redrafter.training.normalizers import chunk_of, log_normalizer, needs_normalizers
+from redrafter.training.optimizer import make_optimizer
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"

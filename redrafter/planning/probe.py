@@ -22,7 +22,7 @@ from redrafter.planning.memory import HALFWAY, meta_batch
 from redrafter.planning.meta import has_weights
 from redrafter.planning.plan import Plan
 from redrafter.targets.model import Target
-from redrafter.training.loop import make_optimizer
+from redrafter.training.optimizer import make_optimizer
 from redrafter.training.step import batch_loss, total_weight
 
 _LEAST_TOKENS = 4  # decoded by a probe

@@ -120,10 +120,8 @@ class Feed:
         self.buffer_rows, self.teacher = buffer_rows, teacher
         # Rows know both counts: tokens with one, or two, tokens of their row before them.
         self._counts = [p.starts[:, 0 if labels == "local" else 1] for p in self.parts]
-        self._to_draft = None
-        if draft_ids is not None:
-            self._to_draft = torch.full((target.vocab_size,), -1)
-            self._to_draft[draft_ids.cpu()] = torch.arange(len(draft_ids))
+        kept = None if draft_ids is None else draft_ids.cpu()
+        self._to_draft = draft_columns(kept, target.vocab_size)
         needed = needs_normalizers(target, draft_ids is not None, teacher)
         self._normalizers = Normalizers(target) if needed else None
         self._epochs: dict[int, _Epoch] = {}
@@ -269,35 +267,66 @@ class Feed:
 
     def _gather(self, columns: dict[str, Tensor], t: Tensor) -> Batch:
         """t: (P,) positions in the buffer."""
-        last = columns["end"][t] - 1
-        depths = torch.arange(1, self.depth + 1)
-        seen = torch.minimum(t[:, None] + depths, last[:, None])  # (P, K): t+1 .. t+K
-        if self.labels == "local":
-            said = columns["continuation"][t, : self.depth + 1].long()  # t+1 .. t+K+1
-            tokens, labels, mask = said[:, :-1], said[:, 1:], said[:, 1:] >= 0
-            tokens, labels = tokens.clamp(min=0), labels.clamp(min=0)
-        else:
-            after = torch.minimum(seen + 1, last[:, None])  # t+2 .. t+K+1
-            mask = (t[:, None] + depths < last[:, None]) & columns["supervised"][after]
-            mask = mask.cumprod(1).bool()  # a draft ends where a masked turn begins
-            tokens = columns["tokens"][seen].long()
-            labels = columns["tokens"][after].long()
-            if self.labels == "greedy":
-                labels = columns["continuation"][seen, 0].long().clamp(min=0)
-        if self._to_draft is not None:
-            labels = self._to_draft[labels]
-            mask = mask & (labels >= 0)
-            labels = labels.clamp(min=0)
-        dtype = self.target.dtype
-        batch = Batch(decoded(columns, t, dtype), tokens, labels, mask)
-        if self.teacher == "states":
-            batch.teacher = decoded(columns, seen, dtype)
-            if self._normalizers is not None:
-                batch.teacher_log_z = columns["teacher_log_z"][seen]
-        elif self.teacher == "top_k":
-            batch.teacher_ids = columns["teacher_ids"][seen].long()
-            batch.teacher_log_p = columns["teacher_log_p"][seen]
-        return batch
+        return gather(
+            columns, t, self.depth, self.target.dtype, labels=self.labels,
+            to_draft=self._to_draft, teacher=self.teacher,
+        )  # fmt: skip
+
+
+def gather(
+    columns: dict[str, Tensor],
+    t: Tensor,
+    depth: int,
+    dtype: torch.dtype,
+    *,
+    labels: Labels = "tokens",
+    to_draft: Tensor | None = None,
+    teacher: Teacher | None = None,
+) -> Batch:
+    """What is known of some starts.
+
+    columns: of rows one after the other, on one device: `tokens`, `states` (h_t), `supervised`,
+        and `end`, where each position's row ends; further ones as `labels` and `teacher` ask for
+    t: (P,) int64, positions; to_draft: see `draft_columns`
+    """
+    last = columns["end"][t] - 1
+    depths = torch.arange(1, depth + 1, device=t.device)
+    seen = torch.minimum(t[:, None] + depths, last[:, None])  # (P, K): t+1 .. t+K
+    if labels == "local":
+        said = columns["continuation"][t, : depth + 1].long()  # t+1 .. t+K+1
+        tokens, wanted, mask = said[:, :-1], said[:, 1:], said[:, 1:] >= 0
+        tokens, wanted = tokens.clamp(min=0), wanted.clamp(min=0)
+    else:
+        after = torch.minimum(seen + 1, last[:, None])  # t+2 .. t+K+1
+        mask = (t[:, None] + depths < last[:, None]) & columns["supervised"][after]
+        mask = mask.cumprod(1).bool()  # a draft ends where a masked turn begins
+        tokens = columns["tokens"][seen].long()
+        wanted = columns["tokens"][after].long()
+        if labels == "greedy":
+            wanted = columns["continuation"][seen, 0].long().clamp(min=0)
+    if to_draft is not None:
+        wanted = to_draft[wanted]
+        mask = mask & (wanted >= 0)
+        wanted = wanted.clamp(min=0)
+    batch = Batch(decoded(columns, t, dtype), tokens, wanted, mask)
+    if teacher == "states":
+        batch.teacher = decoded(columns, seen, dtype)
+        if "teacher_log_z" in columns:
+            batch.teacher_log_z = columns["teacher_log_z"][seen]
+    elif teacher == "top_k":
+        batch.teacher_ids = columns["teacher_ids"][seen].long()
+        batch.teacher_log_p = columns["teacher_log_p"][seen]
+    return batch
+
+
+def draft_columns(draft_ids: Tensor | None, vocab_size: int) -> Tensor | None:
+    """(V,) int64, the column of a pruned draft vocabulary that each token has, -1 for none; None
+    where it is not pruned. draft_ids: (Vd,) int64"""
+    if draft_ids is None:
+        return None
+    columns = torch.full((vocab_size,), -1, device=draft_ids.device)
+    columns[draft_ids] = torch.arange(len(draft_ids), device=draft_ids.device)
+    return columns
 
 
 def owners(counts: Tensor, n: int) -> Tensor:

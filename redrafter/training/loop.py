@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from redrafter.bars import Bar
-from redrafter.config import HeadConfig, OptimConfig, TrainConfig
+from redrafter.config import HeadConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.reading import Part
 from redrafter.export.complete import complete
@@ -38,6 +37,7 @@ from redrafter.training.engine import Engine, connect
 from redrafter.training.faults import Interruption, lost_peers
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
+from redrafter.training.optimizer import learning_rate, make_optimizer
 from redrafter.training.refusals import check_depths, find, refuse
 from redrafter.training.step import StepLoss, needed_teacher, total_weight
 
@@ -54,30 +54,6 @@ _FREE = frozenset(
         "data.folder", "data.source",
     }
 )  # fmt: skip
-
-
-def learning_rate(config: OptimConfig, step: int) -> float:
-    """Of optimiser step `step` (0, 1, ...): linear warm-up, then a cosine. A pure function, so
-    there is no scheduler to save."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    low = config.lr * config.final_lr_ratio
-    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def make_optimizer(head: DraftHead, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; decay on matrices only."""
-    trained = [p for p in head.parameters() if p.requires_grad]  # LoRA freezes the others
-    matrices = [p for p in trained if p.dim() > 1]
-    others = [p for p in trained if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True
-    )
 
 
 def load_initial_head(config: HeadConfig, target: Target) -> DraftHead:
