@@ -80,6 +80,12 @@ rows_of() {
     --out "$work/$1-rows.json"
 }
 
+step "$(python -c '
+import os, torch
+from redrafter.files import git_commit, versions
+from redrafter.targets.devices import device_name
+print("commit", git_commit(), "on", os.cpu_count(), "CPUs,", device_name(torch.device("cpu")), end="")
+print("".join(f", {name} {version}" for name, version in versions().items()))')"
 if (($# == 0)); then
   model=$work/small/model
   step "making a small model"
