@@ -14,8 +14,8 @@
 #   MEDUSA      a medusa head for MODEL (else one is trained, on answers to the first of PROMPTS)
 #   SMOLLM2     the folder of scripts/make_smollm2.py (else it is made)
 #   PARTS       what vllm_real.py does with MODEL
-#   N_PROMPTS   of the last rows (100); NEW_TOKENS of each answer (64), of SmolLM2's SMOLLM2_TOKENS
-#               (16)
+#   N_PROMPTS   of the last rows (100); NEW_TOKENS of each answer (40), of SmolLM2's SMOLLM2_TOKENS
+#               (8)
 #   ONLY        some of: head medusa server answers smollm2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +25,7 @@ if (($# != 0 && $# != 3)); then
 fi
 work=vllm-test
 mkdir -p "$work"
-n_prompts=${N_PROMPTS:-100} new_tokens=${NEW_TOKENS:-64}
+n_prompts=${N_PROMPTS:-100} new_tokens=${NEW_TOKENS:-40}
 SECONDS=0 status=0
 
 source scripts/setup.sh >&2
@@ -80,6 +80,12 @@ rows_of() {
     --out "$work/$1-rows.json"
 }
 
+step "$(python -c '
+import os, torch
+from redrafter.files import git_commit, versions
+from redrafter.targets.devices import device_name
+print("commit", git_commit(), "on", os.cpu_count(), "CPUs,", device_name(torch.device("cpu")), end="")
+print("".join(f", {name} {version}" for name, version in versions().items()))')"
 if (($# == 0)); then
   model=$work/small/model
   step "making a small model"
@@ -137,7 +143,7 @@ if wanted smollm2; then
   step "SmolLM2-135M with the head in examples/"
   shipped=examples/smollm2-135m/head
   rows_of smollm2 "$smollm2" "$shipped" "$prompts" --n_prompts "$n_prompts" \
-    --new_tokens "${SMOLLM2_TOKENS:-16}" --max_prompt_tokens 16 --laws 0
+    --new_tokens "${SMOLLM2_TOKENS:-8}" --max_prompt_tokens 16 --laws 0
   in_vllm vllm_real.py --model "$smollm2" --head "$shipped" --rows "$work/smollm2-rows.json" \
     --differing "$work/smollm2-differing.json" --parts plain,head,ngram 2>&1 |
     findings "$work/smollm2.log" || status=1

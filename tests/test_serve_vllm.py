@@ -15,6 +15,7 @@ import fake_vllm
 import pytest
 import torch
 from fake_vllm import Engine, config
+from head_kinds import make_head
 from models import VOCAB, prompts, tiny
 
 import redrafter.serve
@@ -531,13 +532,25 @@ def serve(*words: str, path: str | None = None) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_vllm_serve_prints_the_command_and_becomes_it(tmp_path):
-    (tmp_path / "head").mkdir()
-    vllm = tmp_path / "vllm"
+@pytest.fixture
+def path_with_vllm(tmp_path) -> str:
+    """A PATH with a `vllm` that shows its words."""
+    vllm = tmp_path / "bin/vllm"
+    vllm.parent.mkdir()
     vllm.write_text('#!/bin/sh\nfor word in "$@"; do echo "[$word]"; done\nexit 7\n')
     vllm.chmod(0o755)
-    head = str(tmp_path / "head")
-    done = serve("M", "--head", head, "--tokens", "3", "--port", "81", path=f"{tmp_path}:/bin")
+    return f"{vllm.parent}:/bin"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("heads") / "head"
+    RecurrentHead.for_target(tiny("llama")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_vllm_serve_prints_the_command_and_becomes_it(head, path_with_vllm):
+    done = serve("M", "--head", head, "--tokens", "3", "--port", "81", path=path_with_vllm)
     assert done.returncode == 7, done.stderr
     shown, *words = done.stdout.splitlines()
     words = [word[1:-1] for word in words]
@@ -568,3 +581,27 @@ def test_vllm_serve_refuses_and_explains(tmp_path):
     done = serve("M", "--head", "H", path=str(tmp_path))
     assert done.returncode == 2 and "there is no vllm on PATH" in done.stderr
     assert serve("M").returncode == 2
+
+
+def test_vllm_serve_looks_at_the_head_before_an_engine_starts(head, tmp_path, monkeypatch, capsys):
+    """In the engine the same errors come after a minute, below tracebacks of three processes."""
+    monkeypatch.setattr(vllm_serve, "_server", lambda: ["true"])
+    monkeypatch.setattr(vllm_serve.os, "execvp", lambda *words: pytest.fail("it started"))
+
+    def said(model: str, *words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            vllm_serve.main([model, *words])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    missing = said("M", "--head", str(tmp_path / "none"))
+    assert "--head: " in missing and "does not exist" in missing
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in said(str(tmp_path / "empty"), "--head", head)
+    other = {"model_type": "x", "text_config": {"hidden_size": 7, "vocab_size": VOCAB}}
+    for shape in (other, other["text_config"]):
+        (tmp_path / "empty/config.json").write_text(json.dumps(shape))
+        assert "hidden_size is" in said(str(tmp_path / "empty"), "--head", head)
+    medusa = tmp_path / "medusa"
+    make_head(tiny("llama"), "medusa").save_pretrained(medusa)
+    assert "ahead at most: set it to" in said("M", "--head", str(medusa), "--tokens", "90")

@@ -78,11 +78,25 @@ def main(argv: list[str] | None = None) -> int | None:
     if name not in SUBCOMMANDS:
         print(f"redrafter: no subcommand {args[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    try:
+        subcommand = import_module(f"redrafter.cli.{name}")
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == __package__.partition(".")[0]:
+            raise
+        # As in vLLM's environment, where redrafter lies without its dependencies.
+        print(
+            f"redrafter {args[0]}: error: the package {error.name} is not installed in this "
+            "environment; run the command in one into which redrafter was installed with its "
+            "dependencies (pip install -e . in a clone). Beside vLLM, without them, there is "
+            "vllm-serve alone",
+            file=sys.stderr,
+        )
+        return 2
     # argparse names the program after sys.argv[0]: the usage line should say what was typed.
     program = sys.argv[0]
     sys.argv[0] = f"{program} {name}"
     try:
-        return import_module(f"redrafter.cli.{name}").main(args[1:])
+        return subcommand.main(args[1:])
     finally:
         sys.argv[0] = program
 

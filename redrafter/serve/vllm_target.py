@@ -61,14 +61,17 @@ class EngineTarget:
         return weight[: self.vocab_size]
 
 
-def check_sizes(head: Any, config: Any, path: str) -> None:
-    """Raises InputError where a head was made for a model of another width or vocabulary."""
-    here = {"hidden_size": config.get_hidden_size(), "vocab_size": config.get_vocab_size()}
-    for name, want in here.items():
+def check_sizes(head: Any, model: str, sizes: dict[str, int], path: str) -> None:
+    """Raises InputError where a head was made for a model of another width or vocabulary.
+
+    sizes: the model's `hidden_size` and `vocab_size`, as far as they are known
+    path: of the head, for the message
+    """
+    for name, want in sizes.items():
         have = getattr(head.config, name)
         if have != want:
             raise InputError(
-                f"{path}: the head's {name} is {have}, that of the model {config.model} is {want}; "
+                f"{path}: the head's {name} is {have}, that of the model {model} is {want}; "
                 "serve the model that the head was trained for"
             )
 

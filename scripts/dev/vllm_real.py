@@ -33,6 +33,7 @@ from redrafter.serve.vllm import ReDrafterProposer
 from redrafter.serve.vllm_sampling import fault
 
 _DRAWS, BATCH, _LAW_BATCH = 4000, 8, 64
+_MOST_TOKENS, _BLOCK = 256, 32  # of a row, and of a block of the cache where those are few
 PROPOSER = "redrafter.serve.vllm.ReDrafterProposer"
 
 
@@ -46,7 +47,7 @@ class Engine:
             options["speculative_config"] = speculative
         options = {"max_num_seqs": BATCH, **options}
         self.llm = LLM(
-            model=model, dtype="float32", max_model_len=256, enforce_eager=True, seed=0,
+            model=model, dtype="float32", max_model_len=_MOST_TOKENS, enforce_eager=True, seed=0,
             disable_log_stats=False, **options,
         )  # fmt: skip
 
@@ -177,17 +178,28 @@ def mixed(engine: Engine, rows: dict, plain: list, greedy: SamplingParams) -> No
     same("greedy rows in batches that also sample", prompts[::2], texts[::2], plain[:n])
 
 
+def few_blocks(prompts: list[list[int]]) -> int:
+    """So many that a batch's prompts fit into the cache and what follows them does not, however
+    long they are: some must be preempted. One more is vLLM's own."""
+    shortest = sorted(map(len, prompts))[:BATCH]
+    return 1 + max(_MOST_TOKENS // _BLOCK, sum(length // _BLOCK + 1 for length in shortest))
+
+
 def hard_cases(args: argparse.Namespace, rows: dict, plain: list, greedy: SamplingParams) -> None:
     """Chunked prefill, preemption, prefix caching on and off, aborted requests; states checked."""
     speculative, extra = with_head(args, redrafter_serve_check=1)
     prompts, wanted = rows["prompts"][:32], plain[:32]
+    blocks = few_blocks(prompts)
     for cached in (True, False):
         with Engine(
-            args.model, speculative, extra, enable_prefix_caching=cached,
-            enable_chunked_prefill=True, max_num_batched_tokens=48, num_gpu_blocks_override=9,
+            args.model, speculative, extra, enable_prefix_caching=cached, block_size=_BLOCK,
+            enable_chunked_prefill=True, max_num_batched_tokens=48, num_gpu_blocks_override=blocks,
         ) as engine:  # fmt: skip
+            name = (
+                f"chunked prefill of 48, {blocks} blocks of {_BLOCK}, "
+                f"prefix caching {'on' if cached else 'off'}"
+            )
             proposer = engine.drafter
-            name = f"chunked prefill of 48, 9 blocks, prefix caching {'on' if cached else 'off'}"
             for what in (name, "  again"):
                 same(what, prompts, engine.run(prompts, greedy)[0], wanted)
             preempted = sum(
