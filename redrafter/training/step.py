@@ -48,12 +48,12 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """This batch's share of the loss of its optimiser step.
 
-    model: `head` itself or what wraps its forward
+    model: `head` itself or what wraps its forward and `contexts`
     denominator: scalar, `total_weight` of the whole step
     Returns (scalar loss, (3, K) float64: supervised tokens, top-1 hits and loss sum by depth).
     """
     groups = depth_groups(head, batch.mask.shape[1])
-    features = wide(model(batch.context, batch.tokens, target))  # (P, K, E)
+    features = wide(model(contexts_of(model, target, batch), batch.tokens, target))  # (P, K, E)
     rows = [features[:, depths][batch.mask[:, depths]] for depths in groups]  # (M, E) each
     del features  # only those of supervised tokens stay
     total, counts = None, None
@@ -62,6 +62,13 @@ def batch_loss(
         total = found[0] if total is None else total + found[0]
         counts = found[1] if counts is None else counts + found[1]
     return total, counts
+
+
+def contexts_of(model: nn.Module, target: Target, batch: Batch) -> Tensor:
+    """(P, H), c of every start: h_t, or what a head that reads the prefix makes of its row."""
+    if (rows := batch.rows) is None:
+        return batch.context
+    return model.contexts(target, rows.hidden, rows.tokens)[rows.row, rows.place]
 
 
 def depth_groups(head: DraftHead, n_depths: int) -> list[slice]:
@@ -164,7 +171,7 @@ def depth_accuracy(
     n_depths = batches[0].mask.shape[1]
     counts = torch.zeros(3, n_depths, dtype=torch.float64, device=target.device)
     for batch in batches:
-        features = head(batch.context, batch.tokens, target)
+        features = head(contexts_of(head, target, batch), batch.tokens, target)
         for depths in depth_groups(head, n_depths):
             matrix, mask = head.vocab_matrix(depths.start + 1), batch.mask[:, depths]
             depth = torch.arange(n_depths, device=target.device)[depths].expand_as(mask)[mask]
