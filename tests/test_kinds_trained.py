@@ -25,6 +25,8 @@ from redrafter.training.loop import Training
 
 CHANGES = {"optim.steps": 6, "save_steps": 3, "eval.every_steps": 3, "eval.prompts": 2,
            "keep_checkpoints": 9, "data.source.n_rows": 12}  # fmt: skip
+#: what the layer over the prefix needs is the same for all kinds; this one goes its way
+PREFIX = {"hydra": {"head.prefix": "attention", "optim.row_starts": 4, "optim.accumulation": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def argv_of(tiny_target, tmp_path_factory):
         given = {
             "head.kind": kind, "target.path": tiny_target, "output_dir": base / kind / out,
             "data.source.path": tiny_target / "prompts_train.jsonl", "data.folder": base / "data",
-            **SETTINGS, **CHANGES, **changes,
+            **SETTINGS, **CHANGES, **PREFIX.get(kind, {}), **changes,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in given.items()]
 
@@ -80,6 +82,7 @@ def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys):
     target = load_target(str(tiny_target))
     head = load_head(out, target)
     assert (head.kind, head.config.trained_depth) == (kind, 3)
+    assert head.reads_prefix == (kind in PREFIX)
     assert head.max_depth in (None, 3)
     assert verify([str(out), "--target.path", str(tiny_target)]) == 0, capsys.readouterr().out
     golden = json.loads((out / "golden/golden.json").read_text())
@@ -109,6 +112,8 @@ def test_card_and_plan_say_what_it_is(run, config_of):
     shown = plan_training(config_of(kind, "planned"), PlanConfig(probe_s=0)).show()
     trained = sum(p.numel() for p in found.head.parameters())
     assert f"head: {trained:,} parameters" in shown
+    assert ("attention over the row" in card) == ("a step, a level reads" in shown)
+    assert ("attention over the row" in card) == (kind in PREFIX)
 
 
 def test_what_would_be_published_is_whole(run):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,15 @@ from head_kinds import make_head as plain_head
 from models import alone, prompts, settings, tiny
 from torch.nn import functional as F
 
-from redrafter.config import DataConfig, StatesConfig, TargetConfig, TrainConfig, TreeConfig
+from redrafter.config import (
+    DataConfig,
+    HeadConfig,
+    LossConfig,
+    StatesConfig,
+    TargetConfig,
+    TrainConfig,
+    TreeConfig,
+)
 from redrafter.contracts import InputError, Truth
 from redrafter.data.rows import Rows, offsets_of, starts_per_row
 from redrafter.data.states import StateMaker
@@ -20,15 +29,18 @@ from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.compose import Wrapped
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.export.layouts import convert
+from redrafter.files import plain_values
 from redrafter.heads import prefix as layers
 from redrafter.heads.load import head_class
 from redrafter.planning.speed import bound
 from redrafter.serve.chain import check_depth
 from redrafter.targets.cache import RowCache
 from redrafter.training import feed as feeds
+from redrafter.training.checkpoint import check_same
 from redrafter.training.feed import Feed
+from redrafter.training.loop import known_settings
 from redrafter.training.refusals import check_prefix
-from redrafter.training.step import LossConfig, batch_loss, contexts_of, total_weight
+from redrafter.training.step import batch_loss, contexts_of, total_weight
 
 KINDS = {"recurrent": {}, "hydra": {"num_heads": 3}}
 K = 3
@@ -405,6 +417,20 @@ def test_processes_share_a_step_and_one_may_have_none_of_it():
     head.zero_grad()
     batch_loss(head, head, target, part, LossConfig(), torch.tensor(1.0))[0].backward()
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+def test_a_checkpoint_from_before_there_was_an_option_is_gone_on_with():
+    """It did what the option's default does; not what another value of it does."""
+    for kind in ("mlp_speculator", "recurrent"):
+        given = (TargetConfig("t"), DataConfig(), "o")
+        config = TrainConfig(*given, head=HeadConfig(kind=kind))
+        stored = plain_values(config)
+        del stored["head"]["prefix"], stored["optim"]["row_starts"]
+        check_same(known_settings(stored), plain_values(config), frozenset(), Path("c"))
+    other = TrainConfig(*given, head=HeadConfig(prefix="attention"))
+    del stored["head"]["kind"]
+    with pytest.raises(InputError, match=r"head\.prefix 'none' -> 'attention'"):
+        check_same(known_settings(stored), plain_values(other), frozenset(), Path("c"))
 
 
 # -------------------------------------------------------------------------------------- refusals

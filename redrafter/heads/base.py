@@ -157,6 +157,10 @@ class DraftHead(PreTrainedModel):
         """What it is made of, for people, in one line."""
         raise NotImplementedError
 
+    def described(self) -> str:
+        """`summary`, and what makes its context."""
+        return self.summary() + ", context by attention over the row" * self.reads_prefix
+
     @property
     def only_drafts(self) -> str | None:
         """What it is, of a head that can neither be trained nor written here; None of others."""
