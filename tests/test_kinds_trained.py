@@ -16,6 +16,7 @@ from redrafter.cli.args import parse
 from redrafter.cli.verify import main as verify
 from redrafter.config import KINDS, PlanConfig, TrainConfig
 from redrafter.contracts import InputError
+from redrafter.heads.base import DraftHead
 from redrafter.heads.load import head_class, load_head
 from redrafter.hub.card import model_card
 from redrafter.hub.run import read_run
@@ -77,7 +78,7 @@ def test_resumed_is_bit_for_bit_the_same(run, config_of):
     assert any(not torch.equal(after[key], t) for key, t in before.items()), "nothing was learned"
 
 
-def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys):
+def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys, monkeypatch):
     kind, out = run
     target = load_target(str(tiny_target))
     head = load_head(out, target)
@@ -88,6 +89,10 @@ def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys):
     golden = json.loads((out / "golden/golden.json").read_text())
     assert golden["decodes"]["greedy"]["drafter"] == f"head:4x{head.max_depth or 4}"
     assert len(golden["path"][0]) == (head.max_depth or 4)
+    if kind in PREFIX:  # a machine that left the layer out would be told of
+        monkeypatch.setattr(DraftHead, "contexts", lambda self, target, hidden, *_: hidden)
+        assert verify([str(out), "--target.path", str(tiny_target)]) == 1
+        assert "differs first in: draft" in capsys.readouterr().out
 
 
 def test_transformers_alone_runs_it(run, tiny_target):

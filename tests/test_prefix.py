@@ -21,6 +21,7 @@ from redrafter.config import (
     TreeConfig,
 )
 from redrafter.contracts import InputError, Truth
+from redrafter.costs import CostMeter
 from redrafter.data.rows import Rows, offsets_of, starts_per_row
 from redrafter.data.states import StateMaker
 from redrafter.decode.speculative import speculative
@@ -33,6 +34,7 @@ from redrafter.files import plain_values
 from redrafter.heads import prefix as layers
 from redrafter.heads.load import head_class
 from redrafter.planning.speed import bound
+from redrafter.records.make import walk_texts
 from redrafter.serve.chain import check_depth
 from redrafter.targets.cache import RowCache
 from redrafter.training import feed as feeds
@@ -209,6 +211,35 @@ def test_drafts_begin_from_what_the_whole_row_gives(n_rows):
         hidden = target.states(text[:, :-1])
         whole = trained.contexts(target, hidden, text[:, 1:])
         torch.testing.assert_close(c, whole[0, -1], atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_a_walk_over_known_texts_gives_the_same():
+    """Where lookahead records are made: one token of every row at a time, and no cache."""
+    target, rows = tiny("llama"), prompts()[:2]
+    head = make_head(target)
+    drafter = Watching(RecurrentDrafter(head, target, TreeConfig(1, 2)))
+    walk_texts(target, drafter, rows, settings(), [0, 0])
+    answers, _ = alone(target, rows, settings())
+    assert len(drafter.seen) > 10
+    for row, known, c in drafter.seen:
+        text = torch.tensor([(rows[row] + answers[row])[:known]])
+        whole = head.contexts(target, target.states(text[:, :-1]), text[:, 1:])
+        torch.testing.assert_close(c, whole[0, -1], atol=1e-9, rtol=1e-9)
+
+
+def test_a_price_counts_what_a_step_reads(monkeypatch):
+    """As many positions as a step has depths, behind a context; in `rest`, not in the levels."""
+    target, read = tiny("llama"), []
+    drafter = RecurrentDrafter(make_head(target), target, TreeConfig(2, K))
+
+    def contexts(self, target, hidden, tokens, cache):
+        read.append((hidden.shape[1], cache.width))
+        return hidden
+
+    monkeypatch.setattr(type(drafter.head), "contexts", contexts)
+    CostMeter(target, new_tokens=[1], contexts=[9], batches=[2], drafters={"it": drafter}).round()
+    assert read == [(9, 9), (K + 1, 9 - 1 + K + 1)]
 
 
 # --------------------------------------------------- what training counts, and what decoding counts
