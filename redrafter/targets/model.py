@@ -188,8 +188,7 @@ class Target:
 
         tokens, positions: (B, N) int64; masks: from `masks()`.
         keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
-              prefill does not project every position; None wants all.
-        whole: the hidden states of all nodes are wanted all the same
+              prefill does not project every position; None wants all. whole: all hidden states too
         """
         if self.fused is not None and isinstance(cache, RowCache) and self.fused.untouched:
             hidden = self.fused(tokens, positions, masks, cache)
@@ -204,8 +203,7 @@ class Target:
         kept = hidden
         if keep is not None:
             kept = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
-        if not whole:
-            hidden = kept
+        hidden = hidden if whole else kept
         return TargetOutput(self.project(kept), hidden)
 
     def masks(
