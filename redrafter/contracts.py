@@ -87,6 +87,7 @@ class RowState:
     cache:    the target's keys and values (a `RowCache`), for a drafter that borrows it: it may
               write behind the committed part, and puts `lengths` back before its tree is verified
     alive:    `live` on the host, where the loop has told it; see `live_rows`
+    lengths:  `length` on the host, likewise; see `known_lengths`
     """
 
     ids: Tensor
@@ -98,10 +99,15 @@ class RowState:
     seeds: Tensor | None = None
     cache: Any = None
     alive: list[bool] | None = None
+    lengths: list[int] | None = None
 
     def live_rows(self) -> list[bool]:
         """`live` on the host; reads it only where the loop has not told it (`alive`)."""
         return self.live.tolist() if self.alive is None else self.alive
+
+    def known_lengths(self) -> list[int]:
+        """`length` on the host; reads it only where the loop has not told it (`lengths`)."""
+        return self.length.tolist() if self.lengths is None else self.lengths
 
     @property
     def root(self) -> Tensor:
@@ -124,6 +130,8 @@ class Truth:
     tree_logits: (B, N, V), the raw target logits at all of its nodes, accepted or not; None if
             `needs` lacks "tree_logits", and after the prefill
     told:   the real ones of `tokens` on the host, where the loop has told them; see `rows`
+    prompt_hidden: (B, T, H), of the prefill alone: the hidden states at all positions of the
+            prompts, right-padded (the padding means nothing); None if `needs` lacks it
     After the prefill, K = 0: `tokens[:, 0]` is the first root, and the prompt itself stands in
     `RowState.ids`.
     """
@@ -136,6 +144,7 @@ class Truth:
     tree_logits: Tensor | None = None
     last_logits: Tensor | None = None
     told: list[list[int]] | None = None
+    prompt_hidden: Tensor | None = None
 
     def rows(self) -> list[list[int]]:
         """Per row the real ones of `tokens`, on the host; reads them only where the loop, which
@@ -160,7 +169,7 @@ class Drafter(ABC):
     `drafters/dummy.py` for the shortest complete one.
     """
 
-    #: what `observe` must carry: any of "hidden", "logits", "tree_logits"
+    #: what `observe` must carry: any of "hidden", "logits", "tree_logits", "prompt_hidden"
     needs: frozenset[str] = frozenset()
     #: the most levels `extend` may be called for in one step (K)
     max_depth: int = 0

@@ -129,11 +129,12 @@ class _Bench:
         self.ids = ids.to(target.device)
         self.cache = target.new_cache(batch, context + room)
         out = self._forward(context)
-        self.hidden, self.logits = out.hidden[:, -1:].clone(), out.logits[:, -1:].clone()
+        self.states, self.logits = out.hidden.clone(), out.logits[:, -1:].clone()
         self.cache.commit([context] * batch)
         length = torch.full((batch,), context, device=target.device)
         live = torch.ones_like(length, dtype=torch.bool)
         self.rows = RowState(self.ids, length, length.clone(), live, cache=self.cache)
+        self.rows.lengths = [context] * batch
         self.temperature = temperature
 
     def _inputs(self, n: int):
@@ -170,19 +171,25 @@ class _Bench:
             self.rows.temperature, self.rows.seeds = self.temperature, seeds
             noise = gumbel(seeds, self.context + depth, self.target.vocab_size)
         one = torch.ones_like(self.rows.length)
-        prefill = Truth(self.rows.root[:, None], one, self.hidden, self.logits)
+        prefill = Truth(self.rows.root[:, None], one, self.states[:, -1:], self.logits)
+        begun, step = prefill, {}
+        if "prompt_hidden" in drafter.needs:  # a step then has a state of every depth to be read
+            begun, width = replace(prefill, prompt_hidden=self.states), drafter.max_depth + 1
+            step = {"tokens": prefill.tokens.expand(-1, width),
+                    "hidden": prefill.hidden.expand(-1, width, -1)}  # fmt: skip
         # As many logits as there are nodes: some drafters learn from all of them.
         logits = self._forward(drafter.max_nodes).logits.clone()
         drafted: list[TokenTree] = []
 
         def observe() -> None:
             tree = drafted.pop()
-            drafter.observe(replace(prefill, tree=tree, tree_logits=logits[:, : tree.n_nodes]))
+            seen = logits[:, : tree.n_nodes]
+            drafter.observe(replace(prefill, tree=tree, tree_logits=seen, **step))
 
         def run() -> list[float]:
             self.rows.noise = noise  # of this drafter's depth
             drafter.begin(self.rows)
-            drafter.observe(prefill)
+            drafter.observe(begun)
             calls = [drafter.start]
             calls += [lambda k=k: drafter.extend(k) for k in range(1, drafter.max_depth + 1)]
             calls += [lambda: drafted.append(drafter.tree()), observe]

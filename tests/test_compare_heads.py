@@ -63,7 +63,7 @@ def without_times(found):
     """Of rows.json, what no clock has a part in."""
     kept = {}
     for name, row in found["rows"].items():
-        timed = ("speedup_plain", "bound", "level_s")
+        timed = ("speedup_plain", "bound", "level_s", "once_s")
         measured = {
             t: {key: value for key, value in m.items() if key not in timed}
             for t, m in row["measured"].items()

@@ -4,6 +4,7 @@ loop has already read."""
 import pytest
 from head_kinds import make_head
 from models import Recorder, endless, prompts, replays, settings, tiny
+from test_prefix import make_head as reading
 
 from redrafter.config import TreeConfig
 from redrafter.decode.speculative import speculative
@@ -19,6 +20,7 @@ def drafters(target):
     return {
         "head": RecurrentDrafter(make_head(target, "recurrent"), target, TreeConfig(3, 3)),
         "medusa": RecurrentDrafter(make_head(target, "medusa"), target, TreeConfig(3, 3)),
+        "prefix": RecurrentDrafter(reading(target), target, TreeConfig(3, 3)),
         "suffix": SuffixDrafter(depth=4),
         "replay": replays(texts)["half"],
     }
@@ -26,7 +28,7 @@ def drafters(target):
 
 @pytest.mark.parametrize("n_rows", [1, 4])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["head", "medusa", "suffix"])
+@pytest.mark.parametrize("name", ["head", "medusa", "prefix", "suffix"])
 def test_a_step_reads_the_host_once(name, mode, n_rows):
     target = tiny("llama")
     drafter, rows = drafters(target)[name], prompts()[:n_rows]

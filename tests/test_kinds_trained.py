@@ -16,6 +16,7 @@ from redrafter.cli.args import parse
 from redrafter.cli.verify import main as verify
 from redrafter.config import KINDS, PlanConfig, TrainConfig
 from redrafter.contracts import InputError
+from redrafter.heads.base import DraftHead
 from redrafter.heads.load import head_class, load_head
 from redrafter.hub.card import model_card
 from redrafter.hub.run import read_run
@@ -27,10 +28,14 @@ CHANGES = {"optim.steps": 6, "save_steps": 3, "eval.every_steps": 3, "eval.promp
            "keep_checkpoints": 9, "data.source.n_rows": 12}  # fmt: skip
 #: Recurrent heads go this way in test_training.py, test_verify.py and test_custom_generate.py; here
 #: with what is off by default.
-OF_KIND = {"recurrent": {
-    "head.state_norm": "true", "head.exit_dim": 24, "loss.depth_weights": "prefix",
-    "loss.prefix_floor": 0.2, "loss.reverse_kl": 0.1, "loss.towards": '{"lk_hybrid": 1}',
-}}  # fmt: skip
+OF_KIND = {
+    "recurrent": {
+        "head.state_norm": "true", "head.exit_dim": 24, "loss.depth_weights": "prefix",
+        "loss.prefix_floor": 0.2, "loss.reverse_kl": 0.1, "loss.towards": '{"lk_hybrid": 1}',
+    },
+    # what the layer over the prefix needs is the same for all kinds; this one goes its way
+    "hydra": {"head.prefix": "attention", "optim.row_starts": 4, "optim.accumulation": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +85,21 @@ def test_resumed_is_bit_for_bit_the_same(run, config_of):
     assert any(not torch.equal(after[key], t) for key, t in before.items()), "nothing was learned"
 
 
-def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys):
+def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys, monkeypatch):
     kind, out = run
     target = load_target(str(tiny_target))
     head = load_head(out, target)
     assert (head.kind, head.config.trained_depth) == (kind, 3)
+    assert head.reads_prefix == ("head.prefix" in OF_KIND.get(kind, {}))
     assert head.max_depth in (None, 3)
     assert verify([str(out), "--target.path", str(tiny_target)]) == 0, capsys.readouterr().out
     golden = json.loads((out / "golden/golden.json").read_text())
     assert golden["decodes"]["greedy"]["drafter"] == f"head:4x{head.max_depth or 4}"
     assert len(golden["path"][0]) == (head.max_depth or 4)
+    if "head.prefix" in OF_KIND.get(kind, {}):  # a machine that left the layer out would be told of
+        monkeypatch.setattr(DraftHead, "contexts", lambda self, target, hidden, *_: hidden)
+        assert verify([str(out), "--target.path", str(tiny_target)]) == 1
+        assert "differs first in: draft" in capsys.readouterr().out
 
 
 def test_transformers_alone_runs_it(run, tiny_target):
@@ -114,6 +124,8 @@ def test_card_and_plan_say_what_it_is(run, config_of):
     shown = plan_training(config_of(kind, "planned"), PlanConfig(probe_s=0)).show()
     trained = sum(p.numel() for p in found.head.parameters())
     assert f"head: {trained:,} parameters" in shown
+    assert ("attention over the row" in card) == ("a step, a level reads" in shown)
+    assert ("attention over the row" in card) == ("head.prefix" in OF_KIND.get(kind, {}))
 
 
 def test_what_would_be_published_is_whole(run):

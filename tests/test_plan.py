@@ -203,6 +203,7 @@ STEPS = {
     "accumulation": (LossConfig(chunk_rows=32), {"accumulation": 2}, {}),
     "pruned": (LossConfig(minus_log_acceptance=1.0), {}, HEADS["narrow"]),
     "borrowed": (LossConfig(total_variation=1.0), {}, HEADS["borrowed"]),
+    "prefix": (LossConfig(chunk_rows=32), {"accumulation": 2}, {"prefix": "attention"}),
 }
 
 
@@ -212,12 +213,12 @@ def test_a_step_without_content_takes_what_a_real_one_takes(name, both):
     loss, changes, fields = STEPS[name]
     optim = OptimConfig(batch_positions=48, **changes)
     wanted = HeadConfig(**fields)
-    planned = memory.step_memory(meta_head(wanted, meta), meta, loss, optim, 4)
+    planned = memory.step_memory(meta_head(wanted, meta), meta, loss, optim, 4, 50)
     fields = dict(fields)
     if n := fields.pop("draft_vocab_size", None):
         fields["draft_ids"] = torch.arange(n)
     head = RecurrentHead.for_target(real, **fields)
-    measured = memory.step_memory(head, real, loss, optim, 4)
+    measured = memory.step_memory(head, real, loss, optim, 4, 50)
     assert planned.gradients == measured.gradients
     assert planned.batch == measured.batch
     assert planned.peak == pytest.approx(measured.peak, rel=0.06)
@@ -229,11 +230,12 @@ def test_states_and_decoding_take_what_real_ones_take(both):
     config = StatesConfig(teacher_top_k=3, dtype="int8")
     planned, measured = (memory.states_memory(StateMaker(t, config, 1), 5, 60) for t in both)
     assert planned == pytest.approx(measured, rel=0.02)
-    heads = [meta_head(HeadConfig(), meta).eval(), RecurrentHead.for_target(real).eval()]
-    for drafted in (False, True):
+    for prefix in (None, "none", "attention"):
         found = []
+        fields = {"prefix": prefix or "none"}
+        heads = [meta_head(HeadConfig(**fields), meta), RecurrentHead.for_target(real, **fields)]
         for one, head in zip(both, heads, strict=True):
-            drafter = RecurrentDrafter(head, one, TreeConfig(3, 3)) if drafted else None
+            drafter = RecurrentDrafter(head.eval(), one, TreeConfig(3, 3)) if prefix else None
             found.append(memory.decode_memory(one, 6, 40, 20, 1.0, drafter))
         assert found[0].cache == found[1].cache
         assert found[0].working == pytest.approx(found[1].working, rel=0.02)
@@ -248,9 +250,9 @@ def test_decoding_is_planned_by_one_step_of_the_shipped_loop(both, which, drafte
     drafter = RecurrentDrafter(head.eval(), target, TreeConfig(3, 3)) if drafted else None
     forward = target.forward
 
-    def watched(tokens, positions, masks, cache, keep=None):
+    def watched(tokens, positions, masks, cache, *kept, **wanted):
         seen.append((tokens.shape[1], max(cache.lengths), cache.width))
-        return forward(tokens, positions, masks, cache, keep)
+        return forward(tokens, positions, masks, cache, *kept, **wanted)
 
     monkeypatch.setattr(target, "forward", watched)
     memory.decode_memory(target, 6, 40, 20, 1.0, drafter)

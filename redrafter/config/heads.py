@@ -13,11 +13,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "recurrent": {
         "num_draft_layers": 2, "exit_dim": None, "first_state": "code", "cell": "simple",
         "embedding_scale": "rms", "input_norm": False, "state_norm": False, "output": "own",
-        "draft_vocab_size": None,
+        "draft_vocab_size": None, "prefix": "none",
     },
-    "medusa": {"num_draft_layers": 1, "output": "own", "draft_vocab_size": None},
+    "medusa": {
+        "num_draft_layers": 1, "output": "own", "draft_vocab_size": None, "prefix": "none",
+    },
     "hydra": {
         "num_draft_layers": 1, "embedding_scale": "rms", "output": "own", "draft_vocab_size": None,
+        "prefix": "none",
     },
     "mlp_speculator": {"inner_dim": None, "tie_weights": False, "scale_input": True},
 }  # fmt: skip
@@ -82,6 +85,9 @@ class HeadConfig:
     draft_vocab_size: int | None = None
     """Draft only this many tokens, the most frequent ones of the answers; none drafts all
     (recurrent, medusa, hydra)."""
+    prefix: Literal["none", "attention"] | None = None
+    """`attention`: a decoder layer over the row, run once per step, adds to the hidden state that a
+    draft begins from (heads/prefix.py); none given is none (recurrent, medusa, hydra)."""
     inner_dim: int | None = None
     """D, width of the speculator's state; none is the target's hidden width (mlp_speculator)."""
     tie_weights: bool | None = None

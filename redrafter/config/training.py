@@ -79,6 +79,10 @@ class OptimConfig:
     share them out. So their number changes nothing but the time and the memory."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
+    row_starts: int = 16
+    """Start positions of one row that a step takes together, for heads with head.prefix attention,
+    whose layer runs once over the row for all of them; fewer means more rows per step, and more
+    passes over them. Other heads take positions one by one."""
     depth: int = 5
     """Depths trained."""
     lr: float = 2e-3
@@ -97,7 +101,8 @@ class OptimConfig:
     """A step whose gradient is not finite is skipped and counted; so many in a row end the run."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "steps", "batch_positions", "accumulation", "depth", "max_bad_steps")
+        at_least(1, self, "steps", "batch_positions", "accumulation", "row_starts", "depth",
+                 "max_bad_steps")  # fmt: skip
 
 
 @dataclass(frozen=True)

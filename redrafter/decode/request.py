@@ -155,9 +155,11 @@ class Request:
             seeds=self._seed if self.sampled else None,
         )  # fmt: skip
 
-    def prefill(self, seqs: RowState, slack: int) -> tuple[RowCache, Tensor, Tensor]:
-        """Right-padded prefill. Returns the cache, (B, V) logits and (B, H) hidden state of each
-        row's last prompt token."""
+    def prefill(
+        self, seqs: RowState, slack: int, whole: bool = False
+    ) -> tuple[RowCache, Tensor, Tensor]:
+        """Right-padded prefill. Returns the cache, (B, V) logits of each row's last prompt token,
+        and its hidden state, (B, 1, H), or those of all of its tokens where `whole`, (B, T, H)."""
         target, lengths = self.target, [len(p) for p in self.prompts]
         width = max(lengths)
         cache = target.new_cache(self.n_rows, seqs.ids.shape[1] + slack)
@@ -171,10 +173,11 @@ class Request:
             target.masks(causal, position, position),
             cache,
             keep=seqs.length - 1,
+            whole=whole,
         )
         # What was written behind a shorter row's end is overwritten before it can be seen.
         cache.commit(lengths)
-        return cache, out.logits[:, 0], out.hidden[:, 0]
+        return cache, out.logits[:, 0], out.hidden
 
 
 class Emitter:

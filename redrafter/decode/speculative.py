@@ -85,7 +85,7 @@ def speculative_loop(
     needs = drafter.needs | lookahead.needs
     with timer("prefill"):
         with drafter.watch(True):
-            truth = state.prefill()
+            truth = state.prefill(needs)
         nothing = torch.zeros_like(seqs.length)
         drafter.begin(seqs)
         drafter.observe(truth)
@@ -178,10 +178,11 @@ class _Decoding:
                 "can be verified: take a drafter of width 1, or rule seeded"
             )
 
-    def prefill(self) -> Truth:
+    def prefill(self, needs: frozenset[str]) -> Truth:
         """The prompts, and every row's first token."""
         seqs, emitter, request = self.seqs, self.emitter, self.request
-        self.cache, logits, hidden = request.prefill(seqs, self.slack)
+        whole = "prompt_hidden" in needs
+        self.cache, logits, hidden = request.prefill(seqs, self.slack, whole)
         noise = request.noise(emitter.lengths, 1)
         noise = None if noise is None else noise[:, 0]
         first, best = choose_scored(request.warp.rows(logits, seqs), noise)
@@ -190,7 +191,12 @@ class _Decoding:
         self._append(first[:, None])
         seqs.cache = self.cache
         count = seqs.live.long()  # a row may have ended with its first token
-        return Truth(first[:, None], count, hidden[:, None], logits[:, None], last_logits=logits)
+        truth = Truth(first[:, None], count, hidden, logits[:, None], last_logits=logits)
+        if whole:
+            row = torch.arange(len(hidden), device=hidden.device)
+            truth.hidden = hidden[row, seqs.prompt_length - 1][:, None]
+            truth.prompt_hidden = hidden
+        return truth
 
     def draw_noise(self) -> None:
         self.seqs.noise = self.request.noise(self.emitter.lengths, self.depth + 1)
@@ -293,7 +299,8 @@ class _Decoding:
         seqs, device = self.seqs, tokens.device
         where = seqs.length[:, None] + torch.arange(tokens.shape[1], device=device)
         seqs.ids.scatter_(1, where, tokens)
-        seqs.length = torch.tensor(self.emitter.lengths, device=device)
+        seqs.lengths = self.emitter.lengths
+        seqs.length = torch.tensor(seqs.lengths, device=device)
         seqs.alive = self.emitter.live
         seqs.live = torch.tensor(seqs.alive, device=device)
 

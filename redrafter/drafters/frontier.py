@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.warp import score_dtype
+from redrafter.drafters.context import HeadContext
 from redrafter.heads.base import DraftHead
 from redrafter.targets.cache import RowCache
 from redrafter.targets.model import Target
@@ -56,12 +57,12 @@ class Frontier(ABC):
 
 
 class HeadFrontier(Frontier):
-    """A head of any kind: context is the target's hidden state, tokens are read level by level."""
-
-    needs = frozenset({"hidden"})
+    """A head of any kind: its context is made once, tokens are read level by level."""
 
     def __init__(self, head: DraftHead, target: Target):
         self.head, self.target = head, target
+        self._reader = HeadContext(head, target)
+        self.needs = self._reader.needs
         self.vocab_size = target.vocab_size
         if head.max_depth is not None:
             self.levels = head.max_depth
@@ -69,8 +70,12 @@ class HeadFrontier(Frontier):
     def fingerprint(self) -> str:
         return self.head.fingerprint()
 
+    def begin(self, seqs: RowState) -> None:
+        super().begin(seqs)
+        self._reader.begin(seqs)
+
     def observe(self, truth: Truth) -> None:
-        self.context = truth.last_hidden()[:, None]
+        self.context = self._reader.observe(truth)
 
     def start(self) -> Tensor:
         self.states, self._level = None, 0

@@ -22,6 +22,7 @@ from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
 from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.drafters.beams import best_children
 from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.context import HeadContext
 from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
@@ -35,7 +36,6 @@ class RecurrentDrafter(Drafter):
         `tree.nodes`, and how many levels are drafted, at most K; instead of `tree.shape`
     """
 
-    needs = frozenset({"hidden"})
     feature_names = MODEL_FEATURES
 
     def __init__(
@@ -56,6 +56,8 @@ class RecurrentDrafter(Drafter):
         if budget is None and tree.shape == "best" and not tree.nodes:
             raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
         self.head, self.target, self.shape = head, target, tree
+        self._reader = HeadContext(head, target)
+        self.needs = self._reader.needs
         self.sees_noise = "all" if tree.seeded else "none"
         widest = 1 if target.verifies == "chains" else tree.width
         self.width = min(widest, head.draft_vocab_size)
@@ -70,12 +72,13 @@ class RecurrentDrafter(Drafter):
 
     def begin(self, seqs: RowState) -> None:
         super().begin(seqs)
+        self._reader.begin(seqs)
         rows = torch.zeros_like(seqs.length)[:, None]
         self._zeros = rows
 
     def observe(self, truth: Truth) -> None:
-        """Keep c (B, H): the hidden state whose logits produced the new root."""
-        self.context = truth.last_hidden()[:, None]
+        """Keep c (B, 1, H) of the new root."""
+        self.context = self._reader.observe(truth)
         if self.budget:
             self.budget.observe(truth)
 

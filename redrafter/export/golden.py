@@ -117,6 +117,23 @@ def hidden_states(target: Target, prompts: Sequence[Sequence[int]], last: int) -
     return torch.cat([target.states(ids)[:, -last:] for ids in rows])
 
 
+def draft_context(
+    head: DraftHead,
+    target: Target,
+    hidden: Tensor,
+    prompts: Sequence[Sequence[int]],
+    path: Sequence[Sequence[int]],
+) -> Tensor:
+    """(P, H): c behind every prompt, from its last hidden states alone, (P, C, H). A head that
+    reads the prefix is given rows that begin there, so that its layer is compared too."""
+    if not head.reads_prefix:
+        return hidden[:, -1]
+    first = hidden.shape[1] - 1  # of each row's tokens, from the end of its prompt
+    rows = zip(prompts, path, strict=True)
+    follow = [[*prompt[len(prompt) - first :], drafted[0]] for prompt, drafted in rows]
+    return head.contexts(target, hidden, torch.tensor(follow, device=target.device))[:, -1]
+
+
 def draft_logits(
     head: DraftHead, target: Target, context: Tensor, path: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -172,7 +189,8 @@ def make_golden(
                 "texts": text_of(target, made.tokens)}  # fmt: skip
     path = [(row + [row[-1]] * depth)[:depth] for row in found["greedy"].tokens]
     hidden = hidden_states(target, rows, last)
-    tensors = {"hidden": hidden, **_sampled_logits(draft_logits(head, target, hidden[:, -1], path))}
+    context = draft_context(head, target, hidden, rows, path)
+    tensors = {"hidden": hidden, **_sampled_logits(draft_logits(head, target, context, path))}
     for name, made in found.items():
         tensors |= {f"{name}.{key}": value for key, value in _numbers(made).items()}
     facts = {

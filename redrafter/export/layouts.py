@@ -42,6 +42,11 @@ def convert(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
     read = load_trainable(head)
+    if to != "redrafter" and read.reads_prefix:
+        raise InputError(
+            f"{head}: the layout {to} has no place for the layer over the prefix (head.prefix "
+            "attention): train a head with head.prefix none, or keep the layout redrafter"
+        )
     stored = next(read.parameters()).dtype  # before it computes as the target does
     read = given_to(target, read, Path(head), False)
     if to != "redrafter" and read.draws_on_target and target is None:

@@ -41,6 +41,7 @@ from redrafter.contracts import InputError
 from redrafter.export.golden import (
     Golden,
     describe_target,
+    draft_context,
     draft_logits,
     dtype_name,
     hidden_states,
@@ -196,13 +197,14 @@ def _hidden_check(target: Target, golden: Golden) -> Check:
 def _draft_check(head: DraftHead, target: Target, golden: Golden) -> tuple[Check, float]:
     """The check, and how far a draft's scores may drift: by rounding in the head, and by what
     rounding in the target makes of them."""
-    path, stored = golden.facts["path"], golden.tensors
-    context = stored["hidden"][:, -1].to(target.device)
+    path, stored, prompts = golden.facts["path"], golden.tensors, golden.facts["prompts"]
+    hidden = stored["hidden"].to(target.device)
+    context = draft_context(head, target, hidden, prompts, path)
     logits = draft_logits(head, target, context, path)
     rows = zip(context, path, strict=True)
     alone = torch.cat([draft_logits(head, target, c[None], [p]) for c, p in rows])
-    own = hidden_states(target, golden.facts["prompts"], 1)[:, 0]
-    from_here = draft_logits(head, target, own, path)
+    own = hidden_states(target, prompts, hidden.shape[1])
+    from_here = draft_logits(head, target, draft_context(head, target, own, prompts, path), path)
     ids = stored["draft_ids"].long().to(logits.device)
     in_full = logits.float()  # as they were kept
     here = torch.cat((in_full.gather(-1, ids), in_full.logsumexp(-1, keepdim=True)), -1)

@@ -16,7 +16,8 @@ c = h_t is the hidden state that the target's lm_head turned into its prediction
 token_1 is that next token t+1, which is therefore known for sure. So *(h_t, token t+1) first
 predicts token t+2*, and after k levels (h_t; t+1, ..., t+k) predicts token t+1+k. c stays the same
 at all levels of a draft. In decoding, token_1 is the root of the tree (the last emitted token, not
-yet in the cache) and the logits of level k are about depth k.
+yet in the cache) and the logits of level k are about depth k. With `prefix attention` c is h_t plus
+what one layer makes of the pairs (h_0, token 1), ..., (h_t, token t+1) of the row (`contexts`).
 
 A head never owns the target's embeddings (`target.embed(tokens)`), and its lm_head at most by
 reference (`bind`). How to write another kind: docs/add-a-head.md.
@@ -37,6 +38,7 @@ from redrafter.contracts import InputError
 from redrafter.files import digest_weights
 from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import describe
+from redrafter.heads.prefix import PrefixLayer, heads_for
 from redrafter.heads.reading import read_config, with_weights
 from redrafter.products import PackedProduct
 
@@ -50,6 +52,8 @@ class DraftHeadConfig(PreTrainedConfig):
     target_fingerprint, target_name, target_base, target_adapter, target_probe: which target it was
         trained for ("" or None = unknown); see `redrafter/heads/owner.py`
     trained_depth: depths it was trained on (None = unknown)
+    prefix: what c is: "none", h_t; "attention", that and a layer over the row (`heads/prefix.py`),
+        of `prefix_heads` attention heads (None: chosen by the width)
     """
 
     #: field -> what it may be, and field -> its smallest value, of a kind's own fields
@@ -65,11 +69,18 @@ class DraftHeadConfig(PreTrainedConfig):
     target_adapter: str = ""
     target_probe: dict[str, list[float]] | None = None
     trained_depth: int | None = None
+    prefix: str = "none"
+    prefix_heads: int | None = None
     redrafter_version: str = __version__
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.prefix != "none" and self.prefix_heads is None:
+            self.prefix_heads = heads_for(self.hidden_size)
+        super().__post_init__(**kwargs)
 
     def check(self, where: str = "head config") -> None:
         """Raises InputError naming the first field that makes no sense. where: for the message"""
-        for name, allowed in self.choices.items():
+        for name, allowed in {"prefix": ("none", "attention"), **self.choices}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"{where}: {name} = {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
@@ -83,6 +94,12 @@ class DraftHeadConfig(PreTrainedConfig):
         if pruned is not None and not 1 <= pruned <= self.vocab_size:
             raise InputError(
                 f"{where}: draft_vocab_size = {pruned}; must lie in 1..{self.vocab_size}"
+            )
+        heads = self.prefix_heads
+        if self.prefix != "none" and (heads < 1 or self.hidden_size % (2 * heads)):
+            raise InputError(
+                f"{where}: prefix {self.prefix} with prefix_heads = {heads}: hidden_size = "
+                f"{self.hidden_size} must be that many times an even number"
             )
 
 
@@ -106,6 +123,8 @@ class DraftHead(PreTrainedModel):
     def __init__(self, config: DraftHeadConfig) -> None:
         config.check()
         super().__init__(config)
+        if self.reads_prefix:
+            self.prefix_layer = PrefixLayer(config.hidden_size, config.prefix_heads)
         self._frozen_matrix: Tensor | None = None
         self._products: dict[int, PackedProduct] = {}  # by where the matrix lies
 
@@ -137,6 +156,10 @@ class DraftHead(PreTrainedModel):
     def summary(self) -> str:
         """What it is made of, for people, in one line."""
         raise NotImplementedError
+
+    def described(self) -> str:
+        """`summary`, and what makes its context."""
+        return self.summary() + ", context by attention over the row" * self.reads_prefix
 
     @property
     def only_drafts(self) -> str | None:
@@ -202,6 +225,18 @@ class DraftHead(PreTrainedModel):
         """Vd: columns of `logits`."""
         pruned = self.config.draft_vocab_size
         return self.config.vocab_size if pruned is None else pruned
+
+    @property
+    def reads_prefix(self) -> bool:
+        """True if c is made by `contexts`, which needs the hidden states of the whole row."""
+        return self.config.prefix != "none"
+
+    def contexts(self, target: Any, hidden: Tensor, tokens: Tensor, cache: Any = None) -> Tensor:
+        """c at n positions of B rows, (B, n, H), of a head that `reads_prefix`.
+
+        hidden: (B, n, H) h_t; tokens: (B, n) int64, t+1 of each; cache: see `PrefixLayer.forward`
+        """
+        return self.prefix_layer(hidden, target.embed(tokens), cache)
 
     @property
     def draws_on_target(self) -> bool:

@@ -6,8 +6,9 @@
 
 The bias of the vocabulary becomes the matrix's last column, which multiplies a 1. Refused: other
 arguments of theirs than the grounded MLP on the last hidden state; `prefix-mlp` (Hydra++) attends
-to the whole prefix, which no head here does. Sources: zankner/Hydra, hydra/train/train.py (names
-of the files), hydra/model/hydra_heads/prefix_mlp_head.py and its sibling for `mlp`.
+to the whole prefix by another layer than that of `heads/prefix.py`. Sources: zankner/Hydra,
+hydra/train/train.py (names of the files), hydra/model/hydra_heads/prefix_mlp_head.py and its
+sibling for `mlp`.
 """
 
 from __future__ import annotations

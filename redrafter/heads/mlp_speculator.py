@@ -78,6 +78,8 @@ class SpeculatorConfig(DraftHeadConfig):
         super().check(where)
         if self.draft_vocab_size is not None:
             raise InputError(f"{where}: draft_vocab_size: a speculator drafts the whole vocabulary")
+        if self.prefix != "none":
+            raise InputError(f"{where}: prefix: a speculator's files have no place for its layer")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> SpeculatorConfig:

@@ -129,7 +129,7 @@ def _introduction(run: Run) -> str:
     vocabulary = head.draft_vocab_size or head.vocab_size
     rows = [
         ("licence", _licence(run)),
-        ("head", f"{weights:,} weights in {dtype}, {run.head.summary()}, output: {_output(run)}"),
+        ("head", f"{weights:,} weights in {dtype}, {run.head.described()}, output: {_output(run)}"),
         ("drafts from", f"{vocabulary:,} of the target's {head.vocab_size:,} tokens"),
         ("trained for", f"drafts of {depth} tokens" if depth else "a depth that was not recorded"),
         ("target's fingerprint", f"`{head.target_fingerprint or 'not recorded'}`"),

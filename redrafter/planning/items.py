@@ -143,9 +143,10 @@ def states_on_disk(
 def bound_lines(found: Bound, target: MetaTarget) -> list[str]:
     """For the end of a plan."""
     k = found.depth
+    once = f"the context {readable(found.context_bytes)} a step, " * bool(found.context_bytes)
     return [
         f"speed bound, were reading weights all that takes time (one row, {k} levels)",
-        f"  a level reads {readable(found.level_bytes)}, a forward of the target "
+        f"  {once}a level reads {readable(found.level_bytes)}, a forward of the target "
         f"{readable(found.target_bytes)}",
         f"  drafting breaks even at {found.break_even:.2f} tokens per step, gives at most "
         f"{found.most:.2f}x (all {k} accepted), and tokens per step / {found.break_even:.2f} "

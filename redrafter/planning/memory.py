@@ -23,6 +23,7 @@ from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.normalizers import chunk_of, log_normalizer, needs_normalizers
 from redrafter.training.optimizer import make_optimizer
+from redrafter.training.row_states import RowStates
 from redrafter.training.step import batch_loss, needed_teacher, total_weight
 
 ACTIVATIONS, LOGITS, BACKWARD = "activations", "logits chunk", "backward pass"
@@ -75,6 +76,10 @@ class _Labelled(nn.Module):
         with self.trace.label(ACTIVATIONS):
             return self.head(context, tokens, target)
 
+    def contexts(self, target: Target, hidden: Tensor, tokens: Tensor) -> Tensor:
+        with self.trace.label(ACTIVATIONS):
+            return self.head.contexts(target, hidden, tokens)
+
 
 def meta_batch(
     target: Target, loss: LossConfig, positions: int, depth: int, k: int = 0, pruned: bool = False
@@ -104,17 +109,33 @@ def meta_batch(
     return batch
 
 
+def meta_rows(target: Target, positions: int, row_starts: int, row_tokens: int) -> RowStates:
+    """The rows of such a batch, all of `row_tokens` tokens, for a head that reads the prefix."""
+    n, start = -(-positions // row_starts), torch.arange(positions)
+    shape = (n, max(2, row_tokens) - 1)  # behind the last token there is no start
+    return RowStates(
+        torch.zeros(*shape, target.hidden_size, dtype=target.dtype, device=target.device),
+        torch.zeros(shape, dtype=torch.long, device=target.device),
+        start // row_starts, torch.full_like(start, shape[1] - 1),
+    )  # fmt: skip
+
+
 def batch_bytes(batch: Batch) -> int:
-    return storage_bytes(list(vars(batch).values()))
+    rows = () if batch.rows is None else vars(batch.rows).values()
+    return storage_bytes([*batch._fields(), *rows])
 
 
 def step_memory(
-    head: DraftHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int = 0
-) -> StepMemory:
-    """One optimiser step: every micro-batch forward and back, then the clipping."""
+    head: DraftHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int = 0,
+    row_tokens: int = 0,
+) -> StepMemory:  # fmt: skip
+    """One optimiser step: every micro-batch forward and back, then the clipping. row_tokens: of the
+    rows of a head that reads the prefix"""
     positions = optim.batch_positions * optim.accumulation
     pruned = head.config.draft_vocab_size is not None
     batch = meta_batch(target, loss, positions, optim.depth, k, pruned)
+    if head.reads_prefix:
+        batch.rows = meta_rows(target, positions, optim.row_starts, row_tokens)
     head.train()
     peaks: dict[str, tuple[int, dict[int, Piece]]] = {LOGITS: (0, {}), BACKWARD: (0, {})}
     with traced() as trace:
@@ -227,8 +248,10 @@ class _AlmostDone(Request):
     """Once the prompts are read, each row is as long as it may be but for two tokens: the prefill's
     own, and that of one more forward."""
 
-    def prefill(self, seqs: RowState, slack: int) -> tuple[RowCache, Tensor, Tensor]:
-        self.cache, logits, hidden = super().prefill(seqs, slack)
+    def prefill(
+        self, seqs: RowState, slack: int, whole: bool = False
+    ) -> tuple[RowCache, Tensor, Tensor]:
+        self.cache, logits, hidden = super().prefill(seqs, slack, whole)
         self.prompts = [
             prompt + [0] * (limit - 2 - len(prompt))
             for prompt, limit in zip(self.prompts, self.limit, strict=True)

@@ -18,7 +18,7 @@ from redrafter.data.rows import Rows, offsets_of
 from redrafter.data.states import StateMaker
 from redrafter.decode.plain import plain
 from redrafter.heads.base import DraftHead
-from redrafter.planning.memory import HALFWAY, meta_batch
+from redrafter.planning.memory import HALFWAY, meta_batch, meta_rows
 from redrafter.planning.meta import has_weights
 from redrafter.planning.plan import Plan
 from redrafter.targets.model import Target
@@ -91,13 +91,17 @@ def states_seconds(maker: StateMaker, row_tokens: int, most: float) -> float:
 
 
 def step_seconds(
-    head: DraftHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int, most: float
-) -> float:
-    """Of an optimiser step, on random numbers."""
+    head: DraftHead, target: Target, loss: LossConfig, optim: OptimConfig, k: int, most: float,
+    row_tokens: int = 0,
+) -> float:  # fmt: skip
+    """Of an optimiser step, on random numbers. row_tokens: see `step_memory`"""
     optimizer = make_optimizer(head, optim)
     positions, pruned = optim.batch_positions * optim.accumulation, head.config.draft_vocab_size
     batch = meta_batch(target, loss, positions, optim.depth, k, pruned is not None)
     batch.context.normal_()
+    if head.reads_prefix:
+        batch.rows = meta_rows(target, positions, optim.row_starts, row_tokens)
+        batch.rows.hidden.normal_()
     batch.tokens.random_(target.vocab_size)
     batch.labels.random_(head.draft_vocab_size)
     if batch.teacher is not None:

@@ -3,11 +3,12 @@
 Decoding a few rows is bound by reading weights, not by arithmetic. If time is bytes read, the bound
 of the design (tau x t(1) / (level costs + t(N))) becomes, for K levels,
 
-    speedup <= tau x T / (K x h + T)      h, T: bytes that a level and a forward read
+    speedup <= tau x T / (c + K x h + T)  h, T: bytes that a level and a forward read; c: what the
+                                          context reads, once a step (`head.prefix`; else 0)
 
-which breaks even at tau = 1 + K x h / T tokens per step and, as tau <= K + 1, ends at
-(K + 1) / (1 + K x h / T). Where arithmetic counts too (large batches, a CPU's small products),
-verifying costs more than one token and the bound is lower: eval/costs.py measures it.
+which breaks even at tau = 1 + (c + K x h) / T tokens per step and, as tau <= K + 1, ends at
+(K + 1) / (1 + (c + K x h) / T). Where arithmetic counts too (large batches, a CPU's small
+products), verifying costs more than one token and the bound is lower: eval/costs.py measures it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from redrafter.targets.model import Target
 @dataclass(frozen=True)
 class Bound:
     """level_bytes, target_bytes: weights read by a drafted level and by a forward of the target;
-    depth: K"""
+    depth: K; context_bytes: read once per step, by the layer over the prefix"""
 
     level_bytes: int
     target_bytes: int
     depth: int
+    context_bytes: int = 0
 
     @property
     def break_even(self) -> float:
         """Tokens per step below which drafting loses."""
-        return 1 + self.depth * self.level_bytes / self.target_bytes
+        drafted = self.context_bytes + self.depth * self.level_bytes
+        return 1 + drafted / self.target_bytes
 
     def speedup(self, tokens_per_step: float) -> float:
         return tokens_per_step / self.break_even
@@ -72,5 +75,13 @@ def level_bytes_read(head: DraftHead, target: Target, depth: int) -> int:
     return sum(found) // len(found)
 
 
+def context_bytes_read(head: DraftHead) -> int:
+    """Weights that are read once per step whatever is drafted: the layer over the prefix."""
+    if not head.reads_prefix:
+        return 0
+    return sum(p.numel() * p.element_size() for p in head.prefix_layer.parameters())
+
+
 def bound(head: DraftHead, target: Target, depth: int) -> Bound:
-    return Bound(level_bytes_read(head, target, depth), target_bytes_read(target), depth)
+    level, whole = level_bytes_read(head, target, depth), target_bytes_read(target)
+    return Bound(level, whole, depth, context_bytes_read(head))

@@ -177,12 +177,24 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            query, _, value = args[:3] if len(args) >= 3 else (
+            query, key, value = args[:3] if len(args) >= 3 else (
                 kwargs["query"], kwargs["key"], kwargs["value"]
             )  # fmt: skip
             if query.is_meta:
-                scores = query.new_empty(query.shape[:-1], dtype=torch.float32)  # log-sum-exp
-                result = query.new_empty(*query.shape[:-1], value.shape[-1])
-                del scores
-                return result
+                return _FusedKernel.apply(query, key, value)
         return func(*args, **kwargs)
+
+
+class _FusedKernel(torch.autograd.Function):
+    """Such a kernel's result, what it keeps for the way back, and what it makes there."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, result, log_sum)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kept.new_empty(kept.shape) for kept in ctx.saved_tensors[:3])

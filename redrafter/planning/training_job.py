@@ -24,6 +24,7 @@ from redrafter.planning.memory import (
     averages_per_element,
     batch_bytes,
     meta_batch,
+    meta_rows,
     normalizer_bytes,
     step_memory,
 )
@@ -41,7 +42,7 @@ from redrafter.planning.world import Shares, shares, world_of
 from redrafter.targets.model import Target, load_target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
 from redrafter.training.normalizers import needs_normalizers
-from redrafter.training.refusals import check_depths
+from redrafter.training.refusals import check_depths, check_prefix
 from redrafter.training.step import needed_teacher
 
 # Bytes per token of a buffer beside its columns: where the row ends, and a start, int64 each.
@@ -60,6 +61,7 @@ class TrainingPlan:
         self.target = MetaTarget(config.target)
         self.head = meta_head(config.head, self.target, config.optim.depth)
         check_depths(config, self.head.max_depth)
+        check_prefix(config, self.head.reads_prefix)
         self.builder = PlanBuilder("train/redrafter.py", self.target, self.world, wanted, base)
         n = continuation_tokens(config.data, config.optim.depth)
         self.maker = StateMaker(self.target, config.data.states, n)
@@ -167,9 +169,11 @@ class TrainingPlan:
         measured = self.config.eval
         if measured.prompts:
             positions = -(-measured.prompts // self.world.processes) * measured.max_new_tokens
-            one = batch_bytes(
-                meta_batch(self.target, LossConfig(), positions, self.config.optim.depth)
-            )
+            held = meta_batch(self.target, LossConfig(), positions, self.config.optim.depth)
+            if self.head.reads_prefix:
+                new, longest = measured.max_new_tokens, self.texts.longest
+                held.rows = meta_rows(self.target, positions, new, longest)
+            one = batch_bytes(held)
             items.append(Item("held-out batches", one * len(measured.temperatures),
                               remedy="eval.prompts, eval.max_new_tokens"))  # fmt: skip
         return items
@@ -178,7 +182,7 @@ class TrainingPlan:
         config, own = self.config, self._shares()
         step = step_memory(
             self.head, self.target, config.loss, self.own_optim,
-            config.data.states.teacher_top_k or 0,
+            config.data.states.teacher_top_k or 0, self.texts.longest,
         )  # fmt: skip
         lower = "lower optim.batch_positions and raise optim.accumulation"
         zero = "ZeRO stage 2 and more processes"
@@ -279,7 +283,8 @@ def probe_training(job: TrainingPlan) -> None:
         found.append(Duration(names[1], each * job.texts.tokens / n, note))
     head = new_head(config.head, job.head, target)
     one = step_seconds(head, target, config.loss, job.own_optim,
-                       data.states.teacher_top_k or 0, most)  # fmt: skip
+                       data.states.teacher_top_k or 0, most,
+                       max(1, round(job.texts.mean)))  # fmt: skip
     steps = config.optim.steps
     found.append(Duration(names[2], one * steps, f"{one:.3g} s each"))
     measured = config.eval

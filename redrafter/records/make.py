@@ -109,6 +109,9 @@ class _Walk:
             self.text[b, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         tokens = self.text[:, : max(map(len, prompts)) + max(map(len, answers))]
         states = target.states(padded_with_last(tokens, self.start + self.n_answer))
+        self.prompt_hidden = None
+        if "prompt_hidden" in drafter.needs:
+            self.prompt_hidden = states[:, : max(map(len, prompts))]
         #: (B, A, H) states that the answer's tokens were chosen from, and the one after the last
         where = (self.start - 1)[:, None] + torch.arange(int(self.n_answer.max()) + 1)
         where = where.clamp(max=states.shape[1] - 1).to(states.device)
@@ -140,7 +143,10 @@ class _Walk:
         seqs.ids.scatter_(1, place, token)
         seqs.length, seqs.live = self.start + s + 1, live
         hidden, logits = self.hidden[:, s : s + 1], self.logits[:, s : s + 1]
-        return Truth(token, live.long(), hidden, logits, last_logits=logits[:, 0])
+        before = self.prompt_hidden if s == 0 else None
+        return Truth(
+            token, live.long(), hidden, logits, last_logits=logits[:, 0], prompt_hidden=before
+        )
 
     def _draft(self) -> dict[str, Tensor]:
         drafter, seqs = self.drafter, self.seqs

@@ -36,7 +36,7 @@ def about(run: Run) -> str:
     rows = [
         ("target", run.target.name),
         ("head", f"{run.head.kind}, {weights:,} weights in {dtype}, "
-         + run.head.summary().replace("`", "")),
+         + run.head.described().replace("`", "")),
         ("trained for", f"drafts of {config.trained_depth} tokens" if config.trained_depth else
          "a depth that was not recorded"),
         ("fingerprints", f"target {config.target_fingerprint or 'not recorded'}, head "

@@ -11,10 +11,16 @@ from redrafter.contracts import InputError
 
 
 def check_depth(head: Any, depth: int, option: str) -> None:
-    """Raises InputError where a head cannot draft that many tokens ahead.
+    """Raises InputError where a head cannot draft that many tokens ahead, or not by `draft_chain`.
 
     option: what the depth was given as, for the message
     """
+    if head.reads_prefix:
+        raise InputError(
+            "this head reads the whole row (head.prefix attention), and an engine shows a proposer "
+            "neither which request a row is nor the states of a prompt that it found in its cache: "
+            "serve a head trained with head.prefix none; here (generate, eval) this one drafts"
+        )
     if depth < 1:
         raise InputError(f"{option} = {depth}; at least 1 is needed")
     if head.max_depth is not None and depth > head.max_depth:

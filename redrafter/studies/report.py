@@ -14,7 +14,7 @@ from redrafter.evaluation.pictures import new_figure, save_figure
 from redrafter.evaluation.report import markdown_table, measured_on, milliseconds, with_interval
 from redrafter.files import plain_values, write_json, write_text
 from redrafter.heads.base import DraftHead
-from redrafter.planning.speed import level_bytes_read
+from redrafter.planning.speed import context_bytes_read, level_bytes_read
 from redrafter.studies.measure import method_name
 from redrafter.studies.train import Row, Run, chosen
 from redrafter.targets.model import Target
@@ -46,6 +46,7 @@ def study(
             "options": row.config.head.options,
             "parameters": row.parameters,
             "bytes_per_level": level_bytes_read(head, target, depth),
+            "bytes_per_step": context_bytes_read(head),
             "steps": row.config.optim.steps,
             "learning_rate": chosen(runs[row.name])[0].lr,
             "seeds": list(row.seeds),
@@ -94,6 +95,8 @@ def figures_of(
         costs = [entry for entry in body["costs"]["drafters"] if entry["name"] in names]
         levels = [[level["q1_s"] for level in entry["levels"]] for entry in costs]
         out["level_s"] = float(np.mean(levels)) if levels and levels[0] else None
+        once = [entry["rest"]["q1_s"] for entry in costs if entry.get("rest")]
+        out["once_s"] = float(np.mean(once)) if once else None
     return out
 
 
@@ -146,8 +149,8 @@ def markdown(title: str, found: dict[str, Any], facts: dict[str, Any]) -> str:
 
 
 def _heads(found: dict[str, Any]) -> str:
-    columns = ["row", "kind", "parameters", "KiB read per level", "steps", "learning rate (tried)",
-               "seeds", "validation"]  # fmt: skip
+    columns = ["row", "kind", "parameters", "KiB read per level", "once a step", "steps",
+               "learning rate (tried)", "seeds", "validation"]  # fmt: skip
     rows = []
     for name, row in found["rows"].items():
         tried = list(dict.fromkeys(run["lr"] for run in row["validation"]))
@@ -155,7 +158,8 @@ def _heads(found: dict[str, Any]) -> str:
                if run["seed"] == row["seeds"][0]]  # fmt: skip
         rows.append([
             f"`{name}`", row["kind"], f"{row['parameters']:,}",
-            f"{row['bytes_per_level'] / 1024:,.0f}", row["steps"],
+            f"{row['bytes_per_level'] / 1024:,.0f}", f"{row['bytes_per_step'] / 1024:,.0f}",
+            row["steps"],
             f"{row['learning_rate']:g} ({', '.join(f'{lr:g}' for lr in tried)})",
             len(row["seeds"]), ", ".join(f"{v:.2f}" for v in own),
         ])  # fmt: skip
@@ -165,7 +169,7 @@ def _heads(found: dict[str, Any]) -> str:
 def _measured(found: dict[str, Any], t: str) -> str:
     against = found["against"]
     columns = ["row", "tokens/step", "of each seed", *(f"/ {name}" for name in against),
-               "accepted to depth 1, 2, ...", "level ms", "x best plain", "bound",
+               "accepted to depth 1, 2, ...", "level ms", "once a step", "x best plain", "bound",
                "= plain"]  # fmt: skip
     every = {f"`{name}`": row["measured"][t] for name, row in found["rows"].items()}
     every |= {f"`{name}`": measured[t] for name, measured in found["beside"].items()}
@@ -179,6 +183,7 @@ def _measured(found: dict[str, Any], t: str) -> str:
             *(with_interval(*m.get("over", {}).get(n, (None, None, None))) for n in against),
             " ".join(f"{rate:.2f}" for rate in m.get("acceptance", [])) or "-",
             milliseconds(m.get("level_s")),
+            milliseconds(m.get("once_s")),
             with_interval(*(m["speedup_plain"] or (None, None, None))),
             f"{m['bound']:.2f}" if m.get("bound") else "-",
             f"{m['equal_share']:.0%}" if "equal_share" in m else "-",

@@ -182,12 +182,13 @@ class Target:
         masks: Tensor | dict[str, Tensor],
         cache: Cache,
         keep: Tensor | None = None,
+        whole: bool = False,
     ) -> TargetOutput:
         """One forward of the target over new tokens; their keys and values enter the cache.
 
         tokens, positions: (B, N) int64; masks: from `masks()`.
         keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
-              prefill does not project every position; None wants all.
+              prefill does not project every position; None wants all. whole: all hidden states too
         """
         if self.fused is not None and isinstance(cache, RowCache) and self.fused.untouched:
             hidden = self.fused(tokens, positions, masks, cache)
@@ -199,9 +200,11 @@ class Target:
                 use_cache=True,
                 **{self._cache_name: cache},
             ).last_hidden_state
+        kept = hidden
         if keep is not None:
-            hidden = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
-        return TargetOutput(self.project(hidden), hidden)
+            kept = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
+        hidden = hidden if whole else kept
+        return TargetOutput(self.project(kept), hidden)
 
     def masks(
         self, allowed: Tensor, query_position: Tensor, key_position: Tensor

@@ -6,8 +6,9 @@ predicts token t+1+k. With labels `local` the tokens after t are not the text's 
 the target says when it goes on greedily from t; a start is then a t whose token t+1 is supervised.
 
 The order is a pure function of (seed, step), so a resumed run needs no state but its step. Rows are
-shuffled, cut into buffers, and the starts of each buffer are shuffled. Nothing here can look past
-the end of a row: every index is clamped to it, and masked where it was.
+shuffled, cut into buffers, and the starts of each buffer are shuffled (for heads that read the
+prefix, groups of them: `row_states.py`). Nothing here can look past the end of a row: every index
+is clamped to it, and masked where it was.
 
 Of several processes each owns rows of every buffer, reads (or makes the states of) only those, and
 gives their starts: together the starts of a step are the same for any number of processes.
@@ -30,6 +31,7 @@ from redrafter.data.reading import Hybrid, Order, Part, Stored, epoch_order, gen
 from redrafter.data.states import decoded
 from redrafter.targets.model import Target
 from redrafter.training.normalizers import Normalizers, needs_normalizers
+from redrafter.training.row_states import RowStates, grouped, joined_rows, rows_of
 
 Labels = Literal["tokens", "greedy", "local"]
 Teacher = Literal["states", "top_k"]
@@ -47,6 +49,7 @@ class Batch:
     teacher_log_z: (P, K) or None, log of the sum of exp(logits) of those predictions, for
         a head that has some of their columns only (`normalizers.py`)
     teacher_ids, teacher_log_p: (P, K, k) or None, the k most probable of those predictions
+    rows: for a head that reads the prefix, what its layer makes the starts' contexts from
     """
 
     context: Tensor
@@ -57,14 +60,16 @@ class Batch:
     teacher_log_z: Tensor | None = None
     teacher_ids: Tensor | None = None
     teacher_log_p: Tensor | None = None
+    rows: RowStates | None = None
 
     def split(self, parts: int) -> list[Batch]:
         """Micro-batches, equal but for one position."""
         pieces = [[None] * parts if f is None else f.tensor_split(parts) for f in self._fields()]
-        return [Batch(*piece) for piece in zip(*pieces, strict=True)]
+        rows = [None] * parts if self.rows is None else self.rows.split(parts)
+        return [Batch(*piece, rows=r) for *piece, r in zip(*pieces, rows, strict=True)]
 
     def at(self, depths: slice) -> Batch:
-        """The same starts, some of their depths."""
+        """The same starts, some of their depths; for what comes behind the head."""
         context, *by_depth = self._fields()
         return Batch(context, *(None if f is None else f[:, depths] for f in by_depth))
 
@@ -93,6 +98,8 @@ class Feed:
     draft_ids: (Vd,) of a head with a pruned vocabulary: other labels are not supervised
     teacher: what batches carry of the target's own predictions: the hidden states that it predicts
         from, the most probable tokens (of stores that hold them), or nothing
+    row_starts: starts of a row that are learned from together, whose batches then have `rows`; None
+        shuffles them one by one
     share: (r, R), process r of R; its part of a step's positions varies a little around positions/R
     wait_s: seconds that `step` has waited for rows so far
     Raises InputError where there are too few positions.
@@ -111,9 +118,10 @@ class Feed:
         labels: Labels = "tokens",
         draft_ids: Tensor | None = None,
         teacher: Teacher | None = None,
+        row_starts: int | None = None,
         share: tuple[int, int] = (0, 1),
     ):
-        self.share = share
+        self.share, self.row_starts = share, row_starts
         self.target, self.parts = target, list(parts)
         self.weights = [1.0] * len(parts) if weights is None else list(weights)
         self.positions, self.depth, self.seed, self.labels = positions, depth, seed, labels
@@ -193,7 +201,11 @@ class Feed:
                 pieces.append({**piece, "keys": _keys(number, r[k][there])})
         columns, starts = self._with_starts(pieces[0] if len(pieces) == 1 else _joined(pieces))
         mine = own.repeat_interleave(counts)
-        order = torch.randperm(len(mine), generator=generator(self.seed, *place))
+        random = generator(self.seed, *place)
+        if self.row_starts is None:
+            order = torch.randperm(len(mine), generator=random)
+        else:
+            order = grouped(counts, self.row_starts, random)
         place_of = torch.full((len(mine),), -1)
         place_of[mine] = starts[: int(mine.sum())]
         return columns, place_of[order]
@@ -263,14 +275,19 @@ class Feed:
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.target.device
-        return Batch(*[None if f is None else f.to(device) for f in batch._fields()])
+        rows = None if batch.rows is None else batch.rows.to(device)
+        return Batch(*[None if f is None else f.to(device) for f in batch._fields()], rows=rows)
 
     def _gather(self, columns: dict[str, Tensor], t: Tensor) -> Batch:
         """t: (P,) positions in the buffer."""
-        return gather(
+        t = t if self.row_starts is None else t.sort().values  # rows one after the other
+        batch = gather(
             columns, t, self.depth, self.target.dtype, labels=self.labels,
             to_draft=self._to_draft, teacher=self.teacher,
         )  # fmt: skip
+        if self.row_starts is not None:
+            batch.rows = rows_of(columns, t, self.target.dtype)
+        return batch
 
 
 def gather(
@@ -370,7 +387,9 @@ def _joined_batches(pieces: list[Batch]) -> Batch:
     if len(pieces) == 1:
         return pieces[0]
     columns = zip(*(p._fields() for p in pieces), strict=True)
-    return Batch(*[None if column[0] is None else torch.cat(column) for column in columns])
+    rows = None if pieces[0].rows is None else joined_rows([p.rows for p in pieces])
+    joined = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Batch(*joined, rows=rows)
 
 
 def frequent_ids(parts: Sequence[Part], n: int, vocab_size: int) -> Tensor:

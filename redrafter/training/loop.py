@@ -38,7 +38,7 @@ from redrafter.training.faults import Interruption, lost_peers
 from redrafter.training.feed import Feed, frequent_ids
 from redrafter.training.measure import Measure
 from redrafter.training.optimizer import learning_rate, make_optimizer
-from redrafter.training.refusals import check_depths, find, refuse
+from redrafter.training.refusals import check_depths, check_prefix, find, refuse
 from redrafter.training.step import StepLoss, needed_teacher, total_weight
 
 #: values that may change between a checkpoint and the run that resumes from it
@@ -80,12 +80,19 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> DraftHe
     return head
 
 
-def drafted_depth(config: TrainConfig, target: Target) -> int | None:
-    """Levels that the head of this configuration can draft; None: any. What is wrong with the one
-    to go on from is said here."""
+def check_head(config: TrainConfig, target: Target) -> None:
+    """Raises InputError where the head of this configuration, or the one to go on from, cannot be
+    trained as is asked for; before any data is made."""
     if config.head.init_from is not None:
-        return load_initial_head(config.head, target).max_depth
-    return None if head_class(config.head.kind).depth_field is None else config.optim.depth
+        head = load_initial_head(config.head, target)
+        check_depths(config, head.max_depth)
+        check_prefix(config, head.reads_prefix)
+        return
+    cls, fields = head_class(config.head.kind), config.head.options
+    sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
+    cls.config_class(**sizes, **fields).check("head")
+    check_depths(config, None if cls.depth_field is None else config.optim.depth)
+    check_prefix(config, fields.get("prefix", "none") != "none")
 
 
 class Training:
@@ -106,7 +113,7 @@ class Training:
         # What can be refused is refused before the data is made, which may take days.
         check_settings(config)
         self.target = load_target(config.target, may_shard=True)
-        check_depths(config, drafted_depth(config, self.target))
+        check_head(config, self.target)
         folder, held_out = data_folder(config), None
         if config.eval.prompts > 0:
             held_out = held_out_prompts(config, self.target, folder)
@@ -114,12 +121,13 @@ class Training:
         data = load_training_data(config, self.target)
         self.head = head = make_head(config, self.target, data.parts)
         optim, share = config.optim, (self.rank, self.world)
+        row_starts = optim.row_starts if head.reads_prefix else None
         self.feed = Feed(
             self.target, data.parts, data.weights,
             positions=optim.batch_positions * optim.accumulation, depth=optim.depth,
             seed=config.seed, buffer_rows=config.data.buffer_rows, labels=config.data.labels,
             draft_ids=getattr(head, "draft_ids", None), teacher=needed_teacher(config.loss),
-            share=share,
+            row_starts=row_starts, share=share,
         )  # fmt: skip
         self.data_digest, self.data_receipt = data.digest, data.receipt
         self.done = 0  # optimiser steps
@@ -136,7 +144,9 @@ class Training:
         self.measure = None
         if held_out is not None:
             total = self.engine.sum
-            self.measure = Measure(self.target, held_out, config, folder, share, total)
+            self.measure = Measure(
+                self.target, held_out, config, folder, share, total, row_starts
+            )
 
     def _resume_from(self) -> Path | None:
         if self.config.resume == "auto" and self.main:

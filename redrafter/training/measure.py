@@ -41,6 +41,7 @@ class Measure:
         folder: Path,
         share: tuple[int, int] = (0, 1),
         total: Callable[[Tensor], Tensor] = lambda counts: counts,
+        row_starts: int | None = None,
     ):
         self.target, self.config, self.total = target, config, total
         rows, (rank, world) = prompts.rows(), share
@@ -59,7 +60,9 @@ class Measure:
                 target, prompts, how, folder, seed=config.seed, named=True, progress=False
             )
             part = Fresh(answers, StateMaker(target, StatesConfig(forward_tokens=forward_tokens)))
-            feed = Feed(target, [part], positions=1, depth=depth, seed=0, share=share)
+            feed = Feed(
+                target, [part], positions=1, depth=depth, seed=0, row_starts=row_starts, share=share
+            )
             # Made once: the target says the same at every evaluation.
             self.batches[name] = feed.batches(max(1, chunk // depth))
 

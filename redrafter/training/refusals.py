@@ -50,6 +50,16 @@ def check_depths(config: TrainConfig, most: int | None) -> None:
         )
 
 
+def check_prefix(config: TrainConfig, reads_prefix: bool) -> None:
+    """Raises InputError for what a head that reads the prefix cannot be trained by."""
+    if reads_prefix and config.data.labels == "local":
+        raise InputError(
+            "data.labels local with a head that reads the prefix (head.prefix attention): starts "
+            "of a row share one pass over its text, and local labels give each of them a text of "
+            "its own. Take labels tokens or greedy, or head.prefix none"
+        )
+
+
 def check_tracker(name: str | None) -> None:
     """accelerate leaves out, with one warning, a tracker whose package is missing."""
     if name is None or name == "all":

@@ -78,13 +78,13 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """This batch's share of the loss of its optimiser step.
 
-    model: `head` itself or what wraps its forward
+    model: `head` itself or what wraps its forward and `contexts`
     denominator: scalar, `total_weight` of the whole step
     done: part of the training, 0..1, for `loss.towards`
     Returns (scalar loss, (3, K) float64: supervised tokens, top-1 hits and loss sum by depth).
     """
     groups = depth_groups(head, batch.mask.shape[1])
-    features = wide(model(batch.context, batch.tokens, target))  # (P, K, E)
+    features = wide(model(contexts_of(model, target, batch), batch.tokens, target))  # (P, K, E)
     rows = [features[:, depths][batch.mask[:, depths]] for depths in groups]  # (M, E) each
     del features  # only those of supervised tokens stay
     chance = None
@@ -96,6 +96,13 @@ def batch_loss(
         total = found[0] if total is None else total + found[0]
         counts = found[1] if counts is None else counts + found[1]
     return total, counts
+
+
+def contexts_of(model: nn.Module, target: Target, batch: Batch) -> Tensor:
+    """(P, H), c of every start: h_t, or what a head that reads the prefix makes of its row."""
+    if (rows := batch.rows) is None:
+        return batch.context
+    return model.contexts(target, rows.hidden, rows.tokens)[rows.row, rows.place]
 
 
 def depth_groups(head: DraftHead, n_depths: int) -> list[slice]:
@@ -229,7 +236,8 @@ def depth_accuracy(
 def best_five(head: DraftHead, target: Target, batch: Batch, chunk_rows: int) -> Tensor:
     """(P, K, 5) bool: whether the label is the head's best guess, second best and so on; False
     where nothing is supervised. Labels are the target's ids, whatever the head's vocabulary."""
-    features, mask = head(batch.context, batch.tokens, target), batch.mask
+    mask = batch.mask
+    features = head(contexts_of(head, target, batch), batch.tokens, target)
     found = mask.new_zeros((*mask.shape, min(5, head.draft_vocab_size)))
     for depths in depth_groups(head, mask.shape[1]):
         matrix, there = head.vocab_matrix(depths.start + 1), mask[:, depths]
