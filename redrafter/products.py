@@ -1,43 +1,76 @@
-"""A product with one large matrix that does not change, as fast as oneDNN makes it on a CPU.
+"""Products with matrices that do not change, as fast as a CPU's libraries make them in float32.
 
-Stock products of 2 to 17 rows read a large matrix at a fraction of memory's speed; packed once in
-oneDNN's own order they cost a third of it (49152 x 576, 4 rows, one thread of an EPYC without
-AVX-512: 35 ms, packed 16). One row is no faster, nor are small matrices. The packed matrix is a
-second copy. Source: ours; what packs is what inductor's freezing emits.
+Two orders of a matrix W (out, in) are faster than the one that it comes in:
+
+    columns   (in, out), for a single row, where W has at least as many rows as columns: one row
+              times 288 -> 4096 takes 0.46 ms and not 0.86
+    packed    oneDNN's own, for several rows of a large W: 4 rows times 576 -> 49152 take 16 ms
+              and not 46, 17 rows times 576 -> 3072 2.9 and not 4.9
+
+(One thread of an EPYC without AVX-512, W not in its caches; docs/results/costs.md.) Which is taken
+depends on the product's size alone, so that the same product has the same last digits in every run.
+Each is a copy of W, made when it is first needed. Small matrices are left as they are. Source:
+ours; what packs is what inductor's freezing emits.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: entries below which packing gains nothing
-_LEAST = 1 << 20
+#: entries of a matrix, and multiplications of a product, below which no copy gains anything
+_LEAST, _WORK = 3 << 17, 1 << 20
+#: entries above which columns are not copied for the sake of single rows: 128 MiB
+_MOST = 1 << 25
 _HINT = 17  # rows that oneDNN chooses its order for: the same from 2 to a hundred
 
 
 class PackedProduct:
-    """x W^T for one W (out, in), in inference mode; packed when it is first needed, and anew where
-    W's values have changed."""
+    """x W^T (+ b) for one W (out, in), in inference mode; what it copies is made when it is first
+    needed, and anew where W's values have changed.
 
-    def __init__(self, matrix: Tensor):
-        self.matrix = matrix
+    packs: whether W may be packed
+    parts: the tensors whose memory W is, where others change them
+    """
+
+    def __init__(self, matrix: Tensor, packs: bool = True, parts: Sequence[Tensor] = ()):
+        self.matrix, self.packs, self.parts = matrix, packs, tuple(parts or (matrix,))
+        #: rows from which on it packs
+        self.least_rows: float = math.inf
+        self.large = matrix.numel() >= _LEAST
+        if packs and self.large and _is_plain(matrix) and _available():
+            self.least_rows = max(2, math.ceil(_WORK / matrix.numel()))
         self._packed: Tensor | None = None
-        self._packed_of: tuple[int, int] | None = None
+        self._columns: Tensor | None = None
+        self._state: tuple | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out)"""
-        if x.numel() <= x.shape[-1] or not _gains(self.matrix):
-            return F.linear(x, self.matrix)
-        state = _state(self.matrix)
-        if self._packed_of != state:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.matrix.detach(), _HINT)
-            self._packed, self._packed_of = packed, state
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, None, "none", [], "")
+        matrix, width = self.matrix, x.shape[-1]
+        if not (self.large and gains(matrix)):
+            return F.linear(x, matrix, bias)
+        state = tuple(map(state_of, self.parts))
+        if self._state != state:
+            self._packed, self._columns, self._state = None, None, state
+        if x.numel() >= self.least_rows * width:
+            if self._packed is None:
+                self._packed = _pack(matrix)
+            return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias, "none", [], "")
+        if x.numel() > width or not prefers_columns(matrix):
+            return F.linear(x, matrix, bias)
+        if self._columns is None:
+            self._columns = _as_columns(matrix)
+        row = x.reshape(1, width)
+        out = (
+            torch.mm(row, self._columns) if bias is None else torch.addmm(bias, row, self._columns)
+        )
+        return out.view(*x.shape[:-1], -1)
 
     def is_of(self, matrix: Tensor | None) -> bool:
         """Whether it multiplies by this matrix, or a view of all of it."""
@@ -49,20 +82,43 @@ class PackedProduct:
         )
 
     def __deepcopy__(self, memo: dict) -> PackedProduct:
-        return PackedProduct(copy.deepcopy(self.matrix, memo))  # opaque tensors have no copies
+        # opaque tensors have no copies
+        return PackedProduct(
+            copy.deepcopy(self.matrix, memo), self.packs, copy.deepcopy(self.parts, memo)
+        )
 
 
-def _state(matrix: Tensor) -> tuple[int, int]:
+def prefers_columns(matrix: Tensor) -> bool:
+    """Whether products with a matrix (out, in) are faster with (in, out) in memory."""
+    return _is_plain(matrix) and matrix.shape[0] >= matrix.shape[1]
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), _HINT)
+
+
+def _as_columns(matrix: Tensor) -> Tensor:
+    """(in, out), a copy unless W is too large for it."""
+    columns = matrix.detach().t()
+    return columns.contiguous() if matrix.numel() <= _MOST else columns
+
+
+def gains(matrix: Tensor) -> bool:
+    """Whether products with it may be anything but stock now."""
+    return torch.is_inference_mode_enabled() and _is_plain(matrix)
+
+
+def state_of(matrix: Tensor) -> tuple[int, int]:
+    """What changes where the values do, but for what is changed without a trace."""
     return matrix.data_ptr(), 0 if matrix.is_inference() else matrix._version
 
 
-def _gains(matrix: Tensor) -> bool:
+def _is_plain(matrix: Tensor) -> bool:
+    """Not traced, sharded or elsewhere, and in float32."""
     return (
-        matrix.numel() >= _LEAST
+        type(matrix) in (Tensor, nn.Parameter)
         and matrix.dtype == torch.float32
         and matrix.device.type == "cpu"
-        and torch.is_inference_mode_enabled()
-        and _available()
     )
 
 
@@ -73,3 +129,49 @@ def _available() -> bool:
         return False
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` of a draft head: up to rounding the same numbers, by a `PackedProduct` while it
+    drafts, where it is large."""
+
+    _product: PackedProduct | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_features * self.out_features < _LEAST or not gains(self.weight):
+            return super().forward(x)
+        product = self._product
+        if product is None or product.matrix is not self.weight:
+            product = self._product = PackedProduct(self.weight)
+        return product(x, self.bias)
+
+    def train(self, mode: bool = True) -> Linear:
+        """Copies are made anew: fused optimisers change weights without a trace."""
+        self._product = None
+        return super().train(mode)
+
+
+class SplitProduct:
+    """W [c ; s] + b of a `Linear` in inference mode, a product for each part: that of a c that
+    stays as it is over several s is made once.
+
+    width: of c
+    """
+
+    def __init__(self, linear: Linear, width: int):
+        whole = linear.weight
+        self.linear, self.place = linear, whole.data_ptr()
+        matrices = whole.detach().tensor_split([width], 1)
+        self.of_c, self.of_s = (PackedProduct(m, parts=[whole]) for m in matrices)
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def is_of(self, linear: Linear) -> bool:
+        return self.linear is linear and self.place == linear.weight.data_ptr()
+
+    def __call__(self, c: Tensor, s: Tensor, again: bool) -> Tensor:
+        """c, s: (..., width of each), c broadcast against s. again: where c is the last call's, its
+        product is, too. Returns (..., out)"""
+        last = self._last
+        if not again or last is None or last[0] is not c:
+            last = self._last = c, self.of_c(c.to(s.dtype), self.linear.bias)
+        return self.of_s(s) + last[1]

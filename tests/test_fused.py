@@ -10,6 +10,7 @@ from models import endless, prompts, replays, settings, tiny
 from torch import nn
 from transformers import DynamicCache
 
+from redrafter import products
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
@@ -18,9 +19,10 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.evaluation.operations import of_decoding
+from redrafter.products import _available
 from redrafter.targets import fused, passed
-from redrafter.targets.fused import KNOWN
-from redrafter.targets.model import load_target
+from redrafter.targets.fused import KNOWN, FusedForward
+from redrafter.targets.model import Target, load_target
 
 #: every family that is fused, and what of a configuration takes another way
 CASES = {
@@ -139,6 +141,44 @@ def test_weights_are_joined_not_copied(both, tmp_path):
     ours.model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again", "model")
     assert again.fingerprint() == own.fingerprint()
+
+
+def test_in_float32_columns_lie_together_and_nothing_is_copied(folders, tmp_path):
+    """But for what is packed, which small layers are not."""
+    own, ours = (load(folders("qwen2"), way, "float32") for way in ("model", "auto"))
+    theirs, layer = dict(own.model.named_parameters()), ours.model.model.layers[1]
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.model.named_parameters())
+    up, down = layer.mlp.up_proj.weight, layer.mlp.down_proj.weight
+    assert up.t().stride(-1) == 1 and down.is_contiguous()  # more rows than columns, and fewer
+    gate_up = layer.mlp.gate_proj.weight.untyped_storage()
+    assert up.untyped_storage().data_ptr() == gate_up.data_ptr()
+    assert gate_up.nbytes() == 2 * up.numel() * 4
+    assert ours.fingerprint() == own.fingerprint()
+    ours.model.save_pretrained(tmp_path)
+    assert load(tmp_path, "model", "float32").fingerprint() == own.fingerprint()
+
+
+@pytest.mark.skipif(not _available(), reason="this torch packs no matrices")
+def test_layers_that_are_large_are_packed_for_several_rows_until_they_change(monkeypatch):
+    monkeypatch.setattr(products, "_LEAST", 1)
+    monkeypatch.setattr(products, "_WORK", 1)
+    target = Target(fresh("llama").float(), check=lambda _: None)
+    wanted = prefilled(target)
+    target.fused = FusedForward(target.backbone, target.config)
+    torch.testing.assert_close(prefilled(target), wanted, rtol=1e-3, atol=1e-4)
+    maps = [m for x in target.fused.layers for m in (x.qkv, x.out, x.gate_up, x.down)]
+    assert all(m.product._packed is not None for m in maps)
+    with torch.no_grad():
+        for layer in target.backbone.layers:
+            layer.mlp.up_proj.weight.mul_(1.5)
+            layer.self_attn.o_proj.weight.mul_(-1)
+    found = prefilled(target)
+    target.fused = None
+    torch.testing.assert_close(found, prefilled(target), rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(fused, "_PACKED", 100)
+    target.fused = FusedForward(target.backbone, target.config)
+    assert prefilled(target).isfinite().all()
+    assert all(x.gate_up.product._packed is None for x in target.fused.layers)
 
 
 def test_it_steps_aside_for_whoever_looks_into_the_model(both):

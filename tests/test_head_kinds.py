@@ -1,5 +1,6 @@
 """Every kind of heads by one contract: its maths, its loss, its trees and texts, its plan."""
 
+import copy
 import itertools
 import re
 from dataclasses import fields as fields_of
@@ -124,6 +125,61 @@ def test_levels_and_whole_paths_are_the_written_formula(case):
             torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
             trained = head.vocab_matrix(k + 1) @ whole[row, beam, k]
             torch.testing.assert_close(trained, wanted, atol=1e-9, rtol=1e-9)
+
+
+@torch.inference_mode()
+def draft_levels(head, target, c, tokens):
+    """Logits of each level. tokens: (B, K, w), of which the first level reads one."""
+    states, found = None, []
+    for level in range(1, tokens.shape[1] + 1):
+        read = tokens[:, level - 1] if level > 1 else tokens[:, 0, :1]
+        states, logits = head.read(target, read, c, states, level)
+        states = states.expand(-1, tokens.shape[2], -1) if level == 1 else states
+        found.append(logits)
+    return found
+
+
+def check_drafted(head, target, seed):
+    """In float32 a head keeps copies and tables while it drafts; float64 is the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(target.vocab_size, (2, depth_of(head), 3), generator=generator)
+    c = torch.randn(2, 1, target.hidden_size, generator=generator, dtype=torch.float64)
+    reference = copy.deepcopy(head).double()
+    found = draft_levels(head, target, c.float(), tokens)
+    for a, b in zip(found, draft_levels(reference, target, c, tokens), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_draft_in_float32_is_the_reference_whatever_changed_before(case):
+    target = tiny.__wrapped__("llama")
+    head = make_head(target, case).float()
+    check_drafted(head, target, 1)
+    check_drafted(head, target, 2)  # another context
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, fused=True)  # leaves no trace
+    for p in head.train().parameters():
+        p.grad = torch.full_like(p, 0.05)
+    optimizer.step()
+    check_drafted(head.eval(), target, 2)
+    with torch.no_grad():
+        for p in (*head.parameters(), *head.buffers(), target.embedding_weight):
+            if p.is_floating_point():
+                p.mul_(1.5)
+    check_drafted(head, target, 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exit_dim": 10}, {"input_norm": True}, {"num_draft_layers": 0, "first_state": "paper"},
+        {"cell": "sum", "output": "target"}, {"cell": "gru"},
+    ],
+)  # fmt: skip
+def test_every_form_of_a_recurrent_head_drafts_so(fields):
+    target = tiny("llama")
+    torch.manual_seed(0)
+    head = head_class("recurrent").for_target(target, **fields).eval()
+    check_drafted(head, target, 1)
 
 
 def random_batch(head, target, depth, positions=12, seed=2):

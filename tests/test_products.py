@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.products import PackedProduct, _available
+from redrafter.products import Linear, PackedProduct, SplitProduct, _available
 from redrafter.targets.model import Target
 
-LARGE, SMALL = (1 << 11, 1 << 9), (1 << 9, 1 << 9)
+LARGE, SMALL = (1 << 11, 1 << 9), (1 << 9, 1 << 8)
 needs_onednn = pytest.mark.skipif(not _available(), reason="this torch packs no matrices")
 
 
@@ -34,6 +34,47 @@ def test_numbers_are_those_of_the_matrix(rows):
     product = PackedProduct(matrix)
     check(product, matrix, rows)
     assert product._packed is not None
+
+
+@pytest.mark.parametrize("shape", [LARGE, LARGE[::-1], SMALL])
+def test_a_single_row_is_multiplied_by_columns_where_they_are_faster(shape):
+    matrix, bias = drawn(*shape), drawn(shape[0])
+    product, x = PackedProduct(matrix), drawn(1, 1, shape[1])
+    with torch.inference_mode():
+        found, added = product(x), product(x, bias)
+    for y, b in ((found, None), (added, bias)):
+        torch.testing.assert_close(y, F.linear(x, matrix, b), rtol=1e-4, atol=1e-3)
+    copied = product._columns is not None and product._columns.data_ptr() != matrix.data_ptr()
+    assert copied == (shape == LARGE) and product._packed is None
+
+
+@needs_onednn
+def test_how_a_product_is_made_depends_on_its_size_alone():
+    """Not on what was made before: the same product has the same last digits in every run."""
+    matrix, rows = drawn(1 << 10, 400), [drawn(n, 400) for n in (1, 2, 3, 40)]
+    found = []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        product = PackedProduct(matrix)
+        with torch.inference_mode():
+            made = {i: product(rows[i]) for i in order}
+        found.append([made[i] for i in range(4)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_onednn
+@pytest.mark.parametrize("again", [False, True])
+def test_the_part_of_a_product_that_stays_is_made_once(again):
+    linear = Linear(96, 40)
+    split, c, s = SplitProduct(linear, 32), drawn(2, 1, 32), drawn(2, 3, 64)
+    with torch.inference_mode():
+        wanted = F.linear(torch.cat([c.expand(-1, 3, -1), s], -1), linear.weight, linear.bias)
+        torch.testing.assert_close(split(c, s, again), wanted)
+        made = split._last[1]
+        torch.testing.assert_close(split(c, s, again), wanted)
+        assert (split._last[1] is made) == again
+        other = split(2 * c, s, again)  # another c, whatever the caller believes
+    assert (other - wanted).abs().max() > 0.1
 
 
 @needs_onednn

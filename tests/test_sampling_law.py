@@ -118,6 +118,29 @@ def test_noise_ahead_is_noise(monkeypatch, span):
         first = [first[0] + ahead[0], first[1] + ahead[1], first[2]]
 
 
+@pytest.mark.parametrize("piece", [1, 7, 30, 64])
+def test_noise_is_the_same_in_pieces(monkeypatch, piece):
+    seeds, positions = torch.tensor([5, -2, 9]), torch.arange(12).view(3, 4)
+    whole = gumbel(seeds, positions, 30)
+    monkeypatch.setattr(noise_module, "_PIECE", piece)
+    assert torch.equal(gumbel(seeds, positions, 30), whole)
+
+
+def test_no_noise_is_computed_twice_on_the_way_forward(monkeypatch):
+    vocab, made = 11, []
+
+    def counted(seed, position, vocab_size):
+        made.extend(position[0].tolist())
+        return gumbel(seed, position, vocab_size)
+
+    monkeypatch.setattr(noise_module, "_AHEAD", 4 * vocab)
+    monkeypatch.setattr(noise_module, "gumbel", counted)
+    source = NoiseAhead(torch.tensor([5]), vocab)
+    for first in (0, 1, 3, 6, 7, 12, 13):
+        source([first], 5)
+    assert made == list(range(len(made))) and len(made) < 22
+
+
 def test_noise_ahead_of_a_single_row(monkeypatch):
     """One position at a time and several, mixed, forwards and back: `at` has a shortcut."""
     vocab, seed = 11, torch.tensor([5])

@@ -14,9 +14,10 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, as a signed 64-bit integer
 _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MUL_2 = 0x94D049BB133111EB - (1 << 64)
 
-
 # Numbers computed ahead at most: 8 MiB of float64.
 _AHEAD = 1 << 20
+# Numbers that a CPU makes at a time, in some twenty passes: more would not stay in its caches.
+_PIECE = 1 << 15
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -31,11 +32,15 @@ def _mix_(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift_right(x, 31))
 
 
-def _uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:
-    """(B, P, n) float64 in (0, 1), the i-th number of every (seed, position)."""
+def _counters(seed: Tensor, position: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(B, P) and (n,): the i-th number of (seed, position) is made of the sum of its two."""
     place = torch.arange(1, n + 1, device=position.device) * _GOLDEN
-    stream = _mix_(_mix_(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN)
-    bits = _mix_(stream[:, :, None] + place)
+    return _mix_(_mix_(seed + _GOLDEN)[:, None] + (position + 1) * _GOLDEN), place
+
+
+def _numbers(counter: Tensor) -> Tensor:
+    """float64 in (0, 1); writes to `counter`"""
+    bits = _mix_(counter)
     # 52 bits, centred in their cell, so u is never 0 or 1 (with 53 the largest would round to 1,
     # and infinite noise on a token of probability 0 is nan)
     return _shift_right(bits, 12).double().add_(0.5).mul_(2.0**-52)
@@ -46,7 +51,21 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 
     With it, argmax_v(log p(v) + gumbel) is distributed as p.
     """
-    return _uniform(seed, position, vocab_size).log_().neg_().log_().neg_()
+    stream, place = _counters(seed, position, vocab_size)
+    if stream.device.type != "cpu" or stream.numel() * vocab_size <= _PIECE:
+        return _gumbel(stream[:, :, None] + place)
+    noise = torch.empty(*stream.shape, vocab_size, dtype=torch.float64)
+    at_once = max(1, _PIECE // vocab_size)
+    for some, rows in zip(
+        noise.flatten(0, 1).split(at_once), stream.view(-1, 1).split(at_once), strict=True
+    ):
+        for piece, columns in zip(some.split(_PIECE, 1), place.split(_PIECE), strict=True):
+            piece.copy_(_gumbel(rows + columns))
+    return noise
+
+
+def _gumbel(counter: Tensor) -> Tensor:
+    return _numbers(counter).log_().neg_().log_().neg_()
 
 
 #: Streams of numbers that have nothing to do with the noise that tokens are chosen with, nor with
@@ -61,7 +80,8 @@ def private_uniform(seed: Tensor, stream: int, position: Tensor, n: int) -> Tens
     other and of what came before: every (stream, position, i) may be used once.
     """
     own = torch.full_like(seed, stream).mul_(_MUL_1)
-    return _uniform(_mix_(own.add_(seed)), position, n)
+    stream, place = _counters(_mix_(own.add_(seed)), position, n)
+    return _numbers(stream[:, :, None] + place)
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
@@ -81,7 +101,8 @@ class NoiseAhead:
 
     Where the vocabulary is small, a block costs little more than one position: this is what keeps
     sampling nearly as cheap as greedy decoding. Values are those of `gumbel`, always, rounded to
-    the dtype of the scores that they are added to.
+    the dtype of the scores that they are added to; none is computed twice in a row of calls that
+    go forward.
     """
 
     def __init__(self, seed: Tensor, vocab_size: int, dtype: torch.dtype = torch.float64):
@@ -112,9 +133,18 @@ class NoiseAhead:
         return self._single[position[0] - self._base[0]]
 
     def _refill(self, first: list[int], n: int) -> None:
-        device = self.seed.device
-        ahead = torch.arange(max(n, self.span), device=device)
+        device, known = self.seed.device, self._known(first)
+        ahead = torch.arange(known.shape[1], max(n, self.span), device=device)
         position = torch.tensor(first, device=device)[:, None] + ahead
-        self._block = gumbel(self.seed, position, self.vocab_size).to(self.dtype)
+        new = gumbel(self.seed, position, self.vocab_size).to(self.dtype)
+        self._block = torch.cat([known, new], 1) if known.shape[1] else new
         self._single = self._block.unbind(1)
         self._base = list(first)
+
+    def _known(self, first: list[int]) -> Tensor:
+        """(B, m, V): what the block holds of each row's positions from `first` on."""
+        skip = [f - b for f, b in zip(first, self._base, strict=False)]
+        most = self._block.shape[1] - max(skip, default=0)
+        if not skip or min(skip) < 0 or most <= 0:
+            return self._block.new_empty(len(first), 0, self.vocab_size)
+        return self(first, most)

@@ -28,8 +28,7 @@ _NEVER = -1e4  # a score so far below all others that its probability is 0 in an
 
 
 def model_features(
-    scores: Tensor,
-    total: Tensor,
+    log_p: Tensor,
     log_q: Sequence[Tensor],
     tokens: Tensor | None = None,
     noise: Tensor | None = None,
@@ -38,12 +37,11 @@ def model_features(
     """(B, F) `MODEL_FEATURES` of the last level, or some; the last three are made of what is
     there already, without another look at the V scores.
 
-    scores: (B, w, V) log-probabilities up to a constant per node of what follows each of the w
-        nodes above, as the drafter read them: with the verifier's noise where it used that
-    total: (B, w), their logsumexp
+    log_p: (B, w, V) log-probabilities of what follows each of the w nodes above, as the drafter
+        read them: with the verifier's noise where it used that
     log_q: per level (B, w_level) cumulative log-scores of the nodes, the last level's own last;
         the root's 0
-    tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `scores` hold it
+    tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `log_p` holds it
     The level's distribution is the one over all (node above, token) pairs, each node weighted by
     its own probability; for a chain it is q. Below the first level of a tree of width W only
     p_1 .. p_W are given, the others are 0. Features: DISCO (arXiv 2405.04304); for trees, ours.
@@ -51,12 +49,12 @@ def model_features(
 
     def path(of: Tensor) -> Tensor:
         whole = of if of.shape[1] == 1 else of.logsumexp(-1, keepdim=True)
-        return whole.to(scores.dtype).clamp(LEAST, 0.0)
+        return whole.to(log_p.dtype).clamp(LEAST, 0.0)
 
     def own_noise() -> Tensor:
         if noise is None:
-            return scores.new_zeros(len(scores), 1)
-        return noise.gather(1, tokens[:, :1]).to(scores.dtype)
+            return log_p.new_zeros(len(log_p), 1)
+        return noise.gather(1, tokens[:, :1]).to(log_p.dtype)
 
     def p_level() -> Tensor:
         return (path(log_q[-1]) - path(log_q[-2])).exp().clamp(max=1.0)
@@ -65,12 +63,10 @@ def model_features(
     if names is not None and cheap.keys() >= set(names):
         found = [cheap[name]() for name in names]
         return found[0] if len(found) == 1 else torch.cat(found, 1)
-    above, level = log_q[-2].to(scores.dtype), log_q[-1].to(scores.dtype)
-    mean = torch.linalg.vecdot(scores.softmax(-1), scores.clamp(min=_NEVER))
-    entropy = total - mean  # (B, w)
-    if scores.shape[1] == 1:
-        best = scores[:, 0].topk(min(TOP, scores.shape[-1]), dim=-1).values
-        top = (best - total).exp()
+    above, level = log_q[-2].to(log_p.dtype), log_q[-1].to(log_p.dtype)
+    entropy = -torch.linalg.vecdot(log_p.exp(), log_p.clamp(min=_NEVER))  # (B, w)
+    if log_p.shape[1] == 1:
+        top = log_p[:, 0].topk(min(TOP, log_p.shape[-1]), dim=-1).values.exp()
     else:
         weight = above.clamp(min=LEAST).log_softmax(-1)  # a row may have nothing but pruned nodes
         entropy = (weight.exp() * (entropy - weight)).sum(-1, keepdim=True)

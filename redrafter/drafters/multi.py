@@ -147,8 +147,7 @@ class MultiCandidate(Drafter):
         pairs = zip(self._total, self._valid, strict=True)
         scores = [total.masked_fill(~valid, float("-inf")) for total, valid in pairs]
         log_q = self._q[-1][:, :, 0]
-        total = torch.zeros_like(log_q[..., 0])
-        return model_features(log_q, total, scores, names=names).float()
+        return model_features(log_q, scores, names=names).float()
 
     def _choose(self, log_q: Tensor, k: int, level: int) -> tuple[Tensor, Tensor]:
         """Children (B, w, k) of every node of the level above, and which of them exist."""

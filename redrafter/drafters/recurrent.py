@@ -114,7 +114,7 @@ class RecurrentDrafter(Drafter):
             scores = scores / self.seqs.temperature
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
         found = best_children(scores, self.log_q[-1], self.width)
-        self._read = scores, found.norm
+        self._log_p = found.log_p
         if frontier.shape[1] > 1:
             beam = found.place[:, :, None].expand(-1, -1, states.shape[-1])
             self.states = states.gather(1, beam)
@@ -130,7 +130,7 @@ class RecurrentDrafter(Drafter):
         if len(self.log_q) == 1:
             return None
         noise = None if self.noise is None else self.seqs.noise[:, len(self.log_q) - 2]
-        return model_features(*self._read, self.log_q, self.tokens[-1], noise, names)
+        return model_features(self._log_p, self.log_q, self.tokens[-1], noise, names)
 
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)

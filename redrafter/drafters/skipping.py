@@ -197,8 +197,8 @@ class LayerSkipping(Drafter):
         noise = None if self._noise is None else self._noise[:, len(self._log_q) - 2]
         if names is not None and tuple(names) == ("p_token",):
             return self._p_token
-        scores = self._scores[:, None]
-        told = model_features(scores, scores.logsumexp(-1), self._log_q, self._tokens[-1], noise)
+        log_p = self._scores[:, None].log_softmax(-1)
+        told = model_features(log_p, self._log_q, self._tokens[-1], noise)
         return columns(torch.cat([self._p_token, told], 1), self.feature_names, names)
 
     def _forward(self, level: int) -> Tensor:

@@ -40,7 +40,7 @@ from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import describe
 from redrafter.heads.prefix import PrefixLayer, heads_for
 from redrafter.heads.reading import read_config, with_weights
-from redrafter.products import PackedProduct
+from redrafter.products import Linear, PackedProduct
 
 
 class DraftHeadConfig(PreTrainedConfig):
@@ -342,7 +342,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width)
+        self.linear = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.silu(self.linear(x))

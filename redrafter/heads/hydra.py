@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redrafter.heads.base import DraftHead, DraftHeadConfig, ResidualBlock, embedding_rms
+from redrafter.products import Linear
 
 
 class HydraHeadConfig(DraftHeadConfig):
@@ -52,8 +53,8 @@ class FirstBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, hidden)
-        self.res_connection = nn.Linear(width, hidden)
+        self.linear = Linear(width, hidden)
+        self.res_connection = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.res_connection(x) + F.silu(self.linear(x))

@@ -40,6 +40,7 @@ from redrafter.contracts import InputError
 from redrafter.files import digest_weights, write_json
 from redrafter.heads.base import DraftHead, DraftHeadConfig
 from redrafter.heads.reading import read_config, read_tensors, stored_shapes, weight_files
+from redrafter.products import Linear
 
 #: fields of all our heads that their files have no place for
 OWN_FIELDS = (
@@ -133,7 +134,7 @@ class Levels(nn.Module):
 
         def projections(count: int) -> nn.ModuleList:
             sizes = [hidden] + [width] * (count - 1)
-            return nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
+            return nn.ModuleList(Linear(size, width, bias=False) for size in sizes)
 
         def norms(count: int) -> nn.ModuleList:
             return nn.ModuleList(Norm(width) for _ in range(count))

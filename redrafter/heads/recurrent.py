@@ -13,6 +13,7 @@ SlimSpec, arXiv 2605.10453).
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redrafter.heads.base import DraftHead, DraftHeadConfig, ResidualBlock, embedding_rms
+from redrafter.products import Linear, SplitProduct, gains, state_of
+
+#: entries above which no table of W e of all tokens is made: 8 MiB
+_TABLE = 1 << 21
 
 
 class RecurrentHeadConfig(DraftHeadConfig):
@@ -70,10 +75,16 @@ class RecurrentHead(DraftHead):
 
     def __init__(self, config: RecurrentHeadConfig) -> None:
         super().__init__(config)
+        self._forget()
         hidden, width = config.hidden_size, config.exit_dim
+        # Said once: a configuration of transformers answers slowly, and these are asked per level.
+        self._n_blocks, self._norms = config.num_draft_layers, config.input_norm
+        self._projects, self._scales = width != 2 * hidden, config.embedding_scale == "rms"
+        self._norms_state = config.state_norm
+        self._tabulates = config.cell == "simple" and config.vocab_size * hidden <= _TABLE
         if config.cell == "simple":
-            self.rnn_w = nn.Linear(hidden, hidden, bias=False)
-            self.rnn_u = nn.Linear(hidden, hidden)
+            self.rnn_w = Linear(hidden, hidden, bias=False)
+            self.rnn_u = Linear(hidden, hidden)
         elif config.cell == "gru":
             self.gru = nn.GRUCell(hidden, hidden)
         if config.embedding_scale == "rms":
@@ -83,12 +94,12 @@ class RecurrentHead(DraftHead):
         if config.state_norm:
             self.state_norm = nn.RMSNorm(hidden, eps=1e-6)
         if width != 2 * hidden:
-            self.input_proj = nn.Linear(2 * hidden, width)
+            self.input_proj = Linear(2 * hidden, width)
         layers: list[nn.Module] = [ResidualBlock(width) for _ in range(config.num_draft_layers)]
         if config.output == "own":
             layers.append(nn.Linear(width, self.draft_vocab_size, bias=False))
         else:
-            self.to_hidden = nn.Linear(width, hidden, bias=False)
+            self.to_hidden = Linear(width, hidden, bias=False)
         self.lm_head = nn.ModuleList(layers)
         self.prune()
         self.post_init()
@@ -111,14 +122,14 @@ class RecurrentHead(DraftHead):
         s: (..., H) state before it, or None at the first step
         Returns (..., H), the state after it.
         """
-        s = self._cell(e, s)
-        return self.state_norm(s) if self.config.state_norm else s
+        return self._normed(self._cell(e, s))
+
+    def _normed(self, s: Tensor) -> Tensor:
+        return self.state_norm(s) if self._norms_state else s
 
     def _cell(self, e: Tensor, s: Tensor | None) -> Tensor:
         """`step` without its norm."""
-        e = e.to(self.dtype_of_weights)
-        if self.config.embedding_scale == "rms":
-            e = e * self.inverse_rms
+        e = self._scaled(e)
         if s is None and self.config.first_state == "paper":
             return e
         if self.config.cell == "sum":
@@ -126,12 +137,23 @@ class RecurrentHead(DraftHead):
         if self.config.cell == "gru":
             flat = e.reshape(-1, e.shape[-1])
             return self.gru(flat, None if s is None else s.reshape(flat.shape)).view(e.shape)
-        recurrent = self.rnn_u.bias if s is None else self.rnn_u(s)
-        return F.silu(self.rnn_w(e) + recurrent)
+        return self._next(self.rnn_w(e), s)
+
+    def _scaled(self, e: Tensor) -> Tensor:
+        e = e.to(self.dtype_of_weights)
+        return e * self.inverse_rms if self._scales else e
+
+    def _next(self, read: Tensor, s: Tensor | None) -> Tensor:
+        """SiLU(W e + U s + b). read: W e"""
+        return F.silu(read + (self.rnn_u.bias if s is None else self.rnn_u(s)))
 
     def advance(
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
     ) -> Tensor:
+        known = states is not None or self.config.first_state == "code"
+        table = self._read_ahead(target) if known else None
+        if table is not None:
+            return self._normed(self._next(F.embedding(tokens, table), states))
         return self.step(target.embed(tokens), states)
 
     def features(self, c: Tensor, s: Tensor, level: int = 1) -> Tensor:
@@ -140,16 +162,60 @@ class RecurrentHead(DraftHead):
         c: (..., H) hidden state of the target, broadcast against s: (..., H)
         Returns (..., E), or (..., H) where the matrix is the target's.
         """
-        if c.shape != s.shape:
-            c = c.expand_as(s)
-        x = torch.cat((c.to(s.dtype), s), dim=-1)
-        if self.config.input_norm:
-            x = self.input_norm(x)
-        if self.config.exit_dim != 2 * self.config.hidden_size:
-            x = self.input_proj(x)
-        for block in self.lm_head[: self.config.num_draft_layers]:
-            x = block(x)
+        first = self._split_first()
+        y = None if first is None else first(c, s, level > 1)
+        if y is not None and self._projects:
+            x = y
+        else:
+            x = torch.cat((c.to(s.dtype).expand(*s.shape[:-1], -1), s), dim=-1)
+            if self._norms:
+                x = self.input_norm(x)
+            if self._projects:
+                x = self.input_proj(x)
+            elif y is not None:
+                x = x + F.silu(y)
+        read = int(y is not None and not self._projects)
+        for i in range(read, self._n_blocks):
+            x = self.lm_head[i](x)
         return self.to_hidden(x) if self.draws_on_target else x
+
+    # -- what is ready while it drafts -----------------------------------------------------
+
+    def _split_first(self) -> SplitProduct | None:
+        """The first map of x, which is the head's only one that reads c; None where it is not
+        faster in two, and in training."""
+        if self._projects:
+            linear = self.input_proj
+        else:
+            linear = self.lm_head[0].linear if self._n_blocks else None
+        if type(linear) is not Linear or self._norms or not gains(linear.weight):
+            return None
+        if self._first is None or not self._first.is_of(linear):
+            self._first = SplitProduct(linear, self.config.hidden_size)
+        return self._first
+
+    def _read_ahead(self, target: Any) -> Tensor | None:
+        """(V, H), W e of every token; None where it would be large, where nothing tells whether
+        the target's embeddings have changed, and in training."""
+        if not self._tabulates or type(self.rnn_w) is not Linear or not gains(self.rnn_w.weight):
+            return None
+        embeddings = getattr(target, "embedding_weight", None)
+        if embeddings is None:
+            return None
+        weights = [embeddings, self.rnn_w.weight, *([self.inverse_rms] if self._scales else [])]
+        state = weakref.ref(target), *map(state_of, weights)
+        if self._table is None or self._table[0] != state:
+            every = torch.arange(self.config.vocab_size, device=self.rnn_w.weight.device)
+            self._table = state, self.rnn_w(self._scaled(target.embed(every)))
+        return self._table[1]
+
+    def _forget(self) -> None:
+        self._first: SplitProduct | None = None
+        self._table: tuple[tuple, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> RecurrentHead:
+        self._forget()
+        return super().train(mode)
 
     def forward(self, context: Tensor, tokens: Tensor, target: Any) -> Tensor:
         """As every head's; the maps behind the recurrence run once for all levels."""

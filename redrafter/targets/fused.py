@@ -5,6 +5,8 @@ layer's q, k and v come from one product, gate and up from another, positions ar
 queries and keys together by tables made once, queries that share a key's head are rows of one
 attention (nothing is repeated), and residuals are added by the products that make them. The weights
 are not copied: the model's own become views of the joined ones, so it computes what it did before.
+Only what several rows read faster packed (`redrafter/products.py`) is a second copy, of layers of
+up to 2 GiB.
 
 Equal to the class's own forward up to rounding, which `probe.py` tries at load. A forward in which
 somebody looks into the model or replaces a part of it (hooks, skipped attentions) is left to the
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from redrafter.contracts import InputError
+from redrafter.products import PackedProduct, prefers_columns
 
 #: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
 #: rotated halves, RMSNorms in float32 and a gated MLP
@@ -31,41 +34,61 @@ KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 _FIXED = ("default", "linear", "llama3", "yarn")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _GATED = ("gate_proj", "up_proj")
+#: bytes of layers above which none is packed, as what is packed is a second copy
+_PACKED = 2 << 30
 
 
 class Joined:
     """Linear maps of one input as one product, whose rows their weights become views of.
 
-    Of a single map it is that map's own weight.
+    Of a single map it is that map's own weight. Where products want it so, columns lie together in
+    memory instead of rows, of the model's weights too.
+
+    packs: whether there may be a second copy, packed for several rows
     """
 
-    def __init__(self, maps: list[nn.Linear]):
-        self.bias = self._join([m.bias for m in maps])
-        self.matrix = self._join([m.weight for m in maps]).t()  # (in, out)
+    def __init__(self, maps: list[nn.Linear], packs: bool):
+        self.bias = _join([m.bias for m in maps], columns=False)
+        weights = [m.weight for m in maps]
+        matrix = _join(weights, columns=True)  # (out, in)
+        if not matrix.is_contiguous():
+            for part in maps:
+                part.register_state_dict_post_hook(_in_rows)
+        self.product = PackedProduct(matrix, packs, weights)
+        self.columns = matrix.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, in) -> (R, out)"""
+        if len(x) >= self.product.least_rows:
+            return self.product(x, self.bias)
         if self.bias is None:
-            return torch.mm(x, self.matrix)
-        return torch.addmm(self.bias, x, self.matrix)
+            return torch.mm(x, self.columns)
+        return torch.addmm(self.bias, x, self.columns)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the product; (R, out)."""
         # Below float32 the sum would be rounded once where the class rounds twice.
-        if self.bias is None and x.dtype.itemsize >= 4:
-            return torch.addmm(residual, x, self.matrix)
+        once = self.bias is None and x.dtype.itemsize >= 4
+        if once and len(x) < self.product.least_rows:
+            return torch.addmm(residual, x, self.columns)
         return residual + self(x)
 
-    @staticmethod
-    def _join(parts: list[Tensor | None]) -> Tensor | None:
-        if parts[0] is None:
-            return None
-        if len(parts) == 1:
-            return parts[0].detach()
-        joined = torch.cat([part.detach() for part in parts])
-        for part, view in zip(parts, joined.split([len(p) for p in parts]), strict=True):
-            part.data = view
-        return joined
+
+def _join(parts: list[Tensor | None], columns: bool) -> Tensor | None:
+    """Tensors one below the other, which they become views of. columns: see `Joined`"""
+    if parts[0] is None:
+        return None
+    joined = parts[0].detach() if len(parts) == 1 else torch.cat([p.detach() for p in parts])
+    if columns and prefers_columns(joined):
+        joined = joined.t().contiguous().t()
+    for part, view in zip(parts, joined.split([len(p) for p in parts]), strict=True):
+        part.data = view
+    return joined
+
+
+def _in_rows(part: nn.Linear, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A hook: who writes files need not know of weights whose columns lie together."""
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
 
 @dataclass(frozen=True)
@@ -97,9 +120,11 @@ class FusedForward:
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         kinds = getattr(config, "layer_types", None) or [""] * len(backbone.layers)
         with torch.inference_mode(False):  # the model's weights stay ordinary tensors
-            self.layers = [_layer(*pair) for pair in zip(backbone.layers, kinds, strict=True)]
+            maps = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
+            packs = sum(m.weight.nbytes for m in maps) <= _PACKED
+            pairs = zip(backbone.layers, kinds, strict=True)
+            self.layers = [_layer(layer, kind, packs) for layer, kind in pairs]
         self._parts = [vars(part) for part in backbone.modules()]
-        maps = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
         self._joined = [(m._parameters, m.weight.data_ptr()) for m in maps]
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -219,18 +244,18 @@ def _homes(home: str) -> tuple[str, ...]:
     return (home, "transformers.activations")
 
 
-def _layer(layer: nn.Module, kind: str) -> _Layer:
+def _layer(layer: nn.Module, kind: str, packs: bool) -> _Layer:
     a, m = layer.self_attn, layer.mlp
     return _Layer(
         norm=layer.input_layernorm,
-        qkv=Joined([getattr(a, name) for name in _PROJECTIONS]),
+        qkv=Joined([getattr(a, name) for name in _PROJECTIONS], packs),
         q_norm=getattr(a, "q_norm", None),
         k_norm=getattr(a, "k_norm", None),
-        out=Joined([a.o_proj]),
+        out=Joined([a.o_proj], packs),
         mlp_norm=layer.post_attention_layernorm,
-        gate_up=Joined([getattr(m, name) for name in _GATED]),
+        gate_up=Joined([getattr(m, name) for name in _GATED], packs),
         activation=m.act_fn,
-        down=Joined([m.down_proj]),
+        down=Joined([m.down_proj], packs),
         mask=kind,
     )
 

@@ -144,6 +144,11 @@ class Target:
         return self.lm_head.weight
 
     @property
+    def embedding_weight(self) -> Tensor:
+        """(V, H), what `embed` looks up, before any scale."""
+        return self.model.get_input_embeddings().weight
+
+    @property
     def eos_token_ids(self) -> set[int]:
         return _eos_of(self.model.generation_config, self.config)
 
