@@ -72,6 +72,11 @@ class PackedProduct:
         )
         return out.view(*x.shape[:-1], -1)
 
+    @property
+    def copied_bytes(self) -> int:
+        """Of the packed copy that it comes to hold on a CPU in float32, for a plan."""
+        return copy_bytes(self.matrix.numel())
+
     def is_of(self, matrix: Tensor | None) -> bool:
         """Whether it multiplies by this matrix, or a view of all of it."""
         own = self.matrix
@@ -91,6 +96,11 @@ class PackedProduct:
 def prefers_columns(matrix: Tensor) -> bool:
     """Whether products with a matrix (out, in) are faster with (in, out) in memory."""
     return _is_plain(matrix) and matrix.shape[0] >= matrix.shape[1]
+
+
+def copy_bytes(entries: int) -> int:
+    """Of the packed copy that a `PackedProduct` makes of a float32 matrix on a CPU, for a plan."""
+    return 4 * entries if entries >= _LEAST and _available() else 0
 
 
 def _pack(matrix: Tensor) -> Tensor:

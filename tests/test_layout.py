@@ -152,7 +152,7 @@ MAY_IMPORT = {
     "report": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "evaluation"}
     | {"generation", "hub"},
     "planning": BASE
-    | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training"},
+    | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training", "export"},
     "studies": BASE | {"targets", "heads", "evaluation", "training", "planning"},
     "serve": BASE | {"heads"},  # loaded by engines, where no more than that is installed
 }

@@ -106,6 +106,23 @@ def test_a_meta_target_has_the_parameters_of_the_real_target(family, tmp_path):
     assert not has_weights(TargetConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("forward", ["auto", "model"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_copies_that_products_are_faster_by_are_planned(family, forward, tmp_path):
+    """Wide enough for some to be packed: the lm_head, and of a fused forward's layers those of the
+    MLP."""
+    wide = dict(vocab_size=4096, hidden_size=128, intermediate_size=4096)
+    tiny.__wrapped__(family, **wide).model.float().save_pretrained(tmp_path)
+    config = TargetConfig(path=str(tmp_path), device="cpu", dtype="float32", forward=forward)
+    real = load_target(config)
+    products = [real.lm_product]
+    for layer in real.fused.layers if real.fused else ():
+        products += [m.product for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    packed = [p.matrix.nbytes for p in products if p._packed is not None]
+    assert len(packed) == (1 + 2 * 2 if real.fused else 1)
+    assert MetaTarget(config).copied_bytes == sum(packed)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

@@ -44,7 +44,7 @@ FORMAT = 1
 FILES = ("config.json", "model.safetensors", "custom_generate/**/*.py")
 
 WIDTH, DEPTH = 4, 4  # of the drafts, and of the draft path, whose logits are kept; at most
-_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 256, 16
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 256, 16  # at most
 _POSITIONS = 4  # whose hidden states are kept, the last ones of every prompt
 _BEST, _SPREAD = 32, 96  # of the head's logits: the highest, and evenly spaced ones
 _CANDIDATES = 8  # of the target's scores, the highest behind every emitted token
@@ -179,7 +179,7 @@ def make_golden(
     rows = choose_prompts(target, prompts)
     last = min(_POSITIONS, *map(len, rows))
     depth = min(DEPTH, head.max_depth or DEPTH)
-    settings = {"drafter": f"head:{WIDTH}x{depth}", "max_new_tokens": _NEW_TOKENS, "seed": 0}
+    settings = {"drafter": f"head:{WIDTH}x{depth}", "max_new_tokens": NEW_TOKENS, "seed": 0}
     decodes = {"greedy": {**settings, "temperature": 0.0},
                "sampled": {**settings, "temperature": 1.0}}  # fmt: skip
     found = {name: decode(head, target, rows, how) for name, how in decodes.items()}
@@ -242,14 +242,14 @@ def choose_prompts(
 ) -> list[list[int]]:
     """A few prompts of different lengths; the first tokens of those that are very long."""
     if prompts:
-        rows = [[int(token) for token in prompt] for prompt in prompts[:_PROMPTS]]
+        rows = [[int(token) for token in prompt] for prompt in prompts[:PROMPTS]]
     elif target.tokenizer is not None:
         rows = [encode(target.tokenizer, text) for text in _TEXTS]
     else:
         rows = [probe_tokens(target.vocab_size, n)[0].tolist() for n in (12, 5, 9, 16)]
-    room = _PROMPT_TOKENS
+    room = PROMPT_TOKENS
     if target.max_positions is not None:
-        room = max(1, min(room, target.max_positions - _NEW_TOKENS))
+        room = max(1, min(room, target.max_positions - NEW_TOKENS))
     return ragged([row[:room] for row in rows])
 
 

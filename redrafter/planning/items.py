@@ -56,7 +56,10 @@ def _target_items(target: MetaTarget, world: World) -> list[Item]:
             Item("target's weights, brought for a forward", brought),
         ]
     if target.wanted.shard == "none":
-        return [Item("target's weights", target.weight_bytes, remedy=_smaller_target(target))]
+        own = Item("target's weights", target.weight_bytes, remedy=_smaller_target(target))
+        copies = Item("target's weights, packed for several rows", target.copied_bytes,
+                      remedy="target.dtype bfloat16, or target.forward model")  # fmt: skip
+        return [own, copies]
     if not world.deepspeed:
         raise InputError(
             f"target.shard {target.wanted.shard} needs a launch by DeepSpeed, this plan is for "

@@ -17,6 +17,7 @@ from redrafter.heads.load import head_class, load_trainable, own_class
 from redrafter.heads.reading import read_config
 from redrafter.planning.tracing import storage_bytes
 from redrafter.targets.devices import pick_device
+from redrafter.targets.fused import cannot_fuse, packed_bytes
 from redrafter.targets.model import Target, check_path, load_model_config
 from redrafter.targets.offload import bytes_by_place, layers_to_places, place_of
 from redrafter.targets.precision import auto_dtype
@@ -63,6 +64,19 @@ class MetaTarget(Target):
     @property
     def weight_bytes(self) -> int:
         return storage_bytes(list(self.model.parameters()))
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of second copies of weights, in an order that a CPU's products read faster; they are made
+        at load, which tries the target."""
+        if self.real_device.type != "cpu" or self.dtype != torch.float32:
+            return 0
+        found = 0 if self.lm_product is None else self.lm_product.copied_bytes
+        if self.wanted.forward == "model" or self.wanted.exact != "reported":
+            return found
+        if cannot_fuse(self.model, self.backbone, self.config) is not None:
+            return found
+        return found + packed_bytes(self.backbone)
 
     def placed_bytes(self) -> tuple[int, int, int]:
         """With `target.device_map`: (weights on the device, in host memory, and the largest part

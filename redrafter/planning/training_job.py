@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from redrafter.config import HeadConfig, LossConfig, OptimConfig, PlanConfig, TrainConfig
+from redrafter.config import (
+    HeadConfig,
+    LossConfig,
+    OptimConfig,
+    PlanConfig,
+    TrainConfig,
+    TreeConfig,
+)
 from redrafter.data.reading import read_weights
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.export import golden
 from redrafter.heads.base import DraftHead
 from redrafter.heads.load import load_trainable
 from redrafter.planning.items import (
@@ -80,6 +88,7 @@ class TrainingPlan:
             self._data_phases()
         self._step_phase()
         self._evaluation_phase()
+        self._export_phase()
         self._disk()
         plan.tail = bound_lines(bound(self.head, self.target, config.eval.tree.depth), self.target)
         probe_training(self)
@@ -229,6 +238,23 @@ class TrainingPlan:
             self.target, min(measured.batch_size, measured.prompts), prompt,
             measured.max_new_tokens, max(measured.temperatures), drafter, "eval.batch_size",
         ))  # fmt: skip
+
+    def _export_phase(self) -> None:
+        """The golden batch, all scores of which are there until it is written."""
+        target = self.target
+        if target.wanted.shard != "none":  # then there is none
+            return
+        tree = TreeConfig(width=golden.WIDTH, depth=min(golden.DEPTH, self.head.max_depth or 99))
+        drafter = RecurrentDrafter(self.head.eval(), target, tree)
+        rows, new = golden.PROMPTS, golden.NEW_TOKENS
+        prompt = golden.PROMPT_TOKENS if self.config.eval.prompts else new
+        # Logits of one decoding, then the scores of both.
+        scores = 3 * rows * new * target.vocab_size * max(4, target.dtype.itemsize)
+        self.builder.phase(
+            "export", *self._kept(),
+            *answers_items(target, rows, prompt, new, 1.0, drafter, "head.draft_vocab_size"),
+            Item("scores of the golden batch", scores),
+        )  # fmt: skip
 
     def _disk(self) -> None:
         config, folder = self.config, data_folder(self.config)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from redrafter.contracts import InputError
-from redrafter.products import PackedProduct, prefers_columns
+from redrafter.products import PackedProduct, copy_bytes, prefers_columns
 
 #: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
 #: rotated halves, RMSNorms in float32 and a gated MLP
@@ -120,8 +120,8 @@ class FusedForward:
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         kinds = getattr(config, "layer_types", None) or [""] * len(backbone.layers)
         with torch.inference_mode(False):  # the model's weights stay ordinary tensors
-            maps = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
-            packs = sum(m.weight.nbytes for m in maps) <= _PACKED
+            maps = _linear_maps(backbone)
+            packs = _packs(maps)
             pairs = zip(backbone.layers, kinds, strict=True)
             self.layers = [_layer(layer, kind, packs) for layer, kind in pairs]
         self._parts = [vars(part) for part in backbone.modules()]
@@ -244,18 +244,46 @@ def _homes(home: str) -> tuple[str, ...]:
     return (home, "transformers.activations")
 
 
+def _linear_maps(backbone: nn.Module) -> list[nn.Linear]:
+    return [m for m in backbone.modules() if isinstance(m, nn.Linear)]
+
+
+def _packs(maps: list[nn.Linear]) -> bool:
+    """Whether a second copy of what several rows are multiplied by is worth its memory."""
+    return sum(m.weight.nbytes for m in maps) <= _PACKED
+
+
+def _together(layer: nn.Module) -> tuple[list[nn.Linear], ...]:
+    """A decoder layer's maps, those of one input together: q, k and v; out; gate and up; down."""
+    a, m = layer.self_attn, layer.mlp
+    return (
+        [getattr(a, name) for name in _PROJECTIONS], [a.o_proj],
+        [getattr(m, name) for name in _GATED], [m.down_proj],
+    )  # fmt: skip
+
+
+def packed_bytes(backbone: nn.Module) -> int:
+    """Of the second copies that a `FusedForward` keeps of its layers' weights in float32 on a CPU.
+    backbone: of a model that has one (`cannot_fuse`), with content or without"""
+    if not _packs(_linear_maps(backbone)):
+        return 0
+    groups = [maps for layer in backbone.layers for maps in _together(layer)]
+    return sum(copy_bytes(sum(m.weight.numel() for m in maps)) for maps in groups)
+
+
 def _layer(layer: nn.Module, kind: str, packs: bool) -> _Layer:
     a, m = layer.self_attn, layer.mlp
+    qkv, out, gate_up, down = (Joined(maps, packs) for maps in _together(layer))
     return _Layer(
         norm=layer.input_layernorm,
-        qkv=Joined([getattr(a, name) for name in _PROJECTIONS], packs),
+        qkv=qkv,
         q_norm=getattr(a, "q_norm", None),
         k_norm=getattr(a, "k_norm", None),
-        out=Joined([a.o_proj], packs),
+        out=out,
         mlp_norm=layer.post_attention_layernorm,
-        gate_up=Joined([getattr(m, name) for name in _GATED], packs),
+        gate_up=gate_up,
         activation=m.act_fn,
-        down=Joined([m.down_proj], packs),
+        down=down,
         mask=kind,
     )
 
