@@ -6,7 +6,6 @@ import argparse
 import os
 import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +123,7 @@ def launch(options: Sequence[str], script: str, argv: Sequence[str], **env: str)
     """`accelerate launch` of a launcher, to its end. Returns its output; fails where it fails.
 
     accelerate itself reads the options and says what each process is told. Only the processes that
-    torchrun would start are copies of this one; `launch_anew` has torchrun start them.
+    torchrun would start are copies of this one.
     """
     said: list[str] = []
 
@@ -151,16 +150,3 @@ def launch(options: Sequence[str], script: str, argv: Sequence[str], **env: str)
         with mock.patch("torch.distributed.run.run", torchrun):
             launch_command(launch_command_parser().parse_args(words))
     return "".join(said)
-
-
-def launch_anew(options: Sequence[str], script: str, argv: Sequence[str], **env: str) -> str:
-    """As `launch`, through the command itself: every process is started and imports anew."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-        "--main_process_port", str(free_port()), *options, str(ROOT / script), *argv,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, env=quiet(**env), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout

@@ -499,7 +499,7 @@ def test_a_whole_training_takes_what_was_planned(tmp_path):
     out = tmp_path / "plan.json"
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/dev/measure_plan.py"), "--cases=wide-train",
-         f"--out={out}"],
+         "--rows=24", f"--out={out}"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True,
     )  # fmt: skip

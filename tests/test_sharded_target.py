@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import ROOT, launch_anew
+from launching import ROOT, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from redrafter.cli.args import parse
@@ -21,9 +21,9 @@ SETTINGS = {
     "data.mode": "online", "data.source.format": "text", "data.source.n_rows": 20,
     "data.source.holdout_rows": 6, "data.answers.max_new_tokens": 16,
     "data.answers.shard_prompts": 7, "data.buffer_rows": 7, "data.states.forward_tokens": 64,
-    "optim.steps": 12, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2,
+    "optim.steps": 8, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2,
     "optim.lr": 5e-3, "eval.prompts": 5, "eval.batch_size": 1, "eval.max_new_tokens": 10,
-    "eval.every_steps": 6, "eval.tree.width": 2, "eval.tree.depth": 2, "log_steps": 1,
+    "eval.every_steps": 4, "eval.tree.width": 2, "eval.tree.depth": 2, "log_steps": 1,
     "loss.kl": 0.5, "loss.teacher": "states",
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def whole(argv):
 def test_a_target_in_parts_teaches_what_a_whole_one_does(argv, whole, tiny_target, tmp_path):
     pytest.importorskip("deepspeed")
     parts, settings = argv("parts", **{"target.shard": "zero3"})
-    launch_anew(
+    launch(
         ["--config_file", str(ROOT / "configs/accelerate/zero3.yaml")],
         "tests/sharded_training.py", [str(tmp_path), *settings], DS_ACCELERATOR="cpu",
     )  # fmt: skip

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 #: shape of the synthetic target: a wide vocabulary, so that a head is most of a training
-VOCAB, HIDDEN, ROWS, ROW_TOKENS = 32_000, 512, 96, 256
+VOCAB, HIDDEN, ROW_TOKENS = 32_000, 512, 256
 TOLERANCE = 0.2
 _QUIET = ["--tracker=null", "--save_steps=1000000"]
 _STEPS = ["--optim.steps=3", "--log_steps=1"]
@@ -51,7 +51,7 @@ JOBS = {
 }
 
 
-def make_wide(folder: Path) -> None:
+def make_wide(folder: Path, n_rows: int) -> None:
     """A random target without a tokenizer, and random rows for it: prompts, texts, states."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,14 +72,14 @@ def make_wide(folder: Path) -> None:
     for kind, said in (("prompts", False), ("texts", True)):
         rows = [
             TokenRow(tuple(torch.randint(VOCAB, (ROW_TOKENS,)).tolist()), (said,) * ROW_TOKENS, i)
-            for i in range(ROWS)
+            for i in range(n_rows)
         ]
         texts = write_rows(lambda rows=rows: rows, kind, folder / kind, {"made": "random"})
     target = load_target(str(folder / "target"))
     build_states(target, texts, StatesConfig(), folder / "states", progress=False)
 
 
-def make_gemma(folder: Path) -> None:
+def make_gemma(folder: Path, n_rows: int) -> None:
     """Random weights in the shape of Gemma 3 270M: a tied vocabulary of 262,144, windows."""
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -99,7 +99,7 @@ def make_gemma(folder: Path) -> None:
     Gemma3ForCausalLM(config).save_pretrained(folder / "gemma")
     rows = [
         TokenRow(tuple(torch.randint(config.vocab_size, (128,)).tolist()), (True,) * 128, i)
-        for i in range(16)
+        for i in range(n_rows // 6)
     ]
     texts = write_rows(lambda: rows, "texts", folder / "gemma-texts", {"made": "random"})
     target = load_target(str(folder / "gemma"))
@@ -112,7 +112,7 @@ def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, list[s
     out = f"--output_dir={folder}/out"
     stored = [f'--data.stores=["{folder}/states"]', "--eval.prompts=0", *_QUIET, *_STEPS]
     found = {
-        "wide-train": ("train", [wide, out, *stored, "--optim.batch_positions=128",
+        "wide-train": ("train", [wide, out, *stored, "--optim.batch_positions=48",
                                  "--loss.chunk_rows=512"]),
         "wide-kl": ("train", [wide, out, *stored, "--optim.batch_positions=128", "--loss.kl=1",
                               "--loss.chunk_rows=640", "--head.output=target"]),
@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", help="comma-separated; default: all that can be run")
+    parser.add_argument("--rows", type=int, default=96, help="of a synthetic target (%(default)s)")
     parser.add_argument("--target", help="folder of a real target, for two more cases")
     parser.add_argument("--prompts", help="its prompts (.jsonl)")
     parser.add_argument("--out", help="JSON file to write")
@@ -204,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             # In a process of its own: the kernel counts a parent's memory as its children's, up to
             # the moment that they are another program.
-            maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder,))
+            given = folder, args.rows
+            maker = multiprocessing.get_context("spawn").Process(target=make, args=given)
             maker.start()
             maker.join()
             if maker.exitcode:
