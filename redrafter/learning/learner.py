@@ -208,6 +208,10 @@ class Learner:
         if self.folder is None:
             return None
         place = self.folder / "checkpoints"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"learn: {place} cannot be made ({error}): give a folder") from None
         for text in checkpoint.set_aside(place):
             self.tell(text)
         remove_leftovers(place)
