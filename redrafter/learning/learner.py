@@ -208,6 +208,11 @@ class Learner:
         if self.folder is None:
             return None
         place = self.folder / "checkpoints"
+        if find("auto", place) is None and (self.folder / "config.json").exists():
+            raise InputError(
+                f"learn: {self.folder} holds a head that no learner left there: give an empty or "
+                "new folder"
+            )
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -215,13 +220,7 @@ class Learner:
         for text in checkpoint.set_aside(place):
             self.tell(text)
         remove_leftovers(place)
-        path = find("auto", place)
-        if path is None and (self.folder / "config.json").exists():
-            raise InputError(
-                f"learn: {self.folder} holds a head that no learner left there: give an empty or "
-                "new folder"
-            )
-        return path
+        return find("auto", place)
 
     def _go_on(self, path: Path) -> None:
         state = checkpoint.read_state(path)
