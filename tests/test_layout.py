@@ -147,8 +147,8 @@ MAY_IMPORT = {
     "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
     "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete
     "hub": BASE | {"heads", "evaluation", "export"},
-    "learning": BASE | {"bars", "processes", "fetch", "targets", "heads", "lookahead", "decode"}
-    | {"drafters", "drafting", "data", "resources", "evaluation", "training", "hub"},
+    "learning": MAKING | {"fetch", "heads", "lookahead", "drafters", "drafting", "resources"}
+    | {"evaluation", "training", "hub"},
     "report": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "evaluation"}
     | {"generation", "hub"},
     "planning": BASE

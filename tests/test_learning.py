@@ -313,6 +313,9 @@ def test_a_folder_of_anything_else_is_refused(tmp_path):
     head.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no learner left there"):
         Learner(head, target, tmp_path)
+    assert not (tmp_path / "checkpoints").exists(), "and not touched"
+    with pytest.raises(InputError, match="cannot be made"):
+        Learner(head, target, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(

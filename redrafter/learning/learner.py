@@ -208,16 +208,19 @@ class Learner:
         if self.folder is None:
             return None
         place = self.folder / "checkpoints"
-        for text in checkpoint.set_aside(place):
-            self.tell(text)
-        remove_leftovers(place)
-        path = find("auto", place)
-        if path is None and (self.folder / "config.json").exists():
+        if find("auto", place) is None and (self.folder / "config.json").exists():
             raise InputError(
                 f"learn: {self.folder} holds a head that no learner left there: give an empty or "
                 "new folder"
             )
-        return path
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"learn: {place} cannot be made ({error}): give a folder") from None
+        for text in checkpoint.set_aside(place):
+            self.tell(text)
+        remove_leftovers(place)
+        return find("auto", place)
 
     def _go_on(self, path: Path) -> None:
         state = checkpoint.read_state(path)

@@ -66,12 +66,12 @@ class Ring:
                 states.append(hidden)
             states.append(torch.zeros_like(states[-1][:1]))
             ends += [len(tokens)] * (len(tokens) - begin)
-        joined = torch.cat(states)
-        columns = {
-            "tokens": torch.tensor(tokens, device=joined.device),
-            "states": joined,
-            "end": torch.tensor(ends, device=joined.device),
-            "supervised": torch.ones(len(tokens), dtype=torch.bool, device=joined.device),
+        known = {
+            "tokens": torch.tensor(tokens),
+            "end": torch.tensor(ends),
+            "supervised": torch.ones(len(tokens), dtype=torch.bool),
         }
-        starts = starts_of(columns["supervised"].cpu(), torch.tensor(ends), "tokens")
-        return columns, starts.to(joined.device)
+        starts = starts_of(known["supervised"], known["end"], "tokens")
+        joined = torch.cat(states)
+        columns = {name: column.to(joined.device) for name, column in known.items()}
+        return {**columns, "states": joined}, starts.to(joined.device)

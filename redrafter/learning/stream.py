@@ -105,7 +105,7 @@ class Stream:
                 stack.enter_context(self.learner)
             self._probe(0)
             starts = range(0, len(self.prompts), size)
-            for turn, i in enumerate(Bar(starts, desc="stream", unit="batch", leave=False)):
+            for turn, i in enumerate(Bar(starts, desc="stream", unit="turn", leave=False)):
                 batch = self.prompts[i : i + size]
                 equal += self._decode(batch, i, turn)
                 done = i + len(batch)
