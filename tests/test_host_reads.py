@@ -1,5 +1,5 @@
 """A step reads the host once for the whole batch, whoever drafts: what a drafter needs there the
-loop has already read."""
+loop has already read. And it asks for no more operations than it did."""
 
 import pytest
 from head_kinds import make_head
@@ -9,7 +9,9 @@ from redrafter.config import TreeConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.evaluation.operations import per_step
+from redrafter.evaluation.operations import of_decoding, per_step
+from redrafter.targets.fused import FusedForward
+from redrafter.targets.model import Target
 
 MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8)}
 
@@ -53,3 +55,21 @@ def test_what_the_host_is_told_is_what_the_device_has(mode):
         assert truth.rows() == told
         counts |= {len(row) for row, on in zip(told, live, strict=True) if on}
     assert {0, 1, 2, 3} <= counts
+
+
+#: Launches per step on two fused layers, as docs/results/costs.md says; fewer is better
+LAUNCHES = {"plain": 62, "suffix:4": 124, "head:1x4": 230, "head:4x4": 240}
+
+
+def test_a_step_asks_for_no_more_operations_than_it_did():
+    target = Target(tiny.__wrapped__("llama").model.float())
+    target.fused = FusedForward(target.backbone, target.config)
+    head = make_head(target, "recurrent").float()
+    drafters = {
+        "suffix:4": SuffixDrafter(depth=4),
+        "head:1x4": RecurrentDrafter(head, target, TreeConfig(1, 4)),
+        "head:4x4": RecurrentDrafter(head, target, TreeConfig(4, 4)),
+    }
+    found = of_decoding(target, prompts()[0], drafters)
+    found = {name: counts["launches"] for name, counts in found.items()}
+    assert all(found[name] <= most for name, most in LAUNCHES.items()), found
