@@ -7,6 +7,7 @@ from models import Recorder, endless, prompts, replays, settings, tiny
 
 from redrafter.config import TreeConfig
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.evaluation.operations import of_decoding, per_step
@@ -41,6 +42,24 @@ def test_a_step_reads_the_host_once(name, mode, n_rows):
 
     found = per_step(decode, wanted, (6, 18))
     assert found["steps"] > 2 and found["host_reads"] == 1.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["mix(head:3x3,suffix)", "model:3x3"])
+def test_a_drafter_that_must_know_more_reads_once_more(name, mode):
+    """How many nodes a mixture has, and how far a draft model's cache still holds the text."""
+    target = tiny("llama")
+    parts = Resources(head=make_head(target, "recurrent"), draft=tiny("llama", num_hidden_layers=1))
+    drafter = build_drafter(name, target, parts)
+
+    def decode(config):
+        return speculative(target, prompts()[:2], config, drafter=drafter)
+
+    def wanted(n):
+        return settings(max_new_tokens=n, eos_token_id=-1, **MODES[mode])
+
+    found = per_step(decode, wanted, (6, 18))
+    assert found["steps"] > 2 and found["host_reads"] == 2.0
 
 
 @pytest.mark.parametrize("mode", MODES)
