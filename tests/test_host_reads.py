@@ -1,5 +1,5 @@
 """A step reads the host once for the whole batch, whoever drafts: what a drafter needs there the
-loop has already read."""
+loop has already read. And it asks for no more operations than it did."""
 
 import pytest
 from head_kinds import make_head
@@ -8,9 +8,12 @@ from test_prefix import make_head as reading
 
 from redrafter.config import TreeConfig
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.suffix import SuffixDrafter
-from redrafter.evaluation.operations import per_step
+from redrafter.evaluation.operations import of_decoding, per_step
+from redrafter.targets.fused import FusedForward
+from redrafter.targets.model import Target
 
 MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8)}
 
@@ -44,6 +47,24 @@ def test_a_step_reads_the_host_once(name, mode, n_rows):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["mix(head:3x3,suffix)", "model:3x3"])
+def test_a_drafter_that_must_know_more_reads_once_more(name, mode):
+    """How many nodes a mixture has, and how far a draft model's cache still holds the text."""
+    target = tiny("llama")
+    parts = Resources(head=make_head(target, "recurrent"), draft=tiny("llama", num_hidden_layers=1))
+    drafter = build_drafter(name, target, parts)
+
+    def decode(config):
+        return speculative(target, prompts()[:2], config, drafter=drafter)
+
+    def wanted(n):
+        return settings(max_new_tokens=n, eos_token_id=-1, **MODES[mode])
+
+    found = per_step(decode, wanted, (6, 18))
+    assert found["steps"] > 2 and found["host_reads"] == 2.0
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_what_the_host_is_told_is_what_the_device_has(mode):
     target = tiny("llama")
     recorder = Recorder(drafters(target)["replay"])
@@ -55,3 +76,21 @@ def test_what_the_host_is_told_is_what_the_device_has(mode):
         assert truth.rows() == told
         counts |= {len(row) for row, on in zip(told, live, strict=True) if on}
     assert {0, 1, 2, 3} <= counts
+
+
+#: Launches per step on two fused layers, as docs/results/costs.md says; fewer is better
+LAUNCHES = {"plain": 62, "suffix:4": 124, "head:1x4": 230, "head:4x4": 240}
+
+
+def test_a_step_asks_for_no_more_operations_than_it_did():
+    target = Target(tiny.__wrapped__("llama").model.float())
+    target.fused = FusedForward(target.backbone, target.config)
+    head = make_head(target, "recurrent").float()
+    drafters = {
+        "suffix:4": SuffixDrafter(depth=4),
+        "head:1x4": RecurrentDrafter(head, target, TreeConfig(1, 4)),
+        "head:4x4": RecurrentDrafter(head, target, TreeConfig(4, 4)),
+    }
+    found = of_decoding(target, prompts()[0], drafters)
+    found = {name: counts["launches"] for name, counts in found.items()}
+    assert all(found[name] <= most for name, most in LAUNCHES.items()), found

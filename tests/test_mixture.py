@@ -115,7 +115,7 @@ def test_merged_paths_are_the_union():
         parts = [closed(random_tree(random, 3, n, vocab=3, valid=0.8)) for n in (9, 6, 12)]
         for part in parts[1:]:
             part.tokens[:, 0] = parts[0].tokens[:, 0]
-        tree, scores = merge(parts)
+        tree, scores = merge(parts, 12)
         assert (tree.parent[:, 1:] < torch.arange(1, tree.n_nodes)).all()
         assert torch.equal(
             tree.depth[:, 1:], tree.depth.gather(1, tree.parent)[:, 1:] + (tree.depth[:, 1:] > 0)
@@ -273,7 +273,8 @@ def test_what_a_member_adds_is_judged_by_itself():
         # The root stands for any token: only where it is matters here.
         seqs.length = seqs.length + right + 1
     assert seen.tokens[0].tolist() == [0, 1, 1, 1]
-    draft.start()  # all but the last tree have been judged
+    draft.start()
+    draft.tree()  # all but the last of those before have been judged
     assert draft.report()["echo"] == {"judged_nodes": 298, "right_nodes": 90}
 
 

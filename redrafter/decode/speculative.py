@@ -122,14 +122,17 @@ def _draft(drafter: Drafter, lookahead: Lookahead, state: _Decoding) -> TokenTre
     if depth == 0:
         return root_tree(seqs.root)
     drafter.start()
-    levels = torch.zeros_like(seqs.length)  # per row, levels that the lookahead let stand
     go_on, asks = seqs.live, lookahead.level_by_level
+    levels: Tensor | None = None  # (B,), those that the lookahead let stand; None: all
+    if asks or plan is not None:
+        levels = torch.zeros_like(seqs.length)
     for level in range(0 if asks and drafter.early_features else 1, depth + 1):
         if plan is not None:
             go_on = go_on & (level <= plan)
         if level > 0:
             drafter.extend(level)
-            levels += go_on
+            if levels is not None:
+                levels += go_on
         if not asks or level == depth:
             continue
         with timer("lookahead"):
@@ -145,8 +148,9 @@ def _draft(drafter: Drafter, lookahead: Lookahead, state: _Decoding) -> TokenTre
     tree = best_path(drafter.tree(), depth) if state.narrows else drafter.tree()
     # A node that could only be emitted past a row's limit is never useful; of a row that is not
     # live none is.
-    levels = torch.minimum(levels, state.limit - seqs.length)
-    tree.valid = tree.valid & (tree.depth <= levels[:, None])
+    useful = state.limit - seqs.length
+    useful = torch.where(seqs.live, useful, 0) if levels is None else useful.minimum(levels)
+    tree.valid = tree.valid & (tree.depth <= useful[:, None])
     return tree
 
 

@@ -22,9 +22,10 @@ def ancestors(tree: TokenTree, max_depth: int) -> Tensor:
     seen = torch.eye(n, dtype=torch.bool, device=tree.tokens.device).expand(len(tree.tokens), n, n)
     seen = seen.clone()
     up = tree.parent
-    for _ in range(max_depth):
+    for depth in range(1, max_depth + 1):
         seen.scatter_(2, up[:, :, None], True)
-        up = tree.parent.gather(1, up)
+        if depth < max_depth:
+            up = tree.parent.gather(1, up)
     return seen
 
 

@@ -17,18 +17,23 @@ from redrafter.contracts import RowState, TokenTree
 
 @dataclass
 class Past:
-    """A tree of an earlier step. length: (B,) int64, `RowState.length` when it was drafted."""
+    """A tree of an earlier step. length: (B,) int64, `RowState.length` when it was drafted; levels:
+    how deep it may be, None: not known without a read of the host."""
 
     tree: TokenTree
     length: Tensor
     live: Tensor
+    levels: int | None = None
+
+    def waits(self, seqs: RowState) -> Tensor:
+        """() bool: not `ripe`."""
+        deepest = torch.where(self.tree.valid, self.tree.depth, 0).amax(1)
+        return (seqs.live & self.live & (seqs.length < self.length + deepest)).any()
 
     def ripe(self, seqs: RowState) -> bool:
         """Whether every node is known to be right or wrong (rows that have ended: as far as they
         got). Reads the host."""
-        deepest = torch.where(self.tree.valid, self.tree.depth, 0).amax(1)
-        waits = seqs.live & self.live & (seqs.length < self.length + deepest)
-        return not bool(waits.any())
+        return not bool(self.waits(seqs))
 
     def right(self, seqs: RowState) -> tuple[Tensor, Tensor]:
         """(B, N) bool: the node and all of its ancestors are what the text says; and (B, N) bool,
@@ -40,7 +45,8 @@ class Past:
         equal = tree.tokens == ids.gather(1, where.clamp(max=ids.shape[1] - 1))
         right = tree.depth == 0
         wrong = torch.zeros_like(right)
-        for d in range(1, int(tree.depth.max()) + 1):
+        levels = int(tree.depth.max()) if self.levels is None else self.levels
+        for d in range(1, levels + 1):
             here = tree.depth == d
             right = right | (here & there & equal & right.gather(1, tree.parent))
             wrong = wrong | (here & (wrong.gather(1, tree.parent) | (there & ~equal)))

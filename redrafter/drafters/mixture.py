@@ -123,8 +123,9 @@ def shared_nodes(scores: Tensor) -> Tensor:
     return (scores > float("-inf")).sum(1) > 1
 
 
-def merge(trees: list[TokenTree]) -> tuple[TokenTree, Tensor]:
-    """One tree of all nodes of trees with a common root; equal paths share a node.
+def merge(trees: list[TokenTree], levels: int) -> tuple[TokenTree, Tensor]:
+    """One tree of all nodes of trees with a common root; equal paths share a node. levels: of the
+    deepest tree, or more.
 
     Returns the tree, in which a repeated node is invalid and its children hang below the one that
     stays, and (B, M, N) the cumulative log-score that each of the M trees gives to each node, -inf
@@ -146,7 +147,7 @@ def merge(trees: list[TokenTree]) -> tuple[TokenTree, Tensor]:
     same = torch.zeros_like(tokens)  # the first node with this path
     alike = (tokens[:, :, None] == tokens[:, None, :]) & (depth[:, :, None] == depth[:, None, :])
     alike &= valid[:, :, None] & valid[:, None, :]
-    for d in range(1, int(depth.max()) + 1):
+    for d in range(1, levels + 1):
         above = same.gather(1, parent)
         equal = alike & (above[:, :, None] == above[:, None, :])
         same = torch.where(depth == d, equal.int().argmax(-1), same)
@@ -224,7 +225,6 @@ class Mixture(Composite):
         self._accepted = torch.zeros_like(self._verified)
 
     def start(self) -> None:
-        self._learn()
         for member in self.members.values():
             member.start()
 
@@ -234,29 +234,33 @@ class Mixture(Composite):
                 member.extend(level)
 
     def tree(self) -> TokenTree:
-        tree, scores = merge([m.tree() for m in self.members.values()])
+        """Reads the host once, besides what its members do."""
+        tree, scores = merge([m.tree() for m in self.members.values()], self.max_depth)
+        waits = [past.waits(self.seqs).long() for past, *_ in self._past]
+        n_valid, *waits = torch.stack([tree.valid.sum(1).max(), *waits]).tolist()
+        self._learn(waits.index(1) if 1 in waits else len(waits))
         shared = shared_nodes(scores)
         each = [c.log_p(scores[:, i], tree.depth, shared) for i, c in enumerate(self._calibrations)]
         log_p = torch.stack(each, 1).amax(1)
         log_p[:, 0] = 0.0
-        for d in range(2, int(tree.depth.max()) + 1):  # no node is likelier than its parent
+        for d in range(2, self.max_depth + 1):  # no node is likelier than its parent
             bound = torch.minimum(log_p, log_p.gather(1, tree.parent))
             log_p = torch.where(tree.depth == d, bound, log_p)
         tree.log_q = log_p.masked_fill(~tree.valid, float("-inf"))
-        n = min(self.max_nodes, bucket(int(tree.valid.sum(1).max())))
+        n = min(self.max_nodes, bucket(n_valid))
         order = in_order(scores, tree, n)
         nowhere = torch.zeros(*order.shape[:2], tree.n_nodes, dtype=torch.bool, device=order.device)
         chosen = nowhere.scatter_(2, order, True)
         # A copy: the loop narrows `valid` of the tree that it is given.
         kept = replace(tree, valid=tree.valid.clone())
-        self._past.append((Past(kept, self.seqs.length, self.seqs.live), scores, chosen))
+        past = Past(kept, self.seqs.length, self.seqs.live, self.max_depth)
+        self._past.append((past, scores, chosen))
         index = order.index_select(1, self._lead.first()[None])[:, 0].sort(1).values
         return select(tree, index, torch.ones_like(index, dtype=torch.bool))
 
-    def _learn(self) -> None:
-        """Judge the past trees that the text has outgrown."""
-        while self._past and self._past[0][0].ripe(self.seqs):
-            past, scores, chosen = self._past.pop(0)
+    def _learn(self, n: int) -> None:
+        """Judge the first n of the past trees, which the text has outgrown."""
+        for past, scores, chosen in self._past[:n]:
             right, known = past.right(self.seqs)
             drafted = past.tree.depth > 0
             known = known & drafted
@@ -268,6 +272,7 @@ class Mixture(Composite):
                 mine = known & (scores[:, i] > float("-inf"))
                 self._verified[i] += mine.sum()
                 self._accepted[i] += (mine & right).sum()
+        del self._past[:n]
 
     def report(self) -> dict[str, Any]:
         """Per member: nodes that were drafted and judged, how many were right, its own report."""

@@ -64,6 +64,7 @@ class RecurrentDrafter(Drafter):
         self.one_path = self.width == 1
         self.max_depth = tree.depth
         self.max_nodes = 1 + self.width * tree.depth
+        self._known: tuple[Tensor, Tensor] | None = None  # depth and validity of a whole tree
         self.budget = budget
         if budget is not None:
             self.max_nodes = min(self.max_nodes, budget.max_nodes, tree.nodes or self.max_nodes)
@@ -134,9 +135,11 @@ class RecurrentDrafter(Drafter):
 
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)
-        n, levels = tokens.shape[1], len(self.tokens) - 1
-        depth = level_depths(n, self.width, tokens.device).expand_as(tokens)
-        valid = torch.ones_like(tokens, dtype=torch.bool)
+        levels = len(self.tokens) - 1
+        if self._known is None or self._known[0].shape != tokens.shape:
+            depth = level_depths(tokens.shape[1], self.width, tokens.device)
+            self._known = depth.expand_as(tokens), torch.ones_like(tokens, dtype=torch.bool)
+        depth, valid = self._known
         tree = TokenTree(tokens, torch.cat(self.parents, 1), depth, valid, torch.cat(self.log_q, 1))
         if self.budget:
             return self.budget.prune(tree)
