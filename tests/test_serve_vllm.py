@@ -505,6 +505,17 @@ def test_what_an_engine_loads_needs_nothing_more():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_command_that_needs_them_says_where_it_runs():
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None; from redrafter.cli.main import main; "
+        "sys.exit(main(['convert-head', '--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == 1 and "convert-head: error: the package jsonargparse is not" in said[0]
+
+
 def test_draft_chain_is_one_call_per_level():
     calls = []
 
@@ -532,27 +543,21 @@ def serve(*words: str, path: str | None = None) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.fixture
-def path_with_vllm(tmp_path) -> str:
-    """A PATH with a `vllm` that shows its words."""
-    vllm = tmp_path / "bin/vllm"
-    vllm.parent.mkdir()
+def test_vllm_serve_prints_the_command_and_becomes_it(tmp_path):
+    vllm = tmp_path / "vllm"
     vllm.write_text('#!/bin/sh\nfor word in "$@"; do echo "[$word]"; done\nexit 7\n')
     vllm.chmod(0o755)
-    return f"{vllm.parent}:/bin"
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("heads") / "head"
-    RecurrentHead.for_target(tiny("llama")).save_pretrained(folder)
-    return str(folder)
-
-
-def test_vllm_serve_prints_the_command_and_becomes_it(head, path_with_vllm):
-    done = serve("M", "--head", head, "--tokens", "3", "--port", "81", path=path_with_vllm)
+    head = tmp_path / "head"
+    head.mkdir()
+    code = "import sys; from redrafter.cli import vllm_serve as v; v.check = print; v.main()"
+    words = ["M", "--head", str(head), "--tokens", "3", "--port", "81"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:/bin"},
+    )  # fmt: skip
     assert done.returncode == 7, done.stderr
-    shown, *words = done.stdout.splitlines()
+    shown, checked, *words = done.stdout.splitlines()
+    assert checked == f"M {head} 3"
     words = [word[1:-1] for word in words]
     assert shown.startswith("vllm serve M --speculative-config '{") and words[:2] == ["serve", "M"]
     given = dict(zip(words[2:-2:2], words[3:-2:2], strict=True))
@@ -560,7 +565,7 @@ def test_vllm_serve_prints_the_command_and_becomes_it(head, path_with_vllm):
         "method": "custom_class", "model": "redrafter.serve.vllm.ReDrafterProposer",
         "num_speculative_tokens": 3,
     }  # fmt: skip
-    assert json.loads(given["--additional-config"]) == {"redrafter_head": head}
+    assert json.loads(given["--additional-config"]) == {"redrafter_head": str(head)}
     assert json.loads(given["--compilation-config"]) == {"cudagraph_mode": "PIECEWISE"}
     assert words[-2:] == ["--port", "81"]
 
@@ -583,10 +588,16 @@ def test_vllm_serve_refuses_and_explains(tmp_path):
     assert serve("M").returncode == 2
 
 
-def test_vllm_serve_looks_at_the_head_before_an_engine_starts(head, tmp_path, monkeypatch, capsys):
+def test_vllm_serve_looks_at_the_head_before_an_engine_starts(tmp_path, monkeypatch, capsys):
     """In the engine the same errors come after a minute, below tracebacks of three processes."""
+    started = []
     monkeypatch.setattr(vllm_serve, "_server", lambda: ["true"])
-    monkeypatch.setattr(vllm_serve.os, "execvp", lambda *words: pytest.fail("it started"))
+    monkeypatch.setattr(vllm_serve.os, "execvp", lambda *words: started.append(words))
+    target, head = tiny("llama"), str(tmp_path / "head")
+    RecurrentHead.for_target(target).save_pretrained(head)
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    model = tmp_path / "model"
+    model.mkdir()
 
     def said(model: str, *words: str) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -596,12 +607,17 @@ def test_vllm_serve_looks_at_the_head_before_an_engine_starts(head, tmp_path, mo
 
     missing = said("M", "--head", str(tmp_path / "none"))
     assert "--head: " in missing and "does not exist" in missing
-    (tmp_path / "empty").mkdir()
-    assert "no config.json" in said(str(tmp_path / "empty"), "--head", head)
-    other = {"model_type": "x", "text_config": {"hidden_size": 7, "vocab_size": VOCAB}}
-    for shape in (other, other["text_config"]):
-        (tmp_path / "empty/config.json").write_text(json.dumps(shape))
-        assert "hidden_size is" in said(str(tmp_path / "empty"), "--head", head)
-    medusa = tmp_path / "medusa"
-    make_head(tiny("llama"), "medusa").save_pretrained(medusa)
-    assert "ahead at most: set it to" in said("M", "--head", str(medusa), "--tokens", "90")
+    assert "no config.json" in said(str(model), "--head", head)
+    for name in sizes:
+        other = sizes | {name: 7}
+        for shape in (other, {"text_config": other}):
+            (model / "config.json").write_text(json.dumps(shape))
+            assert f"the head's {name} is" in said(str(model), "--head", head)
+    medusa = str(tmp_path / "medusa")
+    make_head(target, "medusa").save_pretrained(medusa)
+    assert "ahead at most: set it to 3" in said("M", "--head", medusa, "--tokens", "90")
+    assert not started
+    for shape in (sizes, {"n_embd": 7}):  # by other names it is left to the engine
+        (model / "config.json").write_text(json.dumps(shape))
+        vllm_serve.main([str(model), "--head", head])
+    assert len(started) == 2

@@ -135,9 +135,7 @@ class ReDrafterProposer:
         model.register_forward_hook(self._keep, with_kwargs=True)
         self._know_sampler(device)
         self._know_target()
-        logger.info(
-            "redrafter: head %s drafts chains of %d tokens", self.settings.head, self.depth
-        )
+        logger.info("redrafter: head %s drafts chains of %d tokens", self.settings.head, self.depth)
 
     def _know_sampler(self, device: torch.device) -> None:
         """Decide whether batches that sample may draft; guard those that may not."""
