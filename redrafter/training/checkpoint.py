@@ -197,15 +197,20 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def settings_of(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration of a training, `flat`, and the defaults of what it does not name."""
+    kind = stored["head"].get("kind", "recurrent")  # from when there was no other
+    unsaid = TrainConfig(TargetConfig(""), DataConfig(), "", head=HeadConfig(kind=kind))
+    return {**flat(plain_values(unsaid)), **flat(stored)}
+
+
 def changes(old: dict[str, Any], new: dict[str, Any], free: Collection[str]) -> list[str]:
     """Dotted keys whose values differ between two configurations of a training, as in files.
 
     old: perhaps of an earlier version: what it does not name had, then as now, its default
     free: dotted keys, or sections ending in a dot, that may differ
     """
-    kind = old["head"].get("kind", "recurrent")  # from when there was no other
-    unsaid = TrainConfig(TargetConfig(""), DataConfig(), "", head=HeadConfig(kind=kind))
-    old, new = {**flat(plain_values(unsaid)), **flat(old)}, flat(new)
+    old, new = settings_of(old), flat(new)
     return [
         key
         for key in sorted(set(old) | set(new))
@@ -218,7 +223,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], free: Collection[str]) -> 
 def check_same(old: dict[str, Any], new: dict[str, Any], free: Collection[str], path: Path) -> None:
     """Raises InputError naming the first `changes` between two configurations."""
     if found := changes(old, new, free):
-        old, new = flat(old), flat(new)
+        old, new = settings_of(old), flat(new)
         said = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in found[:5]]
         raise InputError(
             f"{path} was made with other settings ({'; '.join(said)}): resuming would not "
