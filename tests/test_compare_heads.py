@@ -247,7 +247,8 @@ def test_every_comparison_counts():
     """a with b, c with both, at 2 temperatures: not rows alone, and no pair twice."""
     measured = {"per_seed": [1.5], "tokens_per_step": (1.5, 1.4, 1.6), "speedup_plain": None}
     row = {
-        "kind": "recurrent", "parameters": 1, "bytes_per_level": 1, "steps": 1, "seeds": [0],
+        "kind": "recurrent", "parameters": 1, "bytes_per_level": 1, "bytes_per_step": 0,
+        "steps": 1, "seeds": [0],
         "learning_rate": 1e-3, "validation": [{"lr": 1e-3, "seed": 0, "tokens_per_step": 1.5}],
         "measured": {"0": measured, "1": measured},
     }  # fmt: skip
