@@ -31,12 +31,12 @@ python train/redrafter.py --config configs/quickstart.yaml \
 
 step "4/6 is every token the same with and without drafting?"
 python eval/lossless.py --target.path quickstart/target --head quickstart/head \
-  --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --out quickstart/head/lossless.json
+  --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 12 --out quickstart/head/lossless.json
 
 step "5/6 how fast? greedily, and sampling"
 measure() {
   python eval/speed.py --target.path quickstart/target --head quickstart/head \
-    --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 16 --max_new_tokens 64 \
+    --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 12 --max_new_tokens 64 \
     --methods stock,plain,lookup,head --temperature "$1" --out "quickstart/head/$2" >/dev/null
 }
 measure 0 speed.json
