@@ -28,6 +28,8 @@ from torch.nn import functional as F
 _LEAST, _WORK = 3 << 17, 1 << 20
 #: entries above which columns are not copied for the sake of single rows: 128 MiB
 _MOST = 1 << 25
+#: entries of a matrix at most that tell whether it was changed without a trace
+_SAMPLED = 64
 _HINT = 17  # rows that oneDNN chooses its order for: the same from 2 to a hundred
 
 
@@ -49,6 +51,7 @@ class PackedProduct:
         self._packed: Tensor | None = None
         self._columns: Tensor | None = None
         self._state: tuple | None = None
+        self._seen: tuple[list[Tensor], Tensor] | None = None  # entries, and what they were
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -58,6 +61,8 @@ class PackedProduct:
         state = tuple(map(state_of, self.parts))
         if self._state != state:
             self._packed, self._columns, self._state = None, None, state
+            entries = [_sample(part) for part in self.parts]
+            self._seen = entries, torch.cat(entries)
         if x.numel() >= self.least_rows * width:
             if self._packed is None:
                 self._packed = _pack(matrix)
@@ -71,6 +76,12 @@ class PackedProduct:
             torch.mm(row, self._columns) if bias is None else torch.addmm(bias, row, self._columns)
         )
         return out.view(*x.shape[:-1], -1)
+
+    def renew(self) -> None:
+        """Before a text begins: what was copied is made anew where W was changed without a trace,
+        as adapters are merged (through `.data`); some entries of every part tell."""
+        if self._seen is not None and not torch.equal(torch.cat(self._seen[0]), self._seen[1]):
+            self._state = None
 
     @property
     def copied_bytes(self) -> int:
@@ -101,6 +112,12 @@ def prefers_columns(matrix: Tensor) -> bool:
 def copy_bytes(entries: int) -> int:
     """Of the packed copy that a `PackedProduct` makes of a float32 matrix on a CPU, for a plan."""
     return 4 * entries if entries >= _LEAST and _available() else 0
+
+
+def _sample(matrix: Tensor) -> Tensor:
+    """A view of entries along the diagonal."""
+    diagonal = matrix.detach().diagonal()
+    return diagonal[:: -(-len(diagonal) // _SAMPLED)]
 
 
 def _pack(matrix: Tensor) -> Tensor:

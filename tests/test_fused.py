@@ -181,6 +181,25 @@ def test_layers_that_are_large_are_packed_for_several_rows_until_they_change(mon
     assert all(x.gate_up.product._packed is None for x in target.fused.layers)
 
 
+@pytest.mark.skipif(not _available(), reason="this torch packs no matrices")
+def test_an_adapter_is_heeded_on_a_model_that_was_used_and_merged_into_it(monkeypatch):
+    """peft replaces modules, and merges into `weight.data`, which leaves no trace."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    monkeypatch.setattr(products, "_LEAST", 1)
+    monkeypatch.setattr(products, "_WORK", 1)
+    target = Target(fresh("llama").float(), check=lambda _: None)
+    target.fused = FusedForward(target.backbone, target.config)
+    before = prefilled(target)
+    wanted = peft.LoraConfig(r=2, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(target.model, wanted)
+    assert not target.fused.untouched
+    with_it = prefilled(target)
+    assert (with_it - before).abs().max() > 0.1
+    adapted.merge_and_unload()
+    assert target.fused.untouched
+    torch.testing.assert_close(prefilled(target), with_it, rtol=1e-3, atol=1e-3)
+
+
 def test_it_steps_aside_for_whoever_looks_into_the_model(both):
     (_, ours), seen = both("llama"), []
     rows, config = prompts(), settings()

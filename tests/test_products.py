@@ -90,6 +90,23 @@ def test_a_matrix_that_changes_is_packed_anew():
 
 
 @needs_onednn
+def test_a_matrix_that_changes_without_a_trace_is_found_where_a_text_begins():
+    """In any of the parts that it is made of."""
+    matrix = nn.Parameter(drawn(*LARGE))
+    parts = [nn.Parameter(part) for part in matrix.detach().split(LARGE[0] // 2)]
+    product = PackedProduct(matrix, parts=parts)
+    check(product, matrix)
+    packed = product._packed
+    product.renew()
+    check(product, matrix)
+    assert product._packed is packed, "nothing changed"
+    for part in parts:
+        part.data += 0.5
+        product.renew()
+        check(product, matrix)
+
+
+@needs_onednn
 def test_copies_are_of_the_copy():
     matrix = nn.Parameter(drawn(*LARGE))
     product = PackedProduct(matrix)

@@ -57,7 +57,7 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     noise = torch.empty(*stream.shape, vocab_size, dtype=torch.float64)
     at_once = max(1, _PIECE // vocab_size)
     for some, rows in zip(
-        noise.flatten(0, 1).split(at_once), stream.view(-1, 1).split(at_once), strict=True
+        noise.flatten(0, 1).split(at_once), stream.reshape(-1, 1).split(at_once), strict=True
     ):
         for piece, columns in zip(some.split(_PIECE, 1), place.split(_PIECE), strict=True):
             piece.copy_(_gumbel(rows + columns))

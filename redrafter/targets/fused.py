@@ -125,6 +125,8 @@ class FusedForward:
             pairs = zip(backbone.layers, kinds, strict=True)
             self.layers = [_layer(layer, kind, packs) for layer, kind in pairs]
         self._parts = [vars(part) for part in backbone.modules()]
+        self._children = [(part["_modules"], dict(part["_modules"])) for part in self._parts]
+        self._children = [pair for pair in self._children if pair[1]]
         self._joined = [(m._parameters, m.weight.data_ptr()) for m in maps]
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -135,10 +137,19 @@ class FusedForward:
         for parameters, place in self._joined:
             if parameters["weight"].data_ptr() != place:
                 return False
+        for now, joined in self._children:
+            if now != joined:  # an adapter, or whatever stands in a part's place
+                return False
         for part in self._parts:
             if part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part:
                 return False
         return True
+
+    def renew(self) -> None:
+        """Before a text begins: see `PackedProduct.renew`."""
+        for layer in self.layers:
+            for joined in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                joined.product.renew()
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache

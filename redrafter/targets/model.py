@@ -129,7 +129,10 @@ class Target:
         check(self)
 
     def new_cache(self, n_rows: int, capacity: int) -> RowCache:
-        """An empty cache of `capacity` tokens a row."""
+        """An empty cache of `capacity` tokens a row, with which texts begin."""
+        for copies in (self.lm_product, self.fused):
+            if copies is not None:
+                copies.renew()
         kind = StateCache if self.has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
 
