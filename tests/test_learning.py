@@ -19,7 +19,7 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafting import Strategy
 from redrafter.evaluation.operations import per_step
 from redrafter.files import digest_weights
-from redrafter.heads.load import load_head
+from redrafter.heads.load import head_class, load_head
 from redrafter.learning import learner as learners
 from redrafter.learning.learner import Learner
 from redrafter.learning.ring import Ring
@@ -307,6 +307,14 @@ def test_what_was_learned_is_gone_on_from(tmp_path):
                 replace(config, lora=LoraSettings()))  # fmt: skip
 
 
+def test_a_head_that_reads_the_row_is_refused():
+    """Else it would learn without its layer, and forget what it had learned with it."""
+    target = tiny("llama")
+    head = head_class("recurrent").for_target(target, prefix="attention")
+    with pytest.raises(InputError, match=r"learn: this head reads the whole row \(head.prefix"):
+        Learner(head, target, None, ALWAYS)
+
+
 def test_a_folder_of_anything_else_is_refused(tmp_path):
     target = tiny("llama")
     head = make_head(target, "recurrent")
@@ -321,7 +329,8 @@ def test_a_folder_of_anything_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("share", 0.0), ("share", 1.5), ("every_tokens", 0), ("lr", 0.0), ("false_alarms", 0.0),
-     ("buffer_tokens", 0), ("drift_margin", 1.5), ("loss", LossConfig(teacher="top_k"))],
+     ("buffer_tokens", 0), ("drift_margin", 1.5), ("loss", LossConfig(teacher="top_k")),
+     ("loss", LossConfig(towards={"kl": 1.0}))],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_named(name, value):
     with pytest.raises(ValueError, match=name):

@@ -52,6 +52,8 @@ class LearnConfig:
             raise ValueError(f"lr: {self.lr} must be positive (LearnConfig)")
         if self.loss.teacher != "states":
             raise ValueError("loss.teacher: learning while decoding has the target's states alone")
+        if self.loss.towards is not None:
+            raise ValueError("loss.towards: learning while decoding has no last step; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,11 @@ class Learner:
     ):
         if head.only_drafts:
             raise InputError(f"learn: {head.only_drafts} can draft here, but not be trained")
+        if head.reads_prefix:
+            raise InputError(
+                "learn: this head reads the whole row (head.prefix attention), of which only the "
+                "newest tokens are kept: take a head trained with head.prefix none, or retrain it"
+            )
         self.head, self.target, self.clock, self.tell = head, target, clock, tell
         self.settings = settings = settings or LearnConfig()
         self.folder = None if folder is None else Path(folder)
