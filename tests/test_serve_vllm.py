@@ -50,6 +50,8 @@ class Knowing:
     """A head that looks up whose state it is given and continues that very text, wrongly now and
     then: what it drafts is accepted only where every row's own state was found."""
 
+    reads_prefix = False
+
     max_depth = None
 
     def __init__(self, target, texts: list[list[int]], strict: bool = True):
