@@ -44,6 +44,8 @@ ELSEWHERE = {
     "vllm-medusa": "it needs a head of another kind: scripts/test_vllm.sh has one",
     "PREPARED": "it needs a folder of speculators: test_speculators has one",
     "redrafter doctor": "test_doctor runs it",
+    "redrafter chat": "it waits for a question: test_chat_command asks some",
+    "eval/stream": "test_learning runs it",
 }
 
 

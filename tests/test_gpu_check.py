@@ -99,11 +99,11 @@ def test_little_beside_torch_and_transformers_is_needed(tiny_target, tmp_path):
         [sys.executable, "-c", BARE, str(ROOT / "scripts"), *words, f"--like={tmp_path}", *TOY],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 0, done.stderr
     parts = json.loads(out.read_text())["parts"]
-    found = {name: part["status"] for name, part in parts.items()}
-    assert found == {"environment": "done", "tokens": "done", "training": "failed", "ddp": "done"}
-    assert "accelerate" in parts["training"]["why"]
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(
+        ("environment", "tokens", "training", "ddp"), "done"
+    )
 
 
 def test_a_part_that_fails_is_named_and_the_others_go_on(script, toy, monkeypatch, capsys):

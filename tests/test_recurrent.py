@@ -175,8 +175,8 @@ def test_a_nan_in_a_draft_spoils_no_state(monkeypatch):
     _, want = drafted("qwen3_next", "greedy", [2], 0.5)
     forward, spoilt = target.forward, []
 
-    def nan_at_poison(tokens, positions, masks, cache, keep=None):
-        out = forward(tokens, positions, masks, cache, keep)
+    def nan_at_poison(tokens, positions, masks, cache, keep=None, **how):
+        out = forward(tokens, positions, masks, cache, keep, **how)
         bad = (tokens == poison).any(1) & (tokens.shape[1] > 1)
         if keep is None and bool(bad.any()):
             spoilt.append(True)

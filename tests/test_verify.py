@@ -196,8 +196,8 @@ def test_weights_that_the_digest_does_not_sample(head, tiny_target, check, tmp_p
 
 
 def test_another_recurrence(head, check, monkeypatch):
-    step = RecurrentHead.step
-    monkeypatch.setattr(RecurrentHead, "step", lambda self, e, s=None: step(self, e, s) + 1e-3)
+    cell = RecurrentHead._next
+    monkeypatch.setattr(RecurrentHead, "_next", lambda self, read, s: cell(self, read, s) + 1e-3)
     status, found, last = check(head)
     assert (status, last) == (1, f"{head} differs first in: draft")
     assert found["draft"][1].startswith("prompt 0, depth 1: the head's logits are ")

@@ -116,7 +116,7 @@ class RecurrentHead(DraftHead):
         return f"{config.num_draft_layers} residual blocks, cell `{config.cell}`"
 
     def step(self, e: Tensor, s: Tensor | None = None) -> Tensor:
-        """The recurrence; the only place where it exists.
+        """The recurrence.
 
         e: (..., H) embedding of the next token of each path, as `target.embed` returns it
         s: (..., H) state before it, or None at the first step
@@ -144,7 +144,7 @@ class RecurrentHead(DraftHead):
         return e * self.inverse_rms if self._scales else e
 
     def _next(self, read: Tensor, s: Tensor | None) -> Tensor:
-        """SiLU(W e + U s + b). read: W e"""
+        """SiLU(W e + U s + b), of an e that is read now or was looked up. read: W e"""
         return F.silu(read + (self.rnn_u.bias if s is None else self.rnn_u(s)))
 
     def advance(
