@@ -131,17 +131,20 @@ class _Head:
 def test_which_profile_counts(tmp_path):
     file = tmp_path / "speculation_profile.json"
 
-    def found(methods=("head:4x4", "head"), temperature=0.0):
-        return alarm_for(file, _Head(), methods, temperature, 0.01, 0.05)
+    def found(methods=("head:4x4", "head"), temperature=0.0, depth=2):
+        return alarm_for(file, _Head(), methods, depth, temperature, 0.01, 0.05)
 
     assert "is not there" in found()
     profiles = [entry("head:4x4", [0.8, 0.6]), entry("head", [0.7, 0.5]),
-                entry("head:2x8", [0.6] * 8), entry("head", [0.5, 0.2], 1.0)]  # fmt: skip
+                entry("head:2x8", [0.6] * 8), entry("head", [0.5, 0.2], 1.0),
+                entry("head", [0.9, 0.8, 0.7])]  # with another tree  # fmt: skip
     content = {"head": "aa", "profiles": profiles}
     file.write_text(json.dumps(content))
     assert found().promised == [0.7, 0.5]
     assert found(temperature=1.0).promised == [0.5, 0.2]
+    assert found(depth=3).promised == [0.9, 0.8, 0.7]
     assert "no figures of head:9x9" in found(("head:9x9",))
+    assert "no figures of head:4x4 to depth 4" in found(depth=4)
     file.write_text(json.dumps({**content, "head": "bb"}))
     with pytest.raises(InputError, match="another head"):
         found()

@@ -123,6 +123,8 @@ def test_noise_is_the_same_in_pieces(monkeypatch, piece):
     seeds, positions = torch.tensor([5, -2, 9]), torch.arange(12).view(3, 4)
     whole = gumbel(seeds, positions, 30)
     monkeypatch.setattr(noise_module, "_PIECE", piece)
+    turned = positions.t().contiguous().t()  # lies in memory the other way round
+    assert torch.equal(gumbel(seeds, turned, 30), whole)
     assert torch.equal(gumbel(seeds, positions, 30), whole)
 
 

@@ -11,7 +11,7 @@ from redrafter.training import step
 from redrafter.training.step import batch_loss, loss_weights, needed_teacher, total_weight
 
 HEADS = [*KIND_CASES.values(), "hydra-pruned"]
-PREFIX = dict(depth_decay=0.9, depth_weights="prefix", prefix_floor=0.25)
+CHANCE = dict(depth_decay=0.9, depth_weights="chance", chance_floor=0.25)
 
 
 def batch_of(head, target, depth):
@@ -37,13 +37,13 @@ def written_weights(head, target, batch, decay, floor):
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
 @pytest.mark.parametrize("case", HEADS)
-def test_prefix_weights_and_their_gradients_are_the_written_ones(case, chunk_rows):
+def test_chance_weights_and_their_gradients_are_the_written_ones(case, chunk_rows):
     """Whatever chunk the depths of a draft fall into, and whether they share a matrix."""
     target = tiny("llama")
     head = make_head(target, case).train()
     depth = depth_of(head)
     batch = batch_of(head, target, depth)
-    loss = LossConfig(kl=0.5, chunk_rows=chunk_rows, **PREFIX)
+    loss = LossConfig(kl=0.5, chunk_rows=chunk_rows, **CHANCE)
     value, counts = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))
     value.backward()
     found = {name: p.grad.clone() for name, p in head.named_parameters()}
@@ -70,7 +70,7 @@ def test_prefix_weights_and_their_gradients_are_the_written_ones(case, chunk_row
 
 def test_micro_batches_are_the_batch():
     target = tiny("llama")
-    head, loss = make_head(target, "recurrent").train(), LossConfig(**PREFIX)
+    head, loss = make_head(target, "recurrent").train(), LossConfig(**CHANCE)
     batch = batch_of(head, target, 4)
     grads = []
     for pieces in ([batch], batch.split(5)):
@@ -86,15 +86,15 @@ def test_a_floor_of_one_weighs_as_the_decay_alone():
     target = tiny("llama")
     head = make_head(target, "recurrent").train()
     batch = batch_of(head, target, 4)
-    prefix, fixed = LossConfig(**{**PREFIX, "prefix_floor": 1.0}), LossConfig(depth_decay=0.9)
+    chance, fixed = LossConfig(**{**CHANCE, "chance_floor": 1.0}), LossConfig(depth_decay=0.9)
     values = [batch_loss(head, head, target, batch, loss, torch.tensor(1.0))[0].item()
-              for loss in (prefix, fixed)]  # fmt: skip
+              for loss in (chance, fixed)]  # fmt: skip
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
 @pytest.mark.parametrize("planted", ["forgets other chunks", "counts its own depth"])
 def test_a_fault_of_the_weights_is_seen(planted, monkeypatch):
-    real = step.PrefixChance.__call__
+    real = step.DraftChance.__call__
 
     def faulty(self, start, depth, logits, labels):
         if planted == "forgets other chunks":
@@ -102,9 +102,9 @@ def test_a_fault_of_the_weights_is_seen(planted, monkeypatch):
         found = real(self, start, depth, logits, labels)
         return found if planted[0] == "f" else found * self.factors[start, depth]
 
-    monkeypatch.setattr(step.PrefixChance, "__call__", faulty)
+    monkeypatch.setattr(step.DraftChance, "__call__", faulty)
     with pytest.raises(AssertionError):
-        test_prefix_weights_and_their_gradients_are_the_written_ones("recurrent", 5)
+        test_chance_weights_and_their_gradients_are_the_written_ones("recurrent", 5)
 
 
 # ------------------------------------------------------------------------------- the schedule
@@ -145,7 +145,7 @@ def test_a_step_takes_the_weights_of_its_time(case):
         ({"towards": {"k_l": 1.0}}, "towards: k_l is no loss .*; name some of cross_entropy, kl"),
         ({"towards": {"kl": 0.0}}, "towards: give one of the losses a weight"),
         ({"cross_entropy": 0.0, "towards": {"kl": 1.0}}, "give one of cross_entropy, kl"),
-        ({"prefix_floor": 1.5}, r"prefix_floor: 1.5 must lie in 0\.\.1"),
+        ({"chance_floor": 1.5}, r"chance_floor: 1.5 must lie in 0\.\.1"),
     ],
 )
 def test_weights_that_make_no_sense_are_named(given, said):

@@ -63,7 +63,7 @@ def _converse_learning(target: Any, head: Any, strategy: Any, config: ChatConfig
     from redrafter.learning.learner import Learner
 
     logging.disable_progress_bar()  # of writing checkpoints, amid an answer
-    alarm = watched(config, config.drafter, head)  # of the head as it was
+    alarm = watched(config, config.drafter, strategy.drafter, head)  # of the head as it was
     if isinstance(alarm, str):
         _note(alarm)
         alarm = None

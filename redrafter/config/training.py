@@ -45,11 +45,11 @@ class LossConfig:
     the stored most probable tokens (data.states.teacher_top_k), without that matrix product."""
     depth_decay: float = 1.0
     """Depth k weighs depth_decay^(k-1)."""
-    depth_weights: Literal["fixed", "prefix"] = "fixed"
-    """`prefix` weighs it also by the chance that the depths before it are right: the product of the
-    head's own probabilities q of their labels, per draft; (1 - a) q + a with a = prefix_floor."""
-    prefix_floor: float = 0.0
-    """a of depth_weights `prefix`: 0 takes the chance itself, 1 weighs all depths alike."""
+    depth_weights: Literal["fixed", "chance"] = "fixed"
+    """`chance` weighs it also by the chance that the depths before it are right: the product of the
+    head's own probabilities q of their labels, per draft; (1 - a) q + a with a = chance_floor."""
+    chance_floor: float = 0.0
+    """a of depth_weights `chance`: 0 takes the chance itself, 1 weighs all depths alike."""
     chunk_rows: int = 256
     """Rows of logits (one per position and depth) held at once."""
 
@@ -64,8 +64,8 @@ class LossConfig:
             )
         if self.towards is not None and not any(self.towards.values()):
             raise ValueError("towards: give one of the losses a weight, or none (LossConfig)")
-        if not 0 <= self.prefix_floor <= 1:
-            raise ValueError(f"prefix_floor: {self.prefix_floor} must lie in 0..1 (LossConfig)")
+        if not 0 <= self.chance_floor <= 1:
+            raise ValueError(f"chance_floor: {self.chance_floor} must lie in 0..1 (LossConfig)")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from redrafter.config import TreeConfig
-from redrafter.contracts import InputError, StepStats
+from redrafter.contracts import Drafter, InputError, StepStats
 from redrafter.hub.profile import PROFILE
 
 #: shares of the wealth that are staked: small ones find small drifts, large ones large drifts soon
@@ -141,11 +141,13 @@ class DriftAlarm:
 
 
 def alarm_for(
-    file: Path, head: Any, methods: Sequence[str], temperature: float, alpha: float, margin: float
-) -> DriftAlarm | str:
+    file: Path, head: Any, methods: Sequence[str], depth: int, temperature: float, alpha: float,
+    margin: float,
+) -> DriftAlarm | str:  # fmt: skip
     """The alarm of a head, or, where its profile says nothing of this drafter, why there is none.
 
-    file: its `speculation_profile.json`; methods: names that the drafter may have there
+    file: its `speculation_profile.json`; methods: names that the drafter may have there; depth: of
+        its drafts
     Raises InputError where the profile is damaged or another head's.
     """
     if not file.is_file():
@@ -156,9 +158,8 @@ def alarm_for(
         found = [
             entry for entry in entries
             if entry["method"] in methods and entry["temperature"] == temperature
+            and entry["num_speculative_tokens"] == depth  # `head` is of whatever tree was given
         ]  # fmt: skip
-        deepest = max((entry["num_speculative_tokens"] for entry in found), default=0)
-        found = [entry for entry in found if entry["num_speculative_tokens"] == deepest]
         if head_of == head.fingerprint() and found:
             return DriftAlarm(found, alpha, margin)
     except (ValueError, KeyError, TypeError) as error:
@@ -166,7 +167,8 @@ def alarm_for(
     if head_of != head.fingerprint():
         raise InputError(f"{file} was measured on another head: measure this one again")
     return (
-        f"no drift alarm: {file} has no figures of {methods[0]} at temperature {temperature:g}; "
+        f"no drift alarm: {file} has no figures of {methods[0]} to depth {depth} at temperature "
+        f"{temperature:g}; "
         "measure it with eval/speed.py --methods"
     )
 
@@ -180,13 +182,14 @@ def methods_of(drafter: str | None, tree: TreeConfig) -> list[str]:
     return [*same, "head"] if tree == TreeConfig() else same or ["head"]
 
 
-def watched(config: Any, drafter: str | None, head: Any) -> DriftAlarm | str:
+def watched(config: Any, name: str | None, drafter: Drafter, head: Any) -> DriftAlarm | str:
     """The drift alarm of a command's head, or why there is none.
 
-    config: with `head`, `tree`, `temperature` and `learning`
+    config: with `head`, `tree`, `temperature` and `learning`; name: of the drafter
     """
-    file, methods = Path(head.name_or_path) / PROFILE, methods_of(drafter, config.tree)
+    file, methods = Path(head.name_or_path) / PROFILE, methods_of(name, config.tree)
     wanted = config.learning
     return alarm_for(
-        file, head, methods, config.temperature, wanted.false_alarms, wanted.drift_margin
-    )
+        file, head, methods, drafter.max_depth, config.temperature, wanted.false_alarms,
+        wanted.drift_margin,
+    )  # fmt: skip

@@ -91,10 +91,10 @@ class Stream:
         if "draft" in wanted:
             given["draft"] = load_draft(config)
         resources = gather(wanted, self.target, given, config.tree, config.batch_size)
-        alarm = watched(config, config.drafter, head)
+        strategy = build_strategy(config.drafter, self.target, resources)
+        alarm = watched(config, config.drafter, strategy.drafter, head)
         if isinstance(alarm, str) and alarm not in self.warnings:
             self.warnings.append(alarm)
-        strategy = build_strategy(config.drafter, self.target, resources)
         return Arm(strategy, None if isinstance(alarm, str) else alarm)
 
     def run(self) -> dict[str, Any]:

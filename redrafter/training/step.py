@@ -38,15 +38,15 @@ def depth_weights(config: LossConfig, depth: int, device: torch.device) -> Tenso
 def total_weight(batch: Batch, config: LossConfig) -> Tensor:
     """Scalar float64: what the losses of an optimiser step are divided by, summed over all its
     micro-batches (and ranks) *before* the first of them runs, so that their split does not matter.
-    With weights that are known only then (`prefix`), the drafts: the first depth of each weighs 1.
+    With weights that are known only then (`chance`), the drafts: the first depth of each weighs 1.
     """
-    if config.depth_weights == "prefix":
+    if config.depth_weights == "chance":
         return batch.mask.any(1).double().sum()
     return (batch.mask * depth_weights(config, batch.mask.shape[1], batch.mask.device)).sum()
 
 
-class PrefixChance:
-    """(P, K): the chance that what the head drafts gets as far as each depth, for `prefix` weights;
+class DraftChance:
+    """(P, K): the chance that what the head drafts gets as far as each depth, for `chance` weights;
     no gradient. Depths are to be told in their order, whatever chunk they are in.
 
     floor: a; the factor of a depth is (1 - a) q(label) + a, and a where its label is none that the
@@ -88,8 +88,8 @@ def batch_loss(
     rows = [features[:, depths][batch.mask[:, depths]] for depths in groups]  # (M, E) each
     del features  # only those of supervised tokens stay
     chance = None
-    if config.depth_weights == "prefix":
-        chance = PrefixChance(batch.mask, config.prefix_floor)
+    if config.depth_weights == "chance":
+        chance = DraftChance(batch.mask, config.chance_floor)
     total, counts = None, None
     for depths, part in zip(groups, rows, strict=True):
         found = _loss_of(part, depths, head, target, batch, config, denominator, done, chance)
@@ -121,7 +121,7 @@ def _loss_of(
     config: LossConfig,
     denominator: Tensor,
     done: float,
-    chance: PrefixChance | None,
+    chance: DraftChance | None,
 ) -> tuple[Tensor, Tensor]:
     """`batch_loss` of some depths, all of one matrix; chunk by chunk, so that whatever a head is
     made of, no more than one chunk of logits is there at a time. features: (M, E)"""
