@@ -610,6 +610,8 @@ def test_vllm_serve_looks_at_the_head_before_an_engine_starts(tmp_path, monkeypa
     missing = said("M", "--head", str(tmp_path / "none"))
     assert "--head: " in missing and "does not exist" in missing
     assert "no config.json" in said(str(model), "--head", head)
+    (model / "config.json").write_text("{")
+    assert "is not valid JSON" in said(str(model), "--head", head)
     for name in sizes:
         other = sizes | {name: 7}
         for shape in (other, {"text_config": other}):

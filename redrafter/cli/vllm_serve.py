@@ -64,6 +64,7 @@ def check(model: str, head: str, tokens: int) -> None:
     """
     # Not above: they take seconds, and help and --dry-run need none of them.
     from redrafter.heads.load import load_head
+    from redrafter.heads.reading import read_json
     from redrafter.serve.chain import check_depth
     from redrafter.serve.vllm_target import check_sizes
 
@@ -72,7 +73,7 @@ def check(model: str, head: str, tokens: int) -> None:
     file = Path(model, "config.json")
     if Path(model).is_dir() and not file.is_file():
         raise InputError(f"{model} has no config.json: give the folder of a model, or its Hub id")
-    shape = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    shape = read_json(file, "get the model again") if file.is_file() else {}
     shape = shape.get("text_config", shape)
     sizes = {name: shape[name] for name in ("hidden_size", "vocab_size") if name in shape}
     check_sizes(loaded, model, sizes, head)

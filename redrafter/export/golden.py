@@ -111,6 +111,11 @@ class _Recorder(RecordingDrafter):
 # ------------------------------------------------------------------------------- what is computed
 
 
+def drafted_depth(head: DraftHead) -> int:
+    """Levels of its drafts, of a head that can draft fewer than others too."""
+    return min(DEPTH, head.max_depth or DEPTH)
+
+
 def hidden_states(target: Target, prompts: Sequence[Sequence[int]], last: int) -> Tensor:
     """(P, last, H): at the last positions of every prompt, each computed alone."""
     rows = [torch.tensor([prompt], device=target.device) for prompt in prompts]
@@ -178,7 +183,7 @@ def make_golden(
     head = load_head(folder, target)
     rows = choose_prompts(target, prompts)
     last = min(_POSITIONS, *map(len, rows))
-    depth = min(DEPTH, head.max_depth or DEPTH)
+    depth = drafted_depth(head)
     settings = {"drafter": f"head:{WIDTH}x{depth}", "max_new_tokens": NEW_TOKENS, "seed": 0}
     decodes = {"greedy": {**settings, "temperature": 0.0},
                "sampled": {**settings, "temperature": 1.0}}  # fmt: skip

@@ -31,16 +31,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise InputError(f"{file} does not exist: {folder} is not the folder of a draft head")
-    return _read_json(file)
+    return read_json(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, remedy: str = "save the head again") -> dict[str, Any]:
+    """The object in a file. Raises InputError naming it and the remedy where it holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid JSON ({error}): save the head again") from None
+        raise InputError(f"{file} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object: save the head again")
+        raise InputError(f"{file} holds no JSON object: {remedy}")
     return content
 
 
@@ -57,7 +58,7 @@ def weight_files(folder: str | Path, *stems: str) -> list[Path]:
             return [folder / f"{stem}.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         found = sorted(set(shards.values())) if isinstance(shards, dict) else []
         if not found or any(Path(name).name != name for name in found):
             raise InputError(f"{index} names no shards beside it: save the head again")

@@ -244,7 +244,7 @@ class TrainingPlan:
         target = self.target
         if target.wanted.shard != "none":  # then there is none
             return
-        tree = TreeConfig(width=golden.WIDTH, depth=min(golden.DEPTH, self.head.max_depth or 99))
+        tree = TreeConfig(width=golden.WIDTH, depth=golden.drafted_depth(self.head))
         drafter = RecurrentDrafter(self.head.eval(), target, tree)
         rows, new = golden.PROMPTS, golden.NEW_TOKENS
         prompt = golden.PROMPT_TOKENS if self.config.eval.prompts else new

@@ -61,9 +61,7 @@ def rows_of(columns: dict[str, Tensor], starts: Tensor, dtype: torch.dtype) -> R
 def joined_rows(pieces: list[RowStates]) -> RowStates:
     """The rows of several pieces of a batch, one after the other."""
     width = max(piece.hidden.shape[1] for piece in pieces)
-    padded = [
-        torch.arange(width).clamp(max=piece.hidden.shape[1] - 1) for piece in pieces
-    ]  # fmt: skip
+    padded = [torch.arange(width).clamp(max=piece.hidden.shape[1] - 1) for piece in pieces]
     first = offsets_of(torch.tensor([len(piece.hidden) for piece in pieces])).tolist()
     return RowStates(
         torch.cat([piece.hidden[:, at] for piece, at in zip(pieces, padded, strict=True)]),
