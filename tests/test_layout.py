@@ -127,8 +127,9 @@ MAY_IMPORT = {
     "threads": {"contracts"},
     "bars": set(),
     "launcher": {"processes"},
-    "products": set(),
-    "targets": BASE | {"processes", "products"},  # of several processes each has its own device
+    "kernels": {"files"},
+    "products": {"kernels"},
+    "targets": BASE | {"processes", "products", "kernels"},  # of several processes each has its own device
     "heads": BASE | {"fetch", "products"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
     "decode": BASE | {"targets"},

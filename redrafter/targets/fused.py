@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache
 
 from redrafter.contracts import InputError
-from redrafter.products import PackedProduct, copy_bytes, prefers_columns
+from redrafter.products import PackedProduct, copy_bytes, kernels_for, prefers_columns
+from redrafter.targets.fused_steps import KernelSteps, Tables, TorchSteps
 
 #: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
 #: rotated halves, RMSNorms in float32 and a gated MLP
@@ -50,7 +50,7 @@ class Joined:
     def __init__(self, maps: list[nn.Linear], packs: bool):
         self.bias = _join([m.bias for m in maps], columns=False)
         weights = [m.weight for m in maps]
-        matrix = _join(weights, columns=True)  # (out, in)
+        matrix = _join(weights, columns=not (packs and kernels_for(weights[0])))  # (out, in)
         if not matrix.is_contiguous():
             for part in maps:
                 part.register_state_dict_post_hook(_in_rows)
@@ -59,6 +59,9 @@ class Joined:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, in) -> (R, out)"""
+        panels = self.product.panels
+        if panels is not None and torch.is_inference_mode_enabled():
+            return panels(x, self.bias)
         if len(x) >= self.product.least_rows:
             return self.product(x, self.bias)
         if self.bias is None:
@@ -67,6 +70,9 @@ class Joined:
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the product; (R, out)."""
+        panels = self.product.panels
+        if panels is not None and self.bias is None and torch.is_inference_mode_enabled():
+            return panels(x, residual)
         # Below float32 the sum would be rounded once where the class rounds twice.
         once = self.bias is None and x.dtype.itemsize >= 4
         if once and len(x) < self.product.least_rows:
@@ -117,7 +123,8 @@ class FusedForward:
         attention = backbone.layers[0].self_attn
         self.backbone = backbone
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        self.head_dim = attention.head_dim
+        own = kernels_for(backbone.embed_tokens.weight)
         kinds = getattr(config, "layer_types", None) or [""] * len(backbone.layers)
         with torch.inference_mode(False):  # the model's weights stay ordinary tensors
             maps = _linear_maps(backbone)
@@ -128,75 +135,70 @@ class FusedForward:
         self._children = [(part["_modules"], dict(part["_modules"])) for part in self._parts]
         self._children = [pair for pair in self._children if pair[1]]
         self._joined = [(m._parameters, m.weight.data_ptr()) for m in maps]
-        self._tables: tuple[Tensor, Tensor] | None = None
+        #: how often weights were changed in place, where torch counts it
+        self._changes, self._uncounted = 0, any(m.weight.is_inference() for m in maps)
+        tables = Tables(backbone, self.head_dim)
+        self.steps = TorchSteps(tables, attention.scaling)
+        #: where there are kernels for it, in inference mode
+        self.own_steps: KernelSteps | None = None
+        if own is not None and packs and KernelSteps.fit(own, config, self.head_dim):
+            self.own_steps = KernelSteps(own, tables, attention.scaling)
 
     @property
     def untouched(self) -> bool:
         """Whether every part of the model still runs its class's own code, seen by nobody, with the
-        weights that were joined (a copy of the model, or one in another dtype, has others)."""
+        weights that were joined (a copy of the model, or one in another dtype, has others). Asked
+        before every forward: where their values have changed, copies of them are made anew."""
+        changes = 0
         for parameters, place in self._joined:
-            if parameters["weight"].data_ptr() != place:
+            weight = parameters["weight"]
+            if weight.data_ptr() != place:
                 return False
+            changes += 0 if self._uncounted else weight._version
         for now, joined in self._children:
             if now != joined:  # an adapter, or whatever stands in a part's place
                 return False
         for part in self._parts:
             if part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part:
                 return False
+        if changes != self._changes:
+            self._changes = changes
+            self.renew(surely=True)
         return True
 
-    def renew(self) -> None:
-        """Before a text begins: see `PackedProduct.renew`."""
+    def renew(self, surely: bool = False) -> None:
+        """Before a text begins, or where weights have changed: see `PackedProduct.renew`."""
         for layer in self.layers:
             for joined in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                joined.product.renew()
+                joined.product.renew(surely)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache
     ) -> Tensor:
         batch, n = tokens.shape
         backbone, heads, kv_heads, dim = self.backbone, self.heads, self.kv_heads, self.head_dim
-        groups = heads // kv_heads
         x = backbone.embed_tokens(tokens).view(batch * n, -1)
-        cos, sin = self._rotations(positions, cache)
-        several = isinstance(masks, dict)
-        given = masks if several else {"": masks}
-        rows = {name: _for_groups(mask, groups) for name, mask in given.items()}
+        own = self.own_steps is not None and torch.is_inference_mode_enabled()
+        steps = self.own_steps if own else self.steps
+        steps.begin(positions, cache)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(_normed(layer.norm, x)).view(batch, n, heads + 2 * kv_heads, dim)
+            mask = masks[layer.mask] if isinstance(masks, dict) else masks
+            qkv = layer.qkv(steps.norm(layer.norm, x)).view(batch, n, heads + 2 * kv_heads, dim)
             qk = qkv[:, :, : heads + kv_heads]
             if layer.q_norm is not None:
                 q, k = qk.split((heads, kv_heads), 2)
-                qk = torch.cat([_normed(layer.q_norm, q), _normed(layer.k_norm, k)], 2)
-            # (x1, x2) cos + (-x2, x1) sin; the sign is in the table
-            qk = (qk * cos).addcmul_(qk.roll(dim // 2, -1), sin)
+                qk = torch.cat([steps.norm(layer.q_norm, q), steps.norm(layer.k_norm, k)], 2)
+            qk = steps.rotate(qk)
             keys, values = cache.update(
                 qk[:, :, heads:].transpose(1, 2),
                 qkv[:, :, heads + kv_heads :].transpose(1, 2),
                 i,
             )
-            q = qk[:, :, :heads].view(batch, n, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
-            seen = F.scaled_dot_product_attention(
-                q.reshape(batch, kv_heads, groups * n, dim), keys, values,
-                rows[layer.mask if several else ""], scale=self.scale,
-            )  # fmt: skip
-            seen = seen.view(batch, kv_heads, groups, n, dim).permute(0, 3, 1, 2, 4)
-            x = layer.out.added_to(x, seen.reshape(batch * n, heads * dim))
-            gate, up = layer.gate_up(_normed(layer.mlp_norm, x)).chunk(2, -1)
-            x = layer.down.added_to(x, layer.activation(gate).mul_(up))
-        return _normed(backbone.norm, x).view(batch, n, -1)
-
-    def _rotations(self, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, N, 1, d) at positions (B, N), which are those of keys in the cache; the
-        class's own numbers, the first half of sin negated."""
-        if self._tables is None or len(self._tables[0]) < cache.get_max_cache_shape():
-            known = 1 << (cache.get_max_cache_shape() - 1).bit_length()
-            every = torch.arange(known, device=positions.device)[None]
-            like = self.backbone.embed_tokens.weight[:1, :1]
-            cos, sin = (x[0].clone() for x in self.backbone.rotary_emb(like, every))
-            sin[:, : self.head_dim // 2].neg_()
-            self._tables = (cos, sin)
-        return tuple(F.embedding(positions, table)[:, :, None] for table in self._tables)
+            seen = steps.attend(qk[:, :, :heads], keys, values, mask)
+            x = layer.out.added_to(x, seen)
+            act = steps.gated(layer.activation, layer.gate_up(steps.norm(layer.mlp_norm, x)))
+            x = layer.down.added_to(x, act)
+        return steps.norm(backbone.norm, x).view(batch, n, -1)
 
 
 def choose_forward(target: Any, wanted: str, check: Callable[[Any], None]) -> None:
@@ -297,18 +299,3 @@ def _layer(layer: nn.Module, kind: str, packs: bool) -> _Layer:
         down=down,
         mask=kind,
     )
-
-
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, in float32 whatever the dtype, as the classes do."""
-    weight = norm.weight
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
-    return weight * F.rms_norm(x.float(), weight.shape, eps=norm.variance_epsilon).to(x.dtype)
-
-
-def _for_groups(mask: Tensor, groups: int) -> Tensor:
-    """(B, 1, N, S) -> (B, 1, groups * N, S): each group's queries are rows of their own."""
-    if mask.shape[2] == 1:
-        return mask.expand(-1, -1, groups, -1)
-    return mask.repeat(1, 1, groups, 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from redrafter import kernels, products
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_json, digest_weights
@@ -296,6 +297,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     may_shard: the caller's processes all make the target's forwards together
     """
     config = TargetConfig(path=config) if isinstance(config, str) else config
+    products.kernels = kernels.load()
     if config.shard != "none" and not may_shard:
         raise InputError(
             f"target.shard {config.shard} is for train/redrafter.py alone: here every process "

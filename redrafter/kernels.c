@@ -1,0 +1,307 @@
+/* The forward of a decoder for few rows in float32 on a CPU: products, attention, norms, rotations,
+ * gated activations.
+ *
+ * Two aims. Few rows multiply matrices that lie in no cache, so memory decides: a row more should
+ * cost nothing until arithmetic takes as long as reading does. And a row's numbers depend on no
+ * other row, bit for bit: every sum goes over k = 0, 1, ... in that order, whatever other rows there
+ * are, however many, on however many threads, and masked keys between add exact zeros.
+ * Source: ours; the register tile is that of Goto and van de Geijn's GEBP (ACM TOMS 34(3), 2008),
+ * exp that of Moshier's Cephes.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef WIDTH /* floats of a vector */
+#ifdef __AVX512F__
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
+#endif
+#define PANEL (2 * WIDTH)
+#define ROWS 6         /* of a register tile */
+#define QUERIES 48     /* whose scores are kept at once */
+#define LINE 64        /* bytes of a cache line */
+#define AHEAD 48       /* steps of k ahead that what is read once is fetched */
+#define SHIFT 16
+#define MASKED -1e30f  /* what a mask adds at least where nothing may be seen: the dtype's minimum */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+long panel_width(void) { return PANEL; }
+
+int has_threads(void) {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+/* ------------------------------------------------------------------------------------ products */
+
+/* Two vectors of W, of `bytes` an entry. A bfloat16 is the upper half of a float; the two halves of
+ * each 32 bits are entries WIDTH apart, so that a shift and a mask give them. */
+INLINE void load(const char *w, const int bytes, vec *w0, vec *w1) {
+  if (bytes == 4) {
+    *w0 = *(const vec *)w, *w1 = *(const vec *)(w + WIDTH * 4);
+  } else {
+    const bits pairs = *(const bits *)w;
+    *w0 = (vec)(pairs << 16), *w1 = (vec)(pairs & 0xffff0000u);
+  }
+}
+
+struct job { /* rows times one panel: PANEL entries at each of `in` steps */
+  const char *panel, *next; /* next: what is to be fetched while k goes on, */
+  size_t rate, step;        /* at `rate` / 2^SHIFT times its speed; step: bytes from k to k + 1 */
+  size_t in, x_stride, out, cols; /* out: floats between rows of y; cols: written, at most PANEL */
+  const float *add;               /* the first row's first addend, or NULL */
+  size_t add_stride;
+};
+
+/* `rows`, a constant, of at most ROWS. */
+INLINE void block(const int rows, const int bytes, const float *restrict x, float *restrict y,
+                  const struct job *restrict job) {
+  const size_t in = job->in, step = job->step, rate = job->rate, stride = job->x_stride;
+  vec sum[ROWS][2];
+  for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
+  for (size_t k = 0; k < in; k++) {
+    for (int line = 0; line < PANEL * bytes; line += LINE)
+      __builtin_prefetch(job->next + (k * rate >> SHIFT) * step + line, 0, 3);
+    vec w0, w1;
+    load(job->panel + k * step, bytes, &w0, &w1);
+    for (int r = 0; r < rows; r++) {
+      const vec b = x[r * stride + k] - (vec){0}; /* in every place */
+      sum[r][0] += b * w0;
+      sum[r][1] += b * w1;
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    float row[PANEL];
+    memcpy(row, sum[r], sizeof row);
+    if (job->add)
+      for (size_t c = 0; c < job->cols; c++) row[c] += job->add[r * job->add_stride + c];
+    memcpy(y + r * job->out, row, job->cols * sizeof(float));
+  }
+}
+
+typedef void multiply_t(long n, const float *x, float *y, const struct job *job);
+
+#define BLOCKS(NAME, BYTES)                                                                       \
+  static void NAME(long n, const float *x, float *y, const struct job *job) {                     \
+    switch (n) {                                                                                  \
+      case 1: block(1, BYTES, x, y, job); break;                                                  \
+      case 2: block(2, BYTES, x, y, job); break;                                                  \
+      case 3: block(3, BYTES, x, y, job); break;                                                  \
+      case 4: block(4, BYTES, x, y, job); break;                                                  \
+      case 5: block(5, BYTES, x, y, job); break;                                                  \
+      case 6: block(6, BYTES, x, y, job); break;                                                  \
+    }                                                                                             \
+  }
+BLOCKS(of_floats, 4)
+BLOCKS(of_bfloat16, 2)
+
+/* Any number of rows times one panel, in even shares; fetches what lies behind it meanwhile. */
+static void times_panel(multiply_t *multiply, long rows, const float *x, float *y, struct job job) {
+  const long blocks = (rows + ROWS - 1) / ROWS;
+  const float *add = job.add;
+  job.rate = ((size_t)1 << SHIFT) / (size_t)blocks;
+  for (long b = 0, r = 0; b < blocks; b++) {
+    const long n = (rows - r + blocks - b - 1) / (blocks - b);
+    job.next = job.panel + (blocks == 1 ? AHEAD : job.in + b * job.in / blocks) * job.step;
+    job.add = add ? add + r * job.add_stride : NULL;
+    multiply(n, x + r * job.x_stride, y + r * job.out, &job);
+    r += n;
+  }
+}
+
+/* y = x W^T (+ what is added). x (rows, in), w (panels, in, PANEL) of `bytes` an entry, the last
+ * panel filled up with zeros, y (rows, out), each contiguous; add: NULL, or added to row r from
+ * add + r * add_stride (0: the same for all). */
+void product(const float *x, const char *w, int bytes, const float *add, long add_stride, float *y,
+             long rows, long in, long out, int threads) {
+  const long panels = (out + PANEL - 1) / PANEL;
+  const size_t step = (size_t)PANEL * bytes;
+  multiply_t *const multiply = bytes == 4 ? of_floats : of_bfloat16;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (long p = 0; p < panels; p++) {
+    const size_t first = p * PANEL;
+    struct job job = {.panel = w + p * in * step, .step = step, .in = in, .x_stride = in};
+    job.out = out, job.cols = out - first < PANEL ? out - first : PANEL;
+    job.add = add ? add + first : NULL, job.add_stride = add_stride;
+    times_panel(multiply, rows, x, y + first, job);
+  }
+}
+
+/* ----------------------------------------------------------------------------------- attention */
+
+INLINE vec larger(vec a, vec b) { /* b where it is not a number */
+  const ints keep = a >= b;
+  return (vec)(((ints)a & keep) | ((ints)b & ~keep));
+}
+
+INLINE float largest(vec a) {
+  float best = a[0];
+  for (int i = 1; i < WIDTH; i++) best = best >= a[i] ? best : a[i];
+  return best;
+}
+
+INLINE vec exponential(vec x) {
+  const vec none = {0}, rounder = none + 12582912.0f; /* 1.5 * 2^23: adding it rounds */
+  x = larger(none - 87.0f, x);
+  x = none - larger(none - 88.0f, none - x);
+  const vec n = (x * 1.44269504f + rounder) - rounder;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec p = none + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f, p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
+}
+
+/* Scores of one query to weights: masked, exp(score - the largest); returns 1 / their sum, or 0
+ * where nothing may be seen. `keys` of them, filled up to whole vectors. */
+static float weigh(float *scores, const float *mask, long keys) {
+  const long filled = (keys + WIDTH - 1) / WIDTH * WIDTH;
+  for (long j = 0; j < keys; j++) scores[j] += mask[j];
+  for (long j = keys; j < filled; j++) scores[j] = 2 * MASKED;
+  vec best = (vec){0} + 2 * MASKED;
+  for (long j = 0; j < filled; j += WIDTH) best = larger(best, *(vec *)(scores + j));
+  const float top = largest(best);
+  for (long j = 0; j < filled; j += WIDTH) {
+    const vec s = *(vec *)(scores + j);
+    const ints seen = ~(s <= (vec){0} + MASKED); /* what is not a number stays so */
+    *(vec *)(scores + j) = (vec)((ints)exponential(s - top) & seen);
+  }
+  float sum = 0;
+  for (long j = 0; j < keys; j++) sum += scores[j];
+  return sum == 0 ? 0 : 1 / sum;
+}
+
+struct sizes { /* of one attention; strides in floats */
+  long rows, queries, heads, key_heads, dim, keys;
+  long q_stride;                           /* from a query to the next, whose heads lie together */
+  long k_row, k_head, k_key, v_row, v_head, v_key;
+  long mask_row, mask_query;
+  float scale;
+};
+
+/* `n` queries of one key head, the first of them `from`, into `out`. room: scores of n queries */
+static void attend(const struct sizes *s, long row, long head, long from, long n, const float *q,
+                   const float *k, const float *v, const float *mask, float *out, float *room) {
+  const long groups = s->heads / s->key_heads, dim = s->dim, keys = s->keys;
+  const long filled = (keys + PANEL - 1) / PANEL * PANEL;
+  float *scores = room, *scaled = room + n * filled, *panel = scaled + n * dim;
+  for (long t = 0; t < n; t++) {
+    const long i = (from + t) / groups, h = head * groups + (from + t) % groups;
+    const float *source = q + (row * s->queries + i) * s->q_stride + h * dim;
+    for (long d = 0; d < dim; d++) scaled[t * dim + d] = source[d] * s->scale;
+  }
+  struct job job = {.panel = (const char *)panel, .step = PANEL * 4, .in = dim, .x_stride = dim};
+  job.out = filled, job.cols = PANEL;
+  const float *first_key = k + row * s->k_row + head * s->k_head;
+  for (long j = 0; j < keys; j += PANEL) {
+    for (long c = 0; c < PANEL; c++) {
+      const float *key = first_key + (j + c < keys ? j + c : keys - 1) * s->k_key;
+      for (long d = 0; d < dim; d++) panel[d * PANEL + c] = key[d];
+    }
+    times_panel(of_floats, n, scaled, scores + j, job);
+  }
+  float inverse[QUERIES];
+  for (long t = 0; t < n; t++) {
+    const float *seen = mask + row * s->mask_row + (from + t) / groups * s->mask_query;
+    inverse[t] = weigh(scores + t * filled, seen, keys);
+  }
+  job.step = s->v_key * 4, job.in = keys, job.x_stride = filled, job.out = dim;
+  for (long d = 0; d < dim; d += PANEL) { /* the scaled queries' place takes their sums */
+    job.panel = (const char *)(v + row * s->v_row + head * s->v_head + d);
+    times_panel(of_floats, n, scores, scaled + d, job);
+  }
+  for (long t = 0; t < n; t++) {
+    const long i = (from + t) / groups, h = head * groups + (from + t) % groups;
+    float *target = out + ((row * s->queries + i) * s->heads + h) * dim;
+    for (long d = 0; d < dim; d++) target[d] = scaled[t * dim + d] * inverse[t];
+  }
+}
+
+/* softmax(scale q k^T + mask) v for every query of every row; dim a multiple of PANEL.
+ * q: rows * queries of q_stride floats, heads * dim of them used; k, v: (rows, key_heads, keys, dim)
+ * by strides; mask: at [row][query][key] by strides, keys together; out (rows, queries, heads, dim).
+ * Returns 0, or 1 where there is no memory. */
+int attention(const float *q, const float *k, const float *v, const float *mask, float *out,
+              const struct sizes *s, int threads) {
+  const long queries = s->heads / s->key_heads * s->queries; /* of each key head */
+  const long most = queries < QUERIES ? queries : QUERIES;
+  const long filled = (s->keys + PANEL - 1) / PANEL * PANEL;
+  const long jobs = s->rows * s->key_heads;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float *room = malloc((most * (filled + s->dim) + s->dim * PANEL) * sizeof(float));
+    if (!room) failed = 1;
+#pragma omp for schedule(static)
+    for (long job = 0; job < jobs; job++)
+      for (long from = 0; room && from < queries; from += most)
+        attend(s, job / s->key_heads, job % s->key_heads, from,
+               queries - from < most ? queries - from : most, q, k, v, mask, out, room);
+    free(room);
+  }
+  return failed;
+}
+
+/* ------------------------------------------------------------------------- what goes row by row */
+
+/* y = w * x / sqrt(mean(x^2) + eps); (rows, width), width a multiple of WIDTH. */
+void rms_norm(const float *x, const float *w, float eps, float *y, long rows, long width,
+              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (long r = 0; r < rows; r++) {
+    const float *row = x + r * width;
+    vec squares = {0};
+    for (long i = 0; i < width; i += WIDTH) {
+      const vec part = *(const vec *)(row + i);
+      squares += part * part;
+    }
+    float sum = 0;
+    for (int i = 0; i < WIDTH; i++) sum += squares[i];
+    const float scale = 1 / __builtin_sqrtf(sum / width + eps);
+    for (long i = 0; i < width; i += WIDTH)
+      *(vec *)(y + r * width + i) = *(const vec *)(row + i) * scale * *(const vec *)(w + i);
+  }
+}
+
+/* y = silu(g) * u of x = [g ; u]; x (rows, 2 width), y (rows, width), width a multiple of WIDTH. */
+void silu_gated(const float *x, float *y, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (long r = 0; r < rows; r++) {
+    const float *gate = x + 2 * r * width, *up = gate + width;
+    for (long i = 0; i < width; i += WIDTH) {
+      const vec g = *(const vec *)(gate + i);
+      *(vec *)(y + r * width + i) = g / (exponential(-g) + 1.0f) * *(const vec *)(up + i);
+    }
+  }
+}
+
+/* Rotary positions: y = x cos + (the halves of x exchanged) sin. x: rows of x_stride floats, `heads`
+ * heads of `dim` of them used; y (rows, heads, dim); cos, sin (positions, dim), the sign in sin;
+ * dim / 2 a multiple of WIDTH. */
+void rotate(const float *x, long x_stride, const int64_t *position, const float *cos,
+            const float *sin, float *y, long rows, long heads, long dim) {
+  const long half = dim / 2;
+  for (long r = 0; r < rows; r++)
+    for (long h = 0; h < heads; h++) {
+      const float *from = x + r * x_stride + h * dim;
+      const float *c = cos + position[r] * dim, *s = sin + position[r] * dim;
+      float *to = y + (r * heads + h) * dim;
+      for (long i = 0; i < half; i += WIDTH) {
+        const vec a = *(const vec *)(from + i), b = *(const vec *)(from + half + i);
+        *(vec *)(to + i) = a * *(const vec *)(c + i) + b * *(const vec *)(s + i);
+        *(vec *)(to + half + i) = b * *(const vec *)(c + half + i) + a * *(const vec *)(s + half + i);
+      }
+    }
+}

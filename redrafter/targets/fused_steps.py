@@ -1,0 +1,142 @@
+"""What a fused forward does between its products: by torch's operations, or by our kernels.
+
+Both compute the same up to rounding; the kernels' numbers of a row depend on no other row, nor on
+where in the cache keys lie that it may not see (redrafter/kernels.c).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache
+
+from redrafter.kernels import Kernels, Sizes
+
+
+class Steps(Protocol):
+    """B rows of N tokens, H the hidden size, d of a head; q heads come before k heads."""
+
+    def begin(self, positions: Tensor, cache: Cache) -> None:
+        """A forward over tokens at positions (B, N), which are those of their keys."""
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """RMSNorm over the last dimension; any shape"""
+
+    def rotate(self, qk: Tensor) -> Tensor:
+        """(B, N, heads, d) -> rotated, likewise"""
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """q: (B, N, q heads, d), keys, values: (B, k heads, S, d), mask: (B or 1, 1, N or 1, S),
+        added to scores. Returns (B * N, q heads * d)"""
+
+    def gated(self, activation: Any, x: Tensor) -> Tensor:
+        """activation(g) u of x (R, 2 I) = [g, u]; (R, I)"""
+
+
+class Tables:
+    """cos and sin of all positions, the class's own numbers, the first half of sin negated."""
+
+    def __init__(self, backbone: nn.Module, head_dim: int):
+        self.backbone, self.head_dim = backbone, head_dim
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def up_to(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(at least `positions`, d) each"""
+        if self._made is None or len(self._made[0]) < positions:
+            known = 1 << (positions - 1).bit_length()
+            every = torch.arange(known, device=device)[None]
+            like = self.backbone.embed_tokens.weight[:1, :1]
+            cos, sin = (x[0].clone() for x in self.backbone.rotary_emb(like, every))
+            sin[:, : self.head_dim // 2].neg_()
+            self._made = (cos, sin)
+        return self._made
+
+
+class TorchSteps:
+    """By torch's operations: any dtype, any device."""
+
+    def __init__(self, tables: Tables, scale: float):
+        self.tables, self.scale = tables, scale
+
+    def begin(self, positions: Tensor, cache: Cache) -> None:
+        tables = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
+        self.cos, self.sin = (F.embedding(positions, table)[:, :, None] for table in tables)
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """In float32 whatever the dtype, as the classes do."""
+        weight = norm.weight
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
+        return weight * F.rms_norm(x.float(), weight.shape, eps=norm.variance_epsilon).to(x.dtype)
+
+    def rotate(self, qk: Tensor) -> Tensor:
+        # (x1, x2) cos + (-x2, x1) sin; the sign is in the table
+        return (qk * self.cos).addcmul_(qk.roll(qk.shape[-1] // 2, -1), self.sin)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        # Queries that share a key's head are rows of one attention.
+        batch, n, heads, dim = q.shape
+        kv_heads = keys.shape[1]
+        groups = heads // kv_heads
+        if mask.shape[2] == 1:
+            mask = mask.expand(-1, -1, groups, -1)
+        elif groups > 1:
+            mask = mask.repeat(1, 1, groups, 1)
+        q = q.view(batch, n, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(
+            q.reshape(batch, kv_heads, groups * n, dim), keys, values, mask, scale=self.scale
+        )
+        seen = seen.view(batch, kv_heads, groups, n, dim).permute(0, 3, 1, 2, 4)
+        return seen.reshape(batch * n, heads * dim)
+
+    def gated(self, activation: Any, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return activation(gate).mul_(up)
+
+
+class KernelSteps:
+    """By our kernels: float32 on a CPU, in inference mode, for shapes that `fit`."""
+
+    def __init__(self, kernels: Kernels, tables: Tables, scale: float):
+        self.kernels, self.tables = kernels, tables
+        self.sizes = Sizes(scale=scale)
+
+    @staticmethod
+    def fit(kernels: Kernels, config: Any, head_dim: int) -> bool:
+        """Whether whole vectors make up a model's sizes, and it has the one activation."""
+        half = kernels.panel // 2
+        widths = (config.hidden_size, config.intermediate_size)
+        fits = head_dim % kernels.panel == 0 and all(width % half == 0 for width in widths)
+        return fits and config.hidden_act in ("silu", "swish")
+
+    def begin(self, positions: Tensor, cache: Cache) -> None:
+        self.positions = positions.contiguous()
+        self.cos, self.sin = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
+        self.sizes.rows, self.sizes.queries = positions.shape
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return self.kernels.rms_norm(flat, norm.weight, norm.variance_epsilon).view(x.shape)
+
+    def rotate(self, qk: Tensor) -> Tensor:
+        *_, heads, dim = qk.shape
+        flat = qk.flatten(0, 1).flatten(1)
+        rotated = self.kernels.rotate(flat, self.positions, self.cos, self.sin, heads, dim)
+        return rotated.view(qk.shape)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        s = self.sizes
+        _, _, s.heads, s.dim = q.shape
+        s.q_stride = q.stride(1)
+        _, s.key_heads, s.keys, _ = keys.shape
+        s.k_row, s.k_head, s.k_key, _ = keys.stride()
+        s.v_row, s.v_head, s.v_key, _ = values.stride()
+        s.mask_row = mask.stride(0) if mask.shape[0] > 1 else 0
+        s.mask_query = mask.stride(2) if mask.shape[2] > 1 else 0
+        return self.kernels.attention(q, keys, values, mask, s)
+
+    def gated(self, activation: Any, x: Tensor) -> Tensor:
+        return self.kernels.silu_gated(x)
