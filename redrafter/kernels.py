@@ -5,8 +5,8 @@ take two to three times a single row's time for four (docs/results/costs.md), al
 which decides, is read but once. Here six rows cost about what one does, and a row's last digits
 are the same however many others there are.
 
-They are compiled where they first run (a second, by cc, gcc or clang), kept in the cache folder, and
-tried before they are used; where there is no compiler, or what it made computes something else,
+They are compiled where they first run (a second, by cc, gcc or clang), kept in the cache folder,
+and tried before they are used; where there is no compiler, or what it made computes something else,
 torch's own operations stay. `REDRAFTER_KERNELS=off` leaves them out. Source: ours.
 """
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redrafter.files import cache_folder, write_bytes
+from redrafter.files import cache_folder, digest_file, write_bytes, write_text
 
 #: environment variable that leaves the kernels out where it is `off`
 SWITCH = "REDRAFTER_KERNELS"
@@ -38,9 +38,10 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC")
 #: for this processor; the second is how some compilers want it said
 _TUNED = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_S = 60
+_DIGEST = ".sha256"
 #: multiplications below which one thread is enough
 _SMALL = 1 << 18
-#: (rows, in, out) of products that they must get right to be used, and whether W is of bfloat16 numbers
+#: (rows, in, out) of products that they must get right to be used, and whether W is of bfloat16's
 _TRIED = ((1, 40, 16, True), (6, 33, 50, False), (17, 64, 47, True))
 
 
@@ -77,6 +78,10 @@ class Kernels:
         self._attention.restype = number
         library.panel_width.restype = size
         self.panel, self.threads = library.panel_width(), bool(library.has_threads())
+
+    def panels(self, matrix: Tensor) -> Panels:
+        """A matrix (out, in) to be multiplied by."""
+        return Panels(self, matrix)
 
     def threads_for(self, operations: int) -> int:
         """As many as torch has, where there is enough to do."""
@@ -181,7 +186,7 @@ def load() -> Kernels | None:
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return None
     kept = cache_folder() / f"kernels-{_key()}.so"
-    return (_tried(kept) if kept.is_file() else None) or _compiled(kept)
+    return (_tried(kept) if _is_whole(kept) else None) or _compiled(kept)
 
 
 def _key() -> str:
@@ -195,8 +200,16 @@ def _key() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def _is_whole(kept: Path) -> bool:
+    """Whether what is kept is what was: loading the half of a library ends the process."""
+    try:
+        return digest_file(kept) == kept.with_suffix(_DIGEST).read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 def _compiled(kept: Path) -> Kernels | None:
-    """By the first command that makes something right; what it made is kept where that is possible."""
+    """By the first command that makes something right, which is kept where that is possible."""
     names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     compiler = next(filter(None, map(shutil.which, filter(None, names))), None)
     if compiler is None:
@@ -215,8 +228,8 @@ def _compiled(kept: Path) -> Kernels | None:
             kernels = _tried(made)
             if kernels is not None:
                 with contextlib.suppress(OSError):  # it is made anew where it cannot be kept
-                    kept.parent.mkdir(parents=True, exist_ok=True)
                     write_bytes(kept, made.read_bytes())
+                    write_text(kept.with_suffix(_DIGEST), digest_file(made))
                 return kernels
     return None
 

@@ -2,10 +2,10 @@
 
 Three orders of a matrix W (out, in) are faster than the one that it comes in:
 
-    panels    for any number of rows, by those of `kernels.py`, where it could be compiled:
+    panels    for any number of rows, by the kernels of `kernels.py`, where they could be compiled:
               6 rows times 288 -> 4096 take 0.48 ms where one takes 0.37
 
-and where it could not, with what torch brings:
+and where they could not, by what torch brings:
 
     columns   (in, out), for a single row, where W has at least as many rows as columns: one row
               times 288 -> 4096 takes 0.46 ms and not 0.86
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redrafter.kernels import Kernels, Panels
+from redrafter.kernels import Kernels, Panels, load
 
 #: entries of a matrix, and multiplications of a product, below which no copy gains anything
 _LEAST, _WORK = 3 << 17, 1 << 20
@@ -38,10 +38,10 @@ _MOST = 1 << 25
 #: entries of a matrix at most that tell whether it was changed without a trace
 _SAMPLED = 64
 _HINT = 17  # rows that oneDNN chooses its order for: the same from 2 to a hundred
-#: entries of a matrix below which the kernel gains nothing
+#: entries of a matrix below which the kernels gain nothing
 _LEAST_PANELS = 1 << 14
 
-#: `redrafter.kernels`', from the first target on that is loaded here; exports run without
+#: see `use_kernels`
 kernels: Kernels | None = None
 
 
@@ -51,20 +51,25 @@ class PackedProduct:
 
     packs: whether W may be packed
     parts: the tensors whose memory W is, where others change them
+    always: whether kernels, if there are any, are to make it however small it is, so that a row's
+        result depends on no other row
     """
 
-    def __init__(self, matrix: Tensor, packs: bool = True, parts: Sequence[Tensor] = ()):
+    def __init__(
+        self, matrix: Tensor, packs: bool = True, parts: Sequence[Tensor] = (), always: bool = False
+    ):
         self.matrix, self.packs, self.parts = matrix, packs, tuple(parts or (matrix,))
+        self.always = always
         #: what multiplies by panels; None: torch does what it can
         self.kernels = kernels_for(matrix) if packs else None
         #: rows from which on it packs
         self.least_rows: float = math.inf
-        self.large = matrix.numel() >= _least(self.kernels is not None)
+        self.large = matrix.numel() >= _least(self.kernels is not None, always)
         if self.large and self.kernels is not None:
             self.least_rows = 1
         elif packs and self.large and _is_plain(matrix) and _available():
             self.least_rows = max(2, math.ceil(_WORK / matrix.numel()))
-        #: W for the kernel, as soon as it is made and while it is what W is
+        #: W for the kernels, as soon as it is made and while it is what W is
         self.panels: Panels | None = None
         self._packed: Tensor | None = None
         self._columns: Tensor | None = None
@@ -84,7 +89,7 @@ class PackedProduct:
             return F.linear(x, matrix, bias)
         if self.kernels is not None:
             if self.panels is None:
-                self.panels = Panels(self.kernels, matrix)
+                self.panels = self.kernels.panels(matrix)
             return self.panels(x, bias)
         if x.numel() >= self.least_rows * width:
             if self._packed is None:
@@ -121,7 +126,7 @@ class PackedProduct:
     @property
     def copied_bytes(self) -> int:
         """Of the packed copy that it comes to hold on a CPU in float32, for a plan."""
-        return copy_bytes(self.matrix.numel())
+        return copy_bytes(self.matrix.numel(), self.always)
 
     def is_of(self, matrix: Tensor | None) -> bool:
         """Whether it multiplies by this matrix, or a view of all of it."""
@@ -135,13 +140,23 @@ class PackedProduct:
     def __deepcopy__(self, memo: dict) -> PackedProduct:
         # opaque tensors have no copies
         return PackedProduct(
-            copy.deepcopy(self.matrix, memo), self.packs, copy.deepcopy(self.parts, memo)
+            copy.deepcopy(self.matrix, memo),
+            self.packs,
+            copy.deepcopy(self.parts, memo),
+            self.always,
         )
 
 
 def prefers_columns(matrix: Tensor) -> bool:
     """Whether products with a matrix (out, in) are faster with (in, out) in memory."""
     return _is_plain(matrix) and matrix.shape[0] >= matrix.shape[1]
+
+
+def use_kernels() -> None:
+    """Whoever loads a target calls it: from here on products may be made by `redrafter.kernels`, if
+    this machine can. An export, which runs without this library, never does."""
+    global kernels
+    kernels = load()
 
 
 def has_kernels() -> bool:
@@ -154,14 +169,15 @@ def kernels_for(matrix: Tensor) -> Kernels | None:
     return kernels if has_kernels() and _is_plain(matrix) else None
 
 
-def _least(panels: bool) -> int:
-    return _LEAST_PANELS if panels else _LEAST
+def _least(panels: bool, always: bool = False) -> int:
+    return (0 if always else _LEAST_PANELS) if panels else _LEAST
 
 
-def copy_bytes(entries: int) -> int:
-    """Of the packed copy that a `PackedProduct` makes of a float32 matrix on a CPU, for a plan."""
+def copy_bytes(entries: int, always: bool = False) -> int:
+    """Of the packed copy that a `PackedProduct` makes of a float32 matrix on a CPU, for a plan; of
+    bfloat16 numbers the kernels' is half as large."""
     panels = has_kernels()
-    return 4 * entries if entries >= _least(panels) and (panels or _available()) else 0
+    return 4 * entries if entries >= _least(panels, always) and (panels or _available()) else 0
 
 
 def _sample(matrix: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from filelock import FileLock
 from launching import run_copy
 from published import make_run
 
+from redrafter import products
+from redrafter.products import use_kernels
+
 torch.set_num_threads(1)
 
 
@@ -24,6 +27,14 @@ torch.set_num_threads(1)
 def _own_cache(tmp_path_factory) -> None:
     """What commands keep for later runs (`redrafter.files.cache_folder`) is not the user's own."""
     os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    use_kernels()  # as loading a target does, so that no test's numbers depend on one before it
+
+
+@pytest.fixture
+def no_kernels(monkeypatch) -> None:
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(products, "load", lambda: None)
+    monkeypatch.setattr(products, "kernels", None)
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,13 @@ from redrafter.evaluation.operations import of_decoding
 from redrafter.products import _available
 from redrafter.targets import fused, passed
 from redrafter.targets.fused import KNOWN, FusedForward
+from redrafter.targets.fused_steps import KernelSteps, TorchSteps
 from redrafter.targets.model import Target, load_target
 
+#: whole vectors on any processor, so that kernels can make the steps between the products
+WIDE = dict(
+    hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2
+)  # fmt: skip
 #: every family that is fused, and what of a configuration takes another way
 CASES = {
     "llama": {},
@@ -36,6 +41,12 @@ CASES = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "qwen3": {},
+    "llama-wide": WIDE,
+    "qwen2-wide": WIDE | dict(
+        use_sliding_window=True, sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "qwen3-wide": WIDE | dict(head_dim=32),
 }  # fmt: skip
 MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8, top_p=0.9)}
 
@@ -143,7 +154,7 @@ def test_weights_are_joined_not_copied(both, tmp_path):
     assert again.fingerprint() == own.fingerprint()
 
 
-def test_in_float32_columns_lie_together_and_nothing_is_copied(folders, tmp_path):
+def test_in_float32_columns_lie_together_and_nothing_is_copied(folders, tmp_path, no_kernels):
     """But for what is packed, which small layers are not."""
     own, ours = (load(folders("qwen2"), way, "float32") for way in ("model", "auto"))
     theirs, layer = dict(own.model.named_parameters()), ours.model.model.layers[1]
@@ -159,7 +170,9 @@ def test_in_float32_columns_lie_together_and_nothing_is_copied(folders, tmp_path
 
 
 @pytest.mark.skipif(not _available(), reason="this torch packs no matrices")
-def test_layers_that_are_large_are_packed_for_several_rows_until_they_change(monkeypatch):
+def test_layers_that_are_large_are_packed_for_several_rows_until_they_change(
+    monkeypatch, no_kernels
+):
     monkeypatch.setattr(products, "_LEAST", 1)
     monkeypatch.setattr(products, "_WORK", 1)
     target = Target(fresh("llama").float(), check=lambda _: None)
@@ -225,13 +238,18 @@ def test_a_step_takes_fewer_operations(folders):
     assert ours["host_reads"] == own["host_reads"] == 1
 
 
-def test_what_computes_something_else_is_not_taken(folders, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("case", "steps"), [("llama", TorchSteps), ("llama-wide", KernelSteps)])
+def test_what_computes_something_else_is_not_taken(case, steps, folders, monkeypatch, tmp_path):
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))  # it has not passed before
-    real = fused._for_groups
-    monkeypatch.setattr(fused, "_for_groups", lambda *args: real(*args) * 0)  # sees every key
-    assert load(folders("llama"), "auto", "float32").fused is None
+    real = steps.attend
+
+    def blind(self, q, keys, values, mask):  # sees every key
+        return real(self, q, keys, values, mask * 0)
+
+    monkeypatch.setattr(steps, "attend", blind)
+    assert load(folders(case), "auto", "float32").fused is None
     with pytest.raises(InputError, match="cannot be a target"):
-        load(folders("llama"), "fused", "float32")
+        load(folders(case), "fused", "float32")
 
 
 def test_it_is_compared_once(folders, monkeypatch, tmp_path):

@@ -129,7 +129,8 @@ MAY_IMPORT = {
     "launcher": {"processes"},
     "kernels": {"files"},
     "products": {"kernels"},
-    "targets": BASE | {"processes", "products", "kernels"},  # of several processes each has its own device
+    "targets": BASE
+    | {"processes", "kernels", "products"},  # of several processes each has its own device
     "heads": BASE | {"fetch", "products"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
     "decode": BASE | {"targets"},
@@ -141,19 +142,23 @@ MAY_IMPORT = {
     "costs": BASE | {"targets", "decode", "drafters", "data"},
     # What a name is made from may lie in a folder, and be priced: above what they are made by.
     "resources": BASE | {"fetch", "targets", "heads", "drafters", "tables", "costs"},
-    "evaluation": MAKING | {"fetch", "threads", "heads", "drafters", "lookahead", "drafting"}
+    "evaluation": MAKING
+    | {"fetch", "threads", "heads", "drafters", "lookahead", "drafting"}
     | {"tables", "records", "costs", "resources"},
     "generation": BASE
     | {"targets", "heads", "decode", "drafters", "drafting", "data", "resources"},
     "export": BASE | {"targets", "heads", "decode", "drafters", "data", "evaluation"},
     "training": MAKING | {"launcher", "heads", "drafters", "export"},  # exports are complete
     "hub": BASE | {"heads", "evaluation", "export"},
-    "learning": MAKING | {"fetch", "heads", "lookahead", "drafters", "drafting", "resources"}
+    "learning": MAKING
+    | {"fetch", "heads", "lookahead", "drafters", "drafting", "resources"}
     | {"evaluation", "training", "hub"},
-    "report": BASE | {"targets", "heads", "decode", "drafters", "drafting", "data", "evaluation"}
+    "report": BASE
+    | {"targets", "heads", "decode", "drafters", "drafting", "data", "evaluation"}
     | {"generation", "hub"},
     "planning": BASE
-    | {"fetch", "targets", "heads", "decode", "drafters", "data", "tables", "training", "export"},
+    | {"fetch", "products", "targets", "heads", "decode", "drafters", "data", "tables"}
+    | {"training", "export"},
     "studies": BASE | {"targets", "heads", "evaluation", "training", "planning"},
     "serve": BASE | {"heads"},  # loaded by engines, where no more than that is installed
 }

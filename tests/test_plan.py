@@ -107,11 +107,14 @@ def test_a_meta_target_has_the_parameters_of_the_real_target(family, tmp_path):
     assert not has_weights(TargetConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("way", ["kernels", "without"])
 @pytest.mark.parametrize("forward", ["auto", "model"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_copies_that_products_are_faster_by_are_planned(family, forward, tmp_path):
+def test_copies_that_products_are_faster_by_are_planned(family, forward, way, tmp_path, request):
     """Wide enough for some to be packed: the lm_head, and of a fused forward's layers those of the
-    MLP."""
+    MLP, or by kernels all."""
+    if way == "without":
+        request.getfixturevalue("no_kernels")
     wide = dict(vocab_size=4096, hidden_size=128, intermediate_size=4096)
     tiny.__wrapped__(family, **wide).model.float().save_pretrained(tmp_path)
     config = TargetConfig(path=str(tmp_path), device="cpu", dtype="float32", forward=forward)
@@ -119,8 +122,9 @@ def test_copies_that_products_are_faster_by_are_planned(family, forward, tmp_pat
     products = [real.lm_product]
     for layer in real.fused.layers if real.fused else ():
         products += [m.product for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    packed = [p.matrix.nbytes for p in products if p._packed is not None]
-    assert len(packed) == (1 + 2 * 2 if real.fused else 1)
+    packed = [p.matrix.nbytes for p in products if p._packed is not None or p.panels is not None]
+    each = 4 if products[0].panels is not None else 2
+    assert len(packed) == (1 + 2 * each if real.fused else 1)
     assert MetaTarget(config).copied_bytes == sum(packed)
 
 

@@ -13,6 +13,7 @@ from redrafter.products import Linear, PackedProduct, SplitProduct, _available
 from redrafter.targets.model import Target
 
 LARGE, SMALL = (1 << 11, 1 << 9), (1 << 9, 1 << 8)
+pytestmark = pytest.mark.usefixtures("no_kernels")  # those: test_kernels.py
 needs_onednn = pytest.mark.skipif(not _available(), reason="this torch packs no matrices")
 
 

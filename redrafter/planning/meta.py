@@ -16,6 +16,7 @@ from redrafter.heads.base import DraftHead, DraftHeadConfig
 from redrafter.heads.load import head_class, load_trainable, own_class
 from redrafter.heads.reading import read_config
 from redrafter.planning.tracing import storage_bytes
+from redrafter.products import use_kernels
 from redrafter.targets.devices import pick_device
 from redrafter.targets.fused import cannot_fuse, packed_bytes
 from redrafter.targets.model import Target, check_path, load_model_config
@@ -30,6 +31,7 @@ class MetaTarget(Target):
     """A target of which only config.json is read. real_device: where the job would put it."""
 
     def __init__(self, config: TargetConfig):
+        use_kernels()
         model_config = load_model_config(config)
         self.real_device = pick_device(config.device)
         if config.dtype == "auto":  # as `load_target` chooses

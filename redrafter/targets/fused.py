@@ -54,7 +54,7 @@ class Joined:
         if not matrix.is_contiguous():
             for part in maps:
                 part.register_state_dict_post_hook(_in_rows)
-        self.product = PackedProduct(matrix, packs, weights)
+        self.product = PackedProduct(matrix, packs, weights, always=True)
         self.columns = matrix.t()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def packed_bytes(backbone: nn.Module) -> int:
     if not _packs(_linear_maps(backbone)):
         return 0
     groups = [maps for layer in backbone.layers for maps in _together(layer)]
-    return sum(copy_bytes(sum(m.weight.numel() for m in maps)) for maps in groups)
+    return sum(copy_bytes(sum(m.weight.numel() for m in maps), always=True) for maps in groups)
 
 
 def _layer(layer: nn.Module, kind: str, packs: bool) -> _Layer:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from redrafter import kernels, products
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_json, digest_weights
-from redrafter.products import PackedProduct
+from redrafter.products import PackedProduct, use_kernels
 from redrafter.targets.adapters import (
     CONFIG,
     Adapter,
@@ -120,7 +119,7 @@ class Target:
         self.invariant: Form | None = None
         choose_experts(model, self.dtype)
         plain_head = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
-        self.lm_product = PackedProduct(self.lm_head.weight) if plain_head else None
+        self.lm_product = PackedProduct(self.lm_head.weight, always=True) if plain_head else None
         self._no_mask = torch.empty(1, 1, 1, 0)
         #: a shorter way to the same hidden states, where there is one (`redrafter.targets.fused`)
         self.fused: Any = None
@@ -297,7 +296,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     may_shard: the caller's processes all make the target's forwards together
     """
     config = TargetConfig(path=config) if isinstance(config, str) else config
-    products.kernels = kernels.load()
+    use_kernels()
     if config.shard != "none" and not may_shard:
         raise InputError(
             f"target.shard {config.shard} is for train/redrafter.py alone: here every process "

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.files import cache_folder, digest_json, write_json
+from redrafter.products import has_kernels
 from redrafter.targets.probe import check_target
 
 #: configurations, lists of shards, and weights
@@ -69,8 +70,10 @@ def _mark(target: Any, files: list[Any]) -> Path | None:
     device = target.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = getattr(target.config, "_attn_implementation", None)
-    made_by = [torch.__version__, transformers.__version__, _stats(Path(__file__).parent, (".py",))]
-    how = [place, attention, target.fused is not None]
+    here = Path(__file__).parent
+    own = [*_stats(here, (".py",)), *_stats(here.parent, ("products.py", "kernels.py", ".c"))]
+    made_by = [torch.__version__, transformers.__version__, own]
+    how = [place, attention, target.fused is not None, has_kernels()]
     key = digest_json([files, made_by, code, str(target.dtype), *how])
     return cache_folder() / "probed" / f"{key[:32]}.json"
 

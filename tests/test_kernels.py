@@ -1,0 +1,327 @@
+"""Kernels for few rows: torch's numbers up to rounding, a row's own whatever other rows there are,
+and torch's own operations where they cannot be had."""
+
+import ctypes
+import os
+import shutil
+import stat
+
+import pytest
+import torch
+from models import endless, prompts, replays, settings, tiny
+from torch.nn import functional as F
+
+from redrafter import kernels, products
+from redrafter.config import TargetConfig
+from redrafter.decode.plain import plain
+from redrafter.decode.speculative import speculative
+from redrafter.kernels import Panels, Sizes
+from redrafter.products import PackedProduct
+from redrafter.targets.fused_steps import KernelSteps
+from redrafter.targets.model import load_target
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
+)
+ROWS = (1, 2, 5, 6, 7, 12, 13, 50)
+MASKED = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(scope="module")
+def made():
+    found = kernels.load()
+    if found is None:
+        pytest.skip("no kernels could be made on this machine")
+    return found
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def near(found, wanted, close=1e-5):
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=close, atol=close)
+
+
+# ------------------------------------------------------------------------------------ products
+
+
+@pytest.mark.parametrize(("width", "out"), [(33, 16), (64, 50), (96, 131)])
+@pytest.mark.parametrize("small", [False, True])
+def test_products_are_right_and_rows_are_alone(made, width, out, small):
+    matrix, bias = drawn(out, width), drawn(out)
+    matrix = matrix.bfloat16().float() if small else matrix
+    panels = Panels(made, matrix)
+    assert panels.values.dtype == (torch.bfloat16 if small else torch.float32)
+    x = drawn(max(ROWS), width, seed=1)
+    every = panels(x)
+    near(every, x.double() @ matrix.double().t())
+    for n in ROWS:
+        assert torch.equal(panels(x[:n]), every[:n])
+        assert torch.equal(panels(x[-n:]), every[-n:])
+    assert torch.equal(panels(x, bias), every + bias)
+    residual = drawn(len(x), out, seed=2)
+    assert torch.equal(panels(x, residual), every + residual)
+    assert torch.equal(panels(x.view(5, 10, width)), every.view(5, 10, out))
+
+
+def test_bfloat16_numbers_take_half_the_room_and_change_nothing(made):
+    matrix, x = drawn(70, 40).bfloat16().float(), drawn(8, 40, seed=1)
+    half, whole = Panels(made, matrix), Panels(made, matrix)
+    assert half.bytes == 2
+    other = Panels(made, torch.where(torch.arange(70)[:, None] == 69, matrix + 1e-6, matrix))
+    assert other.bytes == 4  # one entry that is none
+    assert torch.equal(half(x)[:, :69], other(x)[:, :69])
+    assert torch.equal(half(x), whole(x))
+
+
+def test_threads_change_no_digit(made):
+    if not made.threads:
+        pytest.skip("this machine's torch brings no OpenMP that kernels could share")
+    matrix, x = drawn(4096, 128), drawn(9, 128, seed=1)
+    panels = Panels(made, matrix)
+    one = panels(x)
+    torch.set_num_threads(2)
+    try:
+        assert x.shape[0] > panels.shared and torch.equal(panels(x), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(made, bad):
+    panels, x = Panels(made, drawn(20, 32)), drawn(3, 32)
+    x[1, 5] = bad
+    found = panels(x)
+    assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+def attended(made, q, keys, values, mask, scale=0.2):
+    """q (B, N, heads, d) -> (B, N, heads, d)"""
+    b, n, heads, dim = q.shape
+    s = Sizes(scale=scale, rows=b, queries=n)
+    steps = KernelSteps(made, None, scale)
+    steps.sizes = s
+    return steps.attend(q, keys, values, mask).view(b, n, heads, dim)
+
+
+def wanted_attention(q, keys, values, mask, scale=0.2):
+    groups = q.shape[2] // keys.shape[1]
+    k, v = (x.repeat_interleave(groups, 1).double() for x in (keys, values))
+    scores = q.double().transpose(1, 2) @ k.transpose(-1, -2) * scale + mask.double()
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_attention_is_right(made, heads, kv_heads, n):
+    dim, keys = made.panel, 83
+    store = drawn(2, 2, kv_heads, 90, dim, seed=1)  # of which the first keys are used
+    k, v = store[0][:, :, :keys], store[1][:, :, :keys]
+    q = drawn(2, n, heads + 1, dim)[:, :, :heads]  # heads of something else lie behind
+    seen = torch.rand((2, 1, n, keys), generator=torch.Generator().manual_seed(2)) < 0.6
+    seen[..., 3] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, MASKED)
+    near(attended(made, q, k, v, mask), wanted_attention(q, k, v, mask))
+    near(attended(made, q, k, v, mask[:1, :, :1]), wanted_attention(q, k, v, mask[:1, :, :1]))
+
+
+def test_keys_that_are_masked_might_lie_anywhere_or_not_at_all(made):
+    """Which is why a tree's node has, bit for bit, what its path alone would have."""
+    dim, places = made.panel, torch.tensor([0, 2, 3, 7, 20, 33, 34])
+    k, v, q = drawn(1, 2, 7, dim), drawn(1, 2, 7, dim, seed=1), drawn(1, 5, 4, dim, seed=2)
+    alone = attended(made, q, k, v, torch.zeros(1, 1, 1, 7))
+    wide_k, wide_v = drawn(1, 2, 40, dim, seed=3), drawn(1, 2, 40, dim, seed=4)
+    wide_k[:, :, places], wide_v[:, :, places] = k, v
+    mask = torch.full((1, 1, 1, 40), MASKED)
+    mask[..., places] = 0
+    assert torch.equal(attended(made, q, wide_k, wide_v, mask), alone)
+    for i in range(5):  # and however many queries there are
+        assert torch.equal(
+            attended(made, q[:, i : i + 1], k, v, mask[..., places])[0, 0], alone[0, i]
+        )
+
+
+def test_a_query_that_may_see_nothing_is_zero_and_what_is_not_a_number_is_seen(made):
+    dim = made.panel
+    q, k, v = drawn(1, 2, 1, dim), drawn(1, 1, 9, dim), drawn(1, 1, 9, dim)
+    mask = torch.zeros(1, 1, 2, 9)
+    mask[:, :, 0] = MASKED
+    assert torch.equal(attended(made, q, k, v, mask)[0, 0], torch.zeros(1, dim))
+    q[0, 1, 0, 0] = float("nan")
+    assert attended(made, q, k, v, mask)[0, 1].isnan().all()
+
+
+# -------------------------------------------------------------------------- what goes row by row
+
+
+def test_norms_gates_and_rotations_are_right_and_rows_are_alone(made):
+    width = 3 * made.panel
+    x, weight = drawn(13, width), drawn(width, seed=1)
+    y = made.rms_norm(x, weight, 1e-5)
+    near(y, F.rms_norm(x.double(), (width,), weight.double(), 1e-5))
+    z = made.silu_gated(4 * drawn(13, 2 * width, seed=2))
+    gate, up = (4 * drawn(13, 2 * width, seed=2)).double().chunk(2, -1)
+    near(z, F.silu(gate) * up)
+    for i in range(13):
+        assert torch.equal(made.rms_norm(x[i : i + 1], weight, 1e-5)[0], y[i])
+    dim, heads = 2 * made.panel, 3
+    qk, cos, sin = drawn(13, (heads + 1) * dim), drawn(20, dim, seed=3), drawn(20, dim, seed=4)
+    place = torch.randint(20, (13,), generator=torch.Generator().manual_seed(5))
+    found = made.rotate(qk, place, cos, sin, heads, dim).view(13, heads, dim)
+    part = qk.view(13, heads + 1, dim)[:, :heads].double()
+    near(found, part * cos[place][:, None] + part.roll(dim // 2, -1) * sin[place][:, None])
+
+
+@pytest.mark.parametrize("far", [-1e4, -100.0, -3.0, 0.0, 3.0, 60.0, 1e4])
+def test_gates_hold_far_from_zero(made, far):
+    x = torch.full((1, 2 * made.panel), far)
+    near(made.silu_gated(x), F.silu(x.double()[:, : made.panel]) * far, 1e-4)
+
+
+# ------------------------------------------------------------------------------------ decoding
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def wide(request, tmp_path_factory):
+    """A float32 target whose every step is a kernel's."""
+    sizes = dict(
+        hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2
+    ) | ({"head_dim": 32} if request.param == "qwen3" else {})
+    place = tmp_path_factory.mktemp(request.param)
+    tiny.__wrapped__(request.param, **sizes).model.float().save_pretrained(place)
+    target = load_target(TargetConfig(path=str(place), device="cpu", dtype="float32"))
+    if products.kernels is None:
+        pytest.skip("no kernels could be made on this machine")
+    assert target.fused.own_steps is not None
+    return target
+
+
+@pytest.mark.parametrize("draft", ["half", "chain", "often"])
+def test_scores_of_drafted_text_are_plains_bit_for_bit(wide, draft, monkeypatch):
+    """In float32: alone and token by token, or in trees beside other rows."""
+    rows, config, seeds = prompts()[:3], settings(do_sample=True), [3, 4, 5]
+    wanted = [plain(wide, [r], config, seeds=s) for r, s in zip(rows, seeds, strict=True)]
+    drafter = replays(endless(wide, rows, config, seeds))[draft]
+    chosen: dict[tuple[int, ...], list] = {}
+    real = type(wide).project
+
+    def project(self, hidden):
+        out = real(self, hidden)
+        for h, logits in zip(hidden.flatten(0, -2), out.flatten(0, -2), strict=True):
+            chosen.setdefault(tuple(h[:4].tolist()), []).append((h.clone(), logits.clone()))
+        return out
+
+    monkeypatch.setattr(type(wide), "project", project)
+    alone = [plain(wide, [r], config, seeds=s) for r, s in zip(rows, seeds, strict=True)]
+    once, n = dict(chosen), len(chosen)
+    assert [a.tokens for a in alone] == [w.tokens for w in wanted]
+    chosen.clear()
+    made = speculative(wide, rows, config, seeds=seeds, drafter=drafter)
+    assert made.tokens == [w.tokens[0] for w in wanted] and made.stats.tokens_per_step > 1
+    # Every hidden state that plain decoding met was met again, with the same scores.
+    for key, ((h, logits), *_) in once.items():
+        assert any(torch.equal(h, a) and torch.equal(logits, b) for a, b in chosen.get(key, []))
+    assert n > 10
+
+
+def test_weights_that_change_are_packed_anew(wide):
+    layer = wide.fused.layers[0]
+    x = drawn(3, 128)
+    with torch.inference_mode():
+        before = layer.down(drawn(3, 192))
+    wide.model.model.layers[0].mlp.down_proj.weight.data.mul_(2)  # without a trace
+    wide.new_cache(1, 8)
+    with torch.inference_mode():
+        assert torch.equal(layer.down(drawn(3, 192)), 2 * before)
+    with torch.no_grad():
+        wide.model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    assert wide.fused.untouched
+    with torch.inference_mode():
+        assert torch.equal(layer.down(drawn(3, 192)), before)
+    assert x.isfinite().all()
+
+
+# ------------------------------------------------------------------------ where they come from
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """As in a process that has loaded none yet, with an empty cache folder."""
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
+    kernels.load.cache_clear()
+    yield tmp_path / "cache"
+    kernels.load.cache_clear()
+
+
+@needs_compiler
+def test_they_are_compiled_once_and_anew_where_the_file_is_broken(anew, monkeypatch):
+    assert kernels.load() is not None
+    (kept,) = anew.glob("*.so")
+    whole, compiled = kept.read_bytes(), []
+    real = kernels._compiled
+    monkeypatch.setattr(kernels, "_compiled", lambda kept: (compiled.append(kept), real(kept))[1])
+    kernels.load.cache_clear()
+    assert kernels.load() is not None and not compiled
+    kept.unlink()  # what is loaded stays as it is
+    kept.write_bytes(whole[:100])
+    kernels.load.cache_clear()
+    assert kernels.load() is not None and compiled == [kept]
+    assert len(kept.read_bytes()) == len(whole)
+
+
+@needs_compiler
+def test_what_computes_something_else_is_not_used(anew, monkeypatch, tmp_path):
+    wrong = tmp_path / "kernels.c"
+    text = kernels.SOURCE.read_text()
+    assert "sum[r][1] += b * w1;" in text
+    wrong.write_text(text.replace("sum[r][1] += b * w1;", "sum[r][1] += b * w0;"))
+    monkeypatch.setattr(kernels, "SOURCE", wrong)
+    assert kernels.load() is None and not anew.exists()
+
+
+@pytest.mark.parametrize("how", ["off", "no compiler", "one that fails"])
+def test_without_them_torchs_own_operations_stay(anew, how, monkeypatch, tmp_path):
+    monkeypatch.setattr(products, "kernels", None)
+    if how == "off":
+        monkeypatch.setenv("REDRAFTER_KERNELS", "off")
+    elif how == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        fails = tmp_path / "cc"
+        fails.write_text("#!/bin/sh\nexit 1\n")
+        fails.chmod(fails.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+        monkeypatch.setenv("CC", str(fails))
+    products.use_kernels()
+    assert products.kernels is None
+    product, x = PackedProduct(drawn(64, 32)), drawn(3, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(x), F.linear(x, product.matrix))
+    assert product.panels is None
+
+
+@needs_compiler
+def test_vectors_of_other_processors_compute_the_same(made, tmp_path, monkeypatch):
+    """Sixteen floats each, which this processor's are made of."""
+    width = 8 if made.panel == 32 else 16
+    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, f"-DWIDTH={width}"))
+    other = kernels._compiled(tmp_path / "kept.so")
+    assert other is not None and other.panel == 2 * width
+    matrix, x = drawn(100, 64), drawn(9, 64, seed=1)
+    assert torch.equal(Panels(other, matrix)(x), Panels(made, matrix)(x))
+
+
+def test_sizes_are_the_sources():
+    """The structure that attention reads: fifteen longs and a float, in the order of kernels.c."""
+    text = kernels.SOURCE.read_text().split("struct sizes {", 1)[1].split("};", 1)[0]
+    lines = [line.split("/*")[0].strip() for line in text.splitlines()]
+    names = [
+        name.strip(" ;") for line in lines if line.startswith(("long ", "float "))
+        for name in line.split(" ", 1)[1].split(",")
+    ]  # fmt: skip
+    assert names == [name for name, _ in Sizes._fields_]
+    assert ctypes.sizeof(Sizes) >= 15 * ctypes.sizeof(ctypes.c_long) + 4
