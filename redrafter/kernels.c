@@ -191,12 +191,16 @@ struct sizes { /* of one attention; strides in floats */
   float scale;
 };
 
-/* `n` queries of one key head, the first of them `from`, into `out`. room: scores of n queries */
+/* Floats of a value panel's copy, where heads are no whole panels. */
+INLINE long copied(const struct sizes *s) { return s->dim % PANEL ? s->keys * PANEL : 0; }
+
+/* `n` queries of one key head, the first of them `from`, into `out`. room: see `attention` */
 static void attend(const struct sizes *s, long row, long head, long from, long n, const float *q,
                    const float *k, const float *v, const float *mask, float *out, float *room) {
   const long groups = s->heads / s->key_heads, dim = s->dim, keys = s->keys;
   const long filled = (keys + PANEL - 1) / PANEL * PANEL;
-  float *scores = room, *scaled = room + n * filled, *panel = scaled + n * dim;
+  float *scores = room, *scaled = scores + n * filled, *panel = scaled + n * dim;
+  float *value = panel + dim * PANEL;
   for (long t = 0; t < n; t++) {
     const long i = (from + t) / groups, h = head * groups + (from + t) % groups;
     const float *source = q + (row * s->queries + i) * s->q_stride + h * dim;
@@ -217,9 +221,17 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
     const float *seen = mask + row * s->mask_row + (from + t) / groups * s->mask_query;
     inverse[t] = weigh(scores + t * filled, seen, keys);
   }
-  job.step = s->v_key * 4, job.in = keys, job.x_stride = filled, job.out = dim;
+  job.in = keys, job.x_stride = filled, job.out = dim;
   for (long d = 0; d < dim; d += PANEL) { /* the scaled queries' place takes their sums */
-    job.panel = (const char *)(v + row * s->v_row + head * s->v_head + d);
+    const float *from_v = v + row * s->v_row + head * s->v_head + d;
+    job.panel = (const char *)from_v, job.step = s->v_key * 4;
+    job.cols = dim - d < PANEL ? dim - d : PANEL;
+    if (job.cols < PANEL) {
+      for (long j = 0; j < keys; j++)
+        for (size_t c = 0; c < PANEL; c++)
+          value[j * PANEL + c] = c < job.cols ? from_v[j * s->v_key + c] : 0;
+      job.panel = (const char *)value, job.step = PANEL * 4;
+    }
     times_panel(of_floats, n, scores, scaled + d, job);
   }
   for (long t = 0; t < n; t++) {
@@ -229,7 +241,7 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
   }
 }
 
-/* softmax(scale q k^T + mask) v for every query of every row; dim a multiple of PANEL.
+/* softmax(scale q k^T + mask) v for every query of every row.
  * q: rows * queries of q_stride floats, heads * dim of them used; k, v: (rows, key_heads, keys, dim)
  * by strides; mask: at [row][query][key] by strides, keys together; out (rows, queries, heads, dim).
  * Returns 0, or 1 where there is no memory. */
@@ -242,7 +254,8 @@ int attention(const float *q, const float *k, const float *v, const float *mask,
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float *room = malloc((most * (filled + s->dim) + s->dim * PANEL) * sizeof(float));
+    const long floats = most * (filled + s->dim) + s->dim * PANEL + copied(s);
+    float *room = malloc(floats * sizeof(float));
     if (!room) failed = 1;
 #pragma omp for schedule(static)
     for (long job = 0; job < jobs; job++)
@@ -256,52 +269,56 @@ int attention(const float *q, const float *k, const float *v, const float *mask,
 
 /* ------------------------------------------------------------------------- what goes row by row */
 
-/* y = w * x / sqrt(mean(x^2) + eps); (rows, width), width a multiple of WIDTH. */
+/* y = w * x / sqrt(mean(x^2) + eps); (rows, width). */
 void rms_norm(const float *x, const float *w, float eps, float *y, long rows, long width,
               int threads) {
+  const long whole = width / WIDTH * WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (long r = 0; r < rows; r++) {
     const float *row = x + r * width;
+    float *to = y + r * width, sum = 0;
     vec squares = {0};
-    for (long i = 0; i < width; i += WIDTH) {
+    for (long i = 0; i < whole; i += WIDTH) {
       const vec part = *(const vec *)(row + i);
       squares += part * part;
     }
-    float sum = 0;
     for (int i = 0; i < WIDTH; i++) sum += squares[i];
+    for (long i = whole; i < width; i++) sum += row[i] * row[i];
     const float scale = 1 / __builtin_sqrtf(sum / width + eps);
-    for (long i = 0; i < width; i += WIDTH)
-      *(vec *)(y + r * width + i) = *(const vec *)(row + i) * scale * *(const vec *)(w + i);
+    for (long i = 0; i < width; i++) to[i] = row[i] * scale * w[i];
   }
 }
 
-/* y = silu(g) * u of x = [g ; u]; x (rows, 2 width), y (rows, width), width a multiple of WIDTH. */
+INLINE vec gate(vec g, vec u) { return g / (exponential(-g) + 1.0f) * u; }
+
+/* y = silu(g) * u of x = [g ; u]; x (rows, 2 width), y (rows, width). */
 void silu_gated(const float *x, float *y, long rows, long width, int threads) {
+  const long whole = width / WIDTH * WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (long r = 0; r < rows; r++) {
-    const float *gate = x + 2 * r * width, *up = gate + width;
-    for (long i = 0; i < width; i += WIDTH) {
-      const vec g = *(const vec *)(gate + i);
-      *(vec *)(y + r * width + i) = g / (exponential(-g) + 1.0f) * *(const vec *)(up + i);
-    }
+    const float *g = x + 2 * r * width, *u = g + width;
+    float *to = y + r * width;
+    for (long i = 0; i < whole; i += WIDTH)
+      *(vec *)(to + i) = gate(*(const vec *)(g + i), *(const vec *)(u + i));
+    vec last[2] = {{0}, {0}};
+    const size_t rest = (width - whole) * sizeof(float);
+    memcpy(last, g + whole, rest), memcpy(last + 1, u + whole, rest);
+    last[0] = gate(last[0], last[1]);
+    memcpy(to + whole, last, rest);
   }
 }
 
 /* Rotary positions: y = x cos + (the halves of x exchanged) sin. x: rows of x_stride floats, `heads`
- * heads of `dim` of them used; y (rows, heads, dim); cos, sin (positions, dim), the sign in sin;
- * dim / 2 a multiple of WIDTH. */
+ * heads of `dim` of them used; y (rows, heads, dim); cos, sin (positions, dim), the sign in sin. */
 void rotate(const float *x, long x_stride, const int64_t *position, const float *cos,
             const float *sin, float *y, long rows, long heads, long dim) {
   const long half = dim / 2;
   for (long r = 0; r < rows; r++)
     for (long h = 0; h < heads; h++) {
-      const float *from = x + r * x_stride + h * dim;
-      const float *c = cos + position[r] * dim, *s = sin + position[r] * dim;
-      float *to = y + (r * heads + h) * dim;
-      for (long i = 0; i < half; i += WIDTH) {
-        const vec a = *(const vec *)(from + i), b = *(const vec *)(from + half + i);
-        *(vec *)(to + i) = a * *(const vec *)(c + i) + b * *(const vec *)(s + i);
-        *(vec *)(to + half + i) = b * *(const vec *)(c + half + i) + a * *(const vec *)(s + half + i);
-      }
+      const float *restrict a = x + r * x_stride + h * dim, *restrict b = a + half;
+      const float *restrict c = cos + position[r] * dim, *restrict s = sin + position[r] * dim;
+      float *restrict to = y + (r * heads + h) * dim;
+      for (long i = 0; i < half; i++) to[i] = a[i] * c[i] + b[i] * s[i];
+      for (long i = 0; i < half; i++) to[half + i] = b[i] * c[half + i] + a[i] * s[half + i];
     }
 }

@@ -88,7 +88,7 @@ class Kernels:
         return torch.get_num_threads() if self.threads and operations > _SMALL else 1
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMSNorm of the rows of x (R, W), W a multiple of half a panel."""
+        """RMSNorm of the rows of x (R, W)."""
         rows, width = x.shape
         y = torch.empty_like(x)
         self._rms_norm(
@@ -98,7 +98,7 @@ class Kernels:
         return y
 
     def silu_gated(self, x: Tensor) -> Tensor:
-        """silu(g) u of x (R, 2 W) = [g, u]; (R, W), W a multiple of half a panel."""
+        """silu(g) u of x (R, 2 W) = [g, u]; (R, W)."""
         rows, width = len(x), x.shape[1] // 2
         y = x.new_empty((rows, width))
         threads = self.threads_for(4 * rows * width)
@@ -110,8 +110,8 @@ class Kernels:
     ) -> Tensor:
         """Rotary positions of the first `heads` heads of x, (R, at least heads * dim).
 
-        positions: R, int64; cos, sin: (positions, dim), the first half of sin negated; dim a
-        multiple of a panel. Returns (R, heads * dim)
+        positions: R, int64; cos, sin: (positions, dim), the first half of sin negated. Returns
+        (R, heads * dim)
         """
         rows = len(x)
         y = x.new_empty((rows, heads * dim))

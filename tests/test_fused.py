@@ -25,10 +25,6 @@ from redrafter.targets.fused import KNOWN, FusedForward
 from redrafter.targets.fused_steps import KernelSteps, TorchSteps
 from redrafter.targets.model import Target, load_target
 
-#: whole vectors on any processor, so that kernels can make the steps between the products
-WIDE = dict(
-    hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2
-)  # fmt: skip
 #: every family that is fused, and what of a configuration takes another way
 CASES = {
     "llama": {},
@@ -41,12 +37,6 @@ CASES = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "qwen3": {},
-    "llama-wide": WIDE,
-    "qwen2-wide": WIDE | dict(
-        use_sliding_window=True, sliding_window=3,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "qwen3-wide": WIDE | dict(head_dim=32),
 }  # fmt: skip
 MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8, top_p=0.9)}
 
@@ -238,8 +228,11 @@ def test_a_step_takes_fewer_operations(folders):
     assert ours["host_reads"] == own["host_reads"] == 1
 
 
-@pytest.mark.parametrize(("case", "steps"), [("llama", TorchSteps), ("llama-wide", KernelSteps)])
-def test_what_computes_something_else_is_not_taken(case, steps, folders, monkeypatch, tmp_path):
+@pytest.mark.parametrize("steps", [TorchSteps, KernelSteps])
+def test_what_computes_something_else_is_not_taken(steps, folders, monkeypatch, tmp_path, request):
+    if steps is TorchSteps:
+        request.getfixturevalue("no_kernels")
+    case = "llama"
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))  # it has not passed before
     real = steps.attend
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from redrafter import products
 from redrafter.cli.lossless import main as lossless
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
@@ -16,26 +17,37 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafting import Strategy
 from redrafter.evaluation.lossless import check_mode, references
 from redrafter.heads.recurrent import RecurrentHead
+from redrafter.kernels import Panels
 from redrafter.targets import invariant
+from redrafter.targets.cache import RowCache
+from redrafter.targets.fused_steps import KernelSteps
 from redrafter.targets.identity import target_identity
-from redrafter.targets.invariant import difference, find_form, in_blocks
+from redrafter.targets.invariant import Form, KernelForm, difference, find_form, in_blocks
 from redrafter.targets.model import load_target
 
-DTYPES = ("float32", "bfloat16")
+#: by kernels where there are any, and in blocks
+WAYS = (("float32", "auto"), ("float32", "model"), ("bfloat16", "auto"))
 
 
 def loaded(folder, dtype: str, **options):
     return load_target(TargetConfig(path=str(folder), dtype=dtype, exact="invariant", **options))
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def target(request, tiny_target):
-    return loaded(tiny_target, request.param)
+    dtype, forward = request.param
+    made = loaded(tiny_target, dtype, forward=forward)
+    kernels = request.param == WAYS[0] and products.kernels is not None
+    assert isinstance(made.invariant, KernelForm if kernels else Form)
+    return made
 
 
 def test_a_form_that_holds_is_found_and_said(tiny_target, target):
     usual = load_target(TargetConfig(path=str(tiny_target), dtype="float32"))
-    assert usual.invariant is None and usual.verifies == "trees" and target.verifies == "chains"
+    assert usual.invariant is None and usual.verifies == "trees"
+    kernels = isinstance(target.invariant, KernelForm)
+    assert target.verifies == ("trees" if kernels else "chains")
+    assert (target.fused is not None) == kernels
     assert difference(target) is None
     assert str(target.invariant) in target_identity(target)["computed_in"]
     assert target_identity(usual)["computed_in"] == "float32"
@@ -118,12 +130,54 @@ def rows_of_the_batch(target, monkeypatch):
 
 @pytest.mark.parametrize("fault", [other_product, no_blocks, borders_that_move, rows_of_the_batch])
 def test_a_planted_fault_is_seen(fault, tiny_target, monkeypatch):
-    usual = load_target(TargetConfig(path=str(tiny_target), dtype="float32"))
+    usual = load_target(TargetConfig(path=str(tiny_target), dtype="float32", forward="model"))
     if difference(usual) is None:
         pytest.skip("this machine sums products of any shape alike: no fault of shapes can show")
-    target = loaded(tiny_target, "float32")
+    target = loaded(tiny_target, "float32", forward="model")
     fault(target, monkeypatch)
     assert difference(target) is not None
+
+
+def torchs_attention(target, monkeypatch):
+    torch_steps = target.fused.steps
+
+    def attend(self, q, keys, values, mask):
+        torch_steps.scale = self.sizes.scale
+        return torch_steps.attend(q, keys, values, mask)
+
+    monkeypatch.setattr(KernelSteps, "attend", attend)
+
+
+def torchs_product(target, monkeypatch):
+    """For single rows alone."""
+    panels = Panels.__call__
+
+    def product(self, x, add=None):
+        if x.numel() > self.width:
+            return panels(self, x, add)
+        eye = torch.eye(self.width)
+        return torch.nn.functional.linear(x, panels(self, eye).t().contiguous()) + (
+            0 if add is None else add
+        )
+
+    monkeypatch.setattr(Panels, "__call__", product)
+
+
+def a_path_out_of_order(target, monkeypatch):
+    """Only a tree shows it: accepted nodes are left where they were drafted."""
+    real = RowCache.commit
+    monkeypatch.setattr(RowCache, "commit", lambda self, lengths, path=None: real(self, lengths))
+
+
+@pytest.mark.parametrize("fault", [torchs_attention, torchs_product, a_path_out_of_order])
+def test_a_fault_beside_the_kernels_is_seen(fault, tiny_target, monkeypatch):
+    target = loaded(tiny_target, "float32")
+    if not isinstance(target.invariant, KernelForm):
+        pytest.skip("no kernels could be made on this machine")
+    fault(target, monkeypatch)
+    assert difference(target) is not None
+    again = loaded(tiny_target, "float32")  # then blocks are what is left
+    assert isinstance(again.invariant, Form) and again.fused is None
 
 
 # ------------------------------------------------------------------------------ refusals
@@ -137,7 +191,7 @@ def test_attention_that_computes_something_else_is_refused(tiny_target, monkeypa
 
     monkeypatch.setattr(invariant, "attention", scaled)
     with pytest.raises(InputError, match="its attention is of another kind"):
-        loaded(tiny_target, "float32")
+        loaded(tiny_target, "float32", forward="model")
 
 
 def test_where_no_form_holds_it_is_refused(tiny_target, monkeypatch):

@@ -141,7 +141,7 @@ class FusedForward:
         self.steps = TorchSteps(tables, attention.scaling)
         #: where there are kernels for it, in inference mode
         self.own_steps: KernelSteps | None = None
-        if own is not None and packs and KernelSteps.fit(own, config, self.head_dim):
+        if own is not None and packs and config.hidden_act in KernelSteps.ACTIVATIONS:
             self.own_steps = KernelSteps(own, tables, attention.scaling)
 
     @property

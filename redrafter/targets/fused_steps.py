@@ -98,19 +98,13 @@ class TorchSteps:
 
 
 class KernelSteps:
-    """By our kernels: float32 on a CPU, in inference mode, for shapes that `fit`."""
+    """By our kernels: float32 on a CPU, in inference mode, of the one activation that they have."""
+
+    ACTIVATIONS = ("silu", "swish")
 
     def __init__(self, kernels: Kernels, tables: Tables, scale: float):
         self.kernels, self.tables = kernels, tables
         self.sizes = Sizes(scale=scale)
-
-    @staticmethod
-    def fit(kernels: Kernels, config: Any, head_dim: int) -> bool:
-        """Whether whole vectors make up a model's sizes, and it has the one activation."""
-        half = kernels.panel // 2
-        widths = (config.hidden_size, config.intermediate_size)
-        fits = head_dim % kernels.panel == 0 and all(width % half == 0 for width in widths)
-        return fits and config.hidden_act in ("silu", "swish")
 
     def begin(self, positions: Tensor, cache: Cache) -> None:
         self.positions = positions.contiguous()

@@ -13,7 +13,10 @@ and whoever shares the batch. That is so where a library sums each row of such a
 order whatever the others hold. M and C are therefore found, not assumed: `find_form` tries the
 forms on the target itself and compares bit for bit; where none holds the target is refused.
 
-Keys of a tree's node do not lie where they will once they are text, so this is for chains.
+Keys of a tree's node do not lie where they will once they are text, so this is for chains. In
+float32 on a CPU our own kernels (redrafter/kernels.c), where they make every step of the forward,
+need no blocks: each sum goes over k = 0, 1, ..., and a node's ancestors lie in the order of its
+path, so trees hold, too, at no cost. That as well is tried on the target before it is believed.
 Sources: row-wise invariance of fixed-shape products, "Defeating Nondeterminism in LLM Inference"
 (He et al., 2025); finding the form by trying, ours.
 """
@@ -44,6 +47,7 @@ _COLUMNS = 64  # keys of a block of attention
 _PROMPT = 170  # tokens of the probe's prompt: its text ends in another block of keys
 _LENGTHS = (60, -60)  # other rows are so much longer or shorter, one after the other
 _CHAINS = (2, 3, 5, 9, 17)  # new tokens of the forwards that are tried in turn
+_LEVELS = 5  # of the tree that is tried
 _TIMED = (1, 9)  # new tokens of the forwards that decide between forms that hold
 
 
@@ -56,6 +60,14 @@ class Form:
 
     def __str__(self) -> str:
         return f"blocks of {self.rows} rows, {self.columns} keys"
+
+
+@dataclass(frozen=True)
+class KernelForm:
+    """The fused forward as it is, by kernels that sum each row alone."""
+
+    def __str__(self) -> str:
+        return "kernels that sum each row alone"
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -131,11 +143,17 @@ def in_blocks(compute: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tens
     return made.view(*x.shape[:-1], made.shape[-1])
 
 
-def make_invariant(target: Any) -> Form:
-    """Change how the target's model computes, in the form that `find_form` finds.
+def make_invariant(target: Any) -> Form | KernelForm:
+    """Change how the target's model computes: not at all where kernels make every step and that
+    holds, else in the form that `find_form` finds.
 
     Raises InputError where its class has no eager attention of transformers' kind or no form holds.
     """
+    if target.fused is not None and target.fused.own_steps is not None:
+        target.invariant = KernelForm()
+        if difference(target) is None:
+            return target.invariant
+    target.fused = target.invariant = None
     register()
     if target.has_states:
         raise InputError(_refusal(target, "its layers keep states"))
@@ -221,7 +239,8 @@ def difference(target: Any) -> str | None:
 
     Tried, against the text alone and one token at a time: chains of several lengths, each after a
     wrong one that is dropped, the prompt read in other pieces, other rows of other lengths in the
-    batch, longer and shorter ones, in each place, and the whole text at once without a cache.
+    batch, longer and shorter ones, in each place, the whole text at once without a cache, and where
+    trees are to hold, the text as a path through one.
     """
     prompt, new = _fitting(target) - sum(_CHAINS), sum(_CHAINS)
     ids = probe_tokens(target.vocab_size, 3 * (prompt + new + max(_LENGTHS))).view(3, -1)
@@ -238,6 +257,9 @@ def difference(target: Any) -> str | None:
         lengths.insert(place, prompt)
         if not torch.equal(_decode(target, rows, lengths, _CHAINS)[place], alone):
             return "other rows in the batch"
+    trees = isinstance(target.invariant, KernelForm)
+    if trees and not torch.equal(_decode_tree(target, text, prompt), alone[: _LEVELS + 3]):
+        return "a tree"
     text = text[: prompt + new]
     whole = target.project(target.states(text[None]))[0, prompt - 1 :]
     return None if torch.equal(whole, alone) else "the whole text at once"
@@ -265,6 +287,30 @@ def _decode(
         found.append(read_chain(target, cache, right))
         cache.commit([length + n for length in cache.lengths])
     return list(torch.cat(found, 1))
+
+
+def _decode_tree(target: Any, text: Tensor, prompt: int) -> Tensor:
+    """(3 + _LEVELS, V) logits as `_decode` gives them: of the prompt's last token, of the text as a
+    path through a tree of two more children a level, on either side of the text's, and of the token
+    after it, once the path is committed."""
+    cache, first = prefilled(target, text[None], [prompt], 3 * _LEVELS + 2)
+    n, device = 3 * _LEVELS + 1, text.device
+    path = torch.tensor([0, *range(2, n, 3)], device=device)  # the root, the middle of each level
+    level = torch.tensor([0, *(1 + i // 3 for i in range(n - 1))], device=device)
+    tokens = text[prompt + level].flip(0)  # wrong ones, beside the path
+    tokens[path] = text[prompt + level[path]]
+    seen = torch.eye(n, dtype=torch.bool, device=device)
+    for node in range(1, n):
+        seen[node, path[: level[node]]] = True
+    cache.prepare(n)
+    before = torch.ones(n, prompt, dtype=torch.bool, device=device)
+    position = prompt + level[None]
+    keys = torch.cat([torch.arange(prompt, device=device)[None], position], 1)
+    masks = target.masks(torch.cat([before, seen], 1)[None], position, keys)
+    nodes = target.forward(tokens[None], position, masks, cache).logits[0, path]
+    cache.commit([prompt + len(path)], path[None])
+    after = read_chain(target, cache, text[None, prompt + len(path)][None])
+    return torch.cat([first[0], nodes, after[0]])
 
 
 def _seconds(target: Any) -> float:

@@ -31,7 +31,7 @@ from redrafter.targets.adapters import (
 from redrafter.targets.cache import RowCache
 from redrafter.targets.devices import pick_device
 from redrafter.targets.fused import choose_forward
-from redrafter.targets.invariant import Form, make_invariant
+from redrafter.targets.invariant import Form, KernelForm, make_invariant
 from redrafter.targets.layers import check_layers, context_of, windows_of
 from redrafter.targets.loading import choose_experts, load_complete
 from redrafter.targets.masks import additive_masks, for_rows
@@ -116,7 +116,7 @@ class Target:
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
         self.wide_head: nn.Linear | None = None
         #: how its products are computed where that is fixed (`redrafter.targets.invariant`)
-        self.invariant: Form | None = None
+        self.invariant: Form | KernelForm | None = None
         choose_experts(model, self.dtype)
         plain_head = type(self.lm_head) is nn.Linear and self.lm_head.bias is None
         self.lm_product = PackedProduct(self.lm_head.weight, always=True) if plain_head else None
@@ -239,7 +239,13 @@ class Target:
         cannot reach a real position, and `lengths` is not needed. Returns (B, T, H); the states
         at the padding mean nothing.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        batch, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+        if isinstance(self.invariant, KernelForm):  # to the last bit the loop's
+            cache, row = self.new_cache(batch, length), positions[:1]
+            cache.prepare(length)
+            masks = self.masks(row[:, :, None] >= row[:, None], row, row)
+            return self.fused(tokens, positions, masks, cache)
         return self.backbone(
             input_ids=tokens, position_ids=positions, use_cache=False
         ).last_hidden_state
@@ -345,13 +351,11 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
-    invariant = config.exact == "invariant"
-    wanted = "model" if invariant else config.forward
-    check = partial(choose_forward, wanted=wanted, check=partial(check_once, files=files))
+    check = partial(choose_forward, wanted=config.forward, check=partial(check_once, files=files))
     target = Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
     if config.logits == "float32":
         widen_logits(target)
-    if invariant:
+    if config.exact == "invariant":
         make_invariant(target)
     return target
 
