@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -17,8 +18,12 @@ from unittest import mock
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 
+from redrafter.export.custom_generate import vendored_files
+
 ROOT = Path(__file__).resolve().parent.parent
 _ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
+#: what DeepSpeed imports when it makes an engine: torch's compiler, for seconds
+_OF_DEEPSPEED = "deepspeed.runtime.zero.muon.original_muon"
 
 
 def training_argv(folder: Path, target: Path, settings: dict) -> Callable[..., list[str]]:
@@ -103,10 +108,14 @@ def ranks(
     port: int | None = None,
 ) -> list[Copy]:
     """A launcher's n processes as torchrun would start them, without anyone who looks after them.
+    What each of them would import or make from the library's text is there before.
 
     told: what accelerate tells its processes; what process i says goes to logs/rank-i.txt
     """
     logs.mkdir(parents=True, exist_ok=True)
+    vendored_files("recurrent")
+    if "ACCELERATE_USE_DEEPSPEED" in told:
+        import_module(_OF_DEEPSPEED)
     shared = {
         "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()),
