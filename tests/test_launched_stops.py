@@ -12,13 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT, free_port, quiet, training_argv
+from launching import ROOT, Launcher, free_port, quiet, training_argv
 
 from redrafter.cli.args import reports_input_errors
 from redrafter.training import checkpoint
 from redrafter.training.faults import Interruption
 
 STEPS = 4000
+SCRIPT = "train/redrafter.py"
 
 
 @pytest.fixture(autouse=True)
@@ -41,22 +42,26 @@ SETTINGS = {
 
 
 class Launched:
-    """`accelerate launch train/redrafter.py` in a terminal of its own, until it is stopped."""
+    """`accelerate launch train/redrafter.py` in a terminal of its own, until it is stopped.
 
-    def __init__(self, n: int, argv: list[str], log: Path):
+    real: programs that start from nothing, as a user's do; else copies of this process
+    """
+
+    def __init__(self, n: int, argv: list[str], log: Path, real: bool):
         several = ["--multi_gpu", "--num_processes", str(n)] if n > 1 else ["--num_processes", "1"]
-        command = [
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-            "--main_process_port", str(free_port()), *several,
-            str(ROOT / "train/redrafter.py"), *argv,
-        ]  # fmt: skip
-        self.log, (self.terminal, inner) = log, pty.openpty()
-        with open(log, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _IN_TERMINAL, *command], cwd=ROOT, stdin=inner, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-                env=quiet(ACCELERATE_USE_CPU="true"),
-            )  # fmt: skip
+        words = ["--main_process_port", str(free_port()), *several, str(ROOT / SCRIPT), *argv]
+        self.log, self.real, (self.terminal, inner) = log, real, pty.openpty()
+        if real:
+            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
+            with open(log, "w") as out:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _IN_TERMINAL, *command], cwd=ROOT, stdin=inner,
+                    stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=quiet(ACCELERATE_USE_CPU="true"),
+                )  # fmt: skip
+        else:
+            self.process = Launcher(words, inner, log, ACCELERATE_USE_CPU="true")
+            self.process.start()
         os.close(inner)
 
     def ready(self, checkpoints: Path, above: int) -> list[psutil.Process]:
@@ -66,7 +71,7 @@ class Launched:
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()
             time.sleep(0.02)
         trained = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in trained if any("train/redrafter.py" in word for word in p.cmdline())]
+        return [p for p in trained if not self.real or any(SCRIPT in word for word in p.cmdline())]
 
     def ended(self, trained: list[psutil.Process]) -> int:
         """The launcher's exit status, when all are gone."""
@@ -183,7 +188,7 @@ def test_a_run_that_is_asked_to_stop(n, how, status, tiny_target, folder):
     argv = training_argv(folder, tiny_target, SETTINGS)("out")
     checkpoints = folder / "out/checkpoints"
     before = max(checkpoint.all_steps(checkpoints), default=0)
-    launched = Launched(n, argv, folder / "said.txt")
+    launched = Launched(n, argv, folder / "said.txt", real=(n, how) == (2, "Ctrl-C"))
     try:
         trained = launched.ready(checkpoints, before)
         if how == "Ctrl-C":
