@@ -130,19 +130,21 @@ class Started(Copy):
 
 
 class Launcher(Copy):
-    """`accelerate launch`, the leader of a session in a terminal. The launchers' code is the real
-    one, torchrun's too; what they start are copies, which see its command line above them."""
+    """`accelerate launch`, the leader of a session, with a terminal or (as a scheduler's job) none.
+    The launchers' code is the real one, torchrun's too; what they start are copies, which see its
+    command line above them."""
 
-    def __init__(self, words: Sequence[str], terminal: int, log: Path, **env: str):
+    def __init__(self, words: Sequence[str], terminal: int | None, log: Path, **env: str):
         super().__init__(accelerate_cli.__file__, ["launch", *words], quiet(**env), log)
         self.daemon = False  # whoever is one starts no processes
         self.terminal = terminal
 
     def run(self) -> None:
         os.setsid()
-        fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
-        os.dup2(self.terminal, 0)
-        sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115  # not the test runner's
+        if self.terminal is not None:
+            fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
+            os.dup2(self.terminal, 0)
+            sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115  # not the test runner's
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         me, above = os.getpid(), psutil.Process.cmdline
 

@@ -42,12 +42,12 @@ SETTINGS = {
 
 
 class Launched:
-    """`accelerate launch train/redrafter.py` in a terminal of its own, until it is stopped.
+    """`accelerate launch train/redrafter.py` until it is stopped, in a terminal of its own or none.
 
-    real: programs that start from nothing, as a user's do; else copies of this process
+    real, in a terminal: programs that start from nothing, as a user's do; else copies of this one
     """
 
-    def __init__(self, n: int, argv: list[str], log: Path, real: bool):
+    def __init__(self, n: int, argv: list[str], log: Path, terminal: bool, real: bool):
         several = ["--multi_gpu", "--num_processes", str(n)] if n > 1 else ["--num_processes", "1"]
         words = ["--main_process_port", str(free_port()), *several, str(ROOT / SCRIPT), *argv]
         self.log, self.real, (self.terminal, inner) = log, real, pty.openpty()
@@ -60,7 +60,8 @@ class Launched:
                     env=quiet(ACCELERATE_USE_CPU="true"),
                 )  # fmt: skip
         else:
-            self.process = Launcher(words, inner, log, ACCELERATE_USE_CPU="true")
+            given = inner if terminal else None
+            self.process = Launcher(words, given, log, ACCELERATE_USE_CPU="true")
             self.process.start()
         os.close(inner)
 
@@ -148,16 +149,12 @@ def test_a_second_signal_later_ends_the_process(tmp_path):
 )
 def test_an_error_is_the_last_line_under_the_launcher_of_one_process(argv, says, tmp_path):
     rest = ["--target.path=x", "--data.source.path=x", f"--output_dir={tmp_path / 'x'}"]
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-        "--num_processes", "1", "train/redrafter.py", *argv, *rest,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=quiet(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {says}"), done.stderr
+    words, log = ["--num_processes", "1", str(ROOT / SCRIPT), *argv, *rest], tmp_path / "said.txt"
+    launched = Launcher(words, None, log, ACCELERATE_USE_CPU="true")
+    launched.start()
+    assert launched.wait(100) == -signal.SIGTERM, launched.said()
+    assert "Traceback" not in launched.said(), launched.said()
+    assert launched.said().splitlines()[-1].startswith(f"error: {says}"), launched.said()
 
 
 #: the session's leader takes the terminal and becomes the launcher
@@ -188,7 +185,8 @@ def test_a_run_that_is_asked_to_stop(n, how, status, tiny_target, folder):
     argv = training_argv(folder, tiny_target, SETTINGS)("out")
     checkpoints = folder / "out/checkpoints"
     before = max(checkpoint.all_steps(checkpoints), default=0)
-    launched = Launched(n, argv, folder / "said.txt", real=(n, how) == (2, "Ctrl-C"))
+    typed = how == "Ctrl-C"
+    launched = Launched(n, argv, folder / "said.txt", terminal=typed, real=typed and n == 2)
     try:
         trained = launched.ready(checkpoints, before)
         if how == "Ctrl-C":
