@@ -30,7 +30,10 @@ parts = [pathlib.Path(f).read_bytes() for f in ("pyproject.toml", "constraints.t
 print(hashlib.sha256(b"\0".join([*parts, os.getcwd().encode()])).hexdigest())')"
   if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
     echo "setup: installing redrafter into .venv (a minute or two)"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    # Half of the time would go into byte code, most of which is never used: Python makes what it is
+    # asked for.
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile \
+      -c constraints.txt -e '.[dev]'
     echo "$wanted" >"$stamp"
   fi
 }

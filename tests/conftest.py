@@ -1,5 +1,6 @@
 """Settings that must precede every import of torch and transformers, and shared fixtures."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped path fails at once, not after minutes of look-ups
@@ -21,6 +22,14 @@ from redrafter import products
 from redrafter.products import use_kernels
 
 torch.set_num_threads(1)
+gc.disable()  # until all tests are read, none of whose objects is garbage
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay, so no collection looks at them again, and no process copied from this one
+    copies its pages to count them."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -158,9 +158,22 @@ ERRORS = {
 }  # fmt: skip
 
 
+def loads_once(cls: type) -> None:
+    """transformers reads, copies and imports a folder's code at every call: here at the first."""
+    load, loaded = cls.load_custom_generate, {}
+
+    def once(self, folder, **options):
+        if folder not in loaded:
+            loaded[folder] = load(self, folder, **options)
+        return loaded[folder]
+
+    cls.load_custom_generate = once
+
+
 class User:
     def __init__(self, model: Path, head: Path):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        loads_once(type(self.model))
         self.model.generation_config.eos_token_id = EOS
         self.model.generation_config.pad_token_id = PAD
         # A random head is right by chance: 8 of 48 tokens a level make every branch occur.

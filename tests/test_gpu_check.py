@@ -33,8 +33,9 @@ def script():
 
 
 @pytest.fixture
-def toy(script, tiny_target, published_run, tmp_path):
+def toy(script, tiny_target, published_run, tmp_path, monkeypatch):
     """Runs it and returns (exit status, the file it wrote)."""
+    monkeypatch.setattr(script, "_PROBE_S", 0.05)
     (tmp_path / "large").mkdir()
     (tmp_path / "large/config.json").write_text(json.dumps(SHAPE))
 
@@ -86,6 +87,7 @@ PathFinder.find_spec = staticmethod(
 )
 sys.path.insert(0, sys.argv[1])
 import gpu_check
+gpu_check._PROBE_S = 0.05
 sys.exit(gpu_check.main(sys.argv[2:]))
 """
 

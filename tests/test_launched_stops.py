@@ -12,13 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ROOT, free_port, quiet, training_argv
+from launching import ROOT, Launcher, free_port, quiet, training_argv
 
 from redrafter.cli.args import reports_input_errors
 from redrafter.training import checkpoint
 from redrafter.training.faults import Interruption
 
 STEPS = 4000
+SCRIPT = "train/redrafter.py"
 
 
 @pytest.fixture(autouse=True)
@@ -41,22 +42,27 @@ SETTINGS = {
 
 
 class Launched:
-    """`accelerate launch train/redrafter.py` in a terminal of its own, until it is stopped."""
+    """`accelerate launch train/redrafter.py` until it is stopped, in a terminal of its own or none.
 
-    def __init__(self, n: int, argv: list[str], log: Path):
+    real, in a terminal: programs that start from nothing, as a user's do; else copies of this one
+    """
+
+    def __init__(self, n: int, argv: list[str], log: Path, terminal: bool, real: bool):
         several = ["--multi_gpu", "--num_processes", str(n)] if n > 1 else ["--num_processes", "1"]
-        command = [
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-            "--main_process_port", str(free_port()), *several,
-            str(ROOT / "train/redrafter.py"), *argv,
-        ]  # fmt: skip
-        self.log, (self.terminal, inner) = log, pty.openpty()
-        with open(log, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _IN_TERMINAL, *command], cwd=ROOT, stdin=inner, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-                env=quiet(ACCELERATE_USE_CPU="true"),
-            )  # fmt: skip
+        words = ["--main_process_port", str(free_port()), *several, str(ROOT / SCRIPT), *argv]
+        self.log, self.real, (self.terminal, inner) = log, real, pty.openpty()
+        if real:
+            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
+            with open(log, "w") as out:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _IN_TERMINAL, *command], cwd=ROOT, stdin=inner,
+                    stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=quiet(ACCELERATE_USE_CPU="true"),
+                )  # fmt: skip
+        else:
+            given = inner if terminal else None
+            self.process = Launcher(words, given, log, ACCELERATE_USE_CPU="true")
+            self.process.start()
         os.close(inner)
 
     def ready(self, checkpoints: Path, above: int) -> list[psutil.Process]:
@@ -66,7 +72,7 @@ class Launched:
             assert time.monotonic() < deadline and self.process.poll() is None, self.said()
             time.sleep(0.02)
         trained = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in trained if any("train/redrafter.py" in word for word in p.cmdline())]
+        return [p for p in trained if not self.real or any(SCRIPT in word for word in p.cmdline())]
 
     def ended(self, trained: list[psutil.Process]) -> int:
         """The launcher's exit status, when all are gone."""
@@ -143,16 +149,12 @@ def test_a_second_signal_later_ends_the_process(tmp_path):
 )
 def test_an_error_is_the_last_line_under_the_launcher_of_one_process(argv, says, tmp_path):
     rest = ["--target.path=x", "--data.source.path=x", f"--output_dir={tmp_path / 'x'}"]
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-        "--num_processes", "1", "train/redrafter.py", *argv, *rest,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=quiet(ACCELERATE_USE_CPU="true"), capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {says}"), done.stderr
+    words, log = ["--num_processes", "1", str(ROOT / SCRIPT), *argv, *rest], tmp_path / "said.txt"
+    launched = Launcher(words, None, log, ACCELERATE_USE_CPU="true")
+    launched.start()
+    assert launched.wait(100) == -signal.SIGTERM, launched.said()
+    assert "Traceback" not in launched.said(), launched.said()
+    assert launched.said().splitlines()[-1].startswith(f"error: {says}"), launched.said()
 
 
 #: the session's leader takes the terminal and becomes the launcher
@@ -183,7 +185,8 @@ def test_a_run_that_is_asked_to_stop(n, how, status, tiny_target, folder):
     argv = training_argv(folder, tiny_target, SETTINGS)("out")
     checkpoints = folder / "out/checkpoints"
     before = max(checkpoint.all_steps(checkpoints), default=0)
-    launched = Launched(n, argv, folder / "said.txt")
+    typed = how == "Ctrl-C"
+    launched = Launched(n, argv, folder / "said.txt", terminal=typed, real=typed and n == 2)
     try:
         trained = launched.ready(checkpoints, before)
         if how == "Ctrl-C":

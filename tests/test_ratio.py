@@ -5,8 +5,10 @@ distribution. So the exact law of their output follows from the thresholds, whic
 bisection *through* `verify_ratio`: no formula of the rules is repeated here.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,9 +32,20 @@ def law(seed: int, peak: float = 2.0, zeros: int = 0) -> torch.Tensor:
     return scores.softmax(0)
 
 
-def threshold(holds: Callable[[torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
-    """(rows,) float64: where `holds(u)`, true for small u, becomes false."""
-    low, high = torch.zeros(rows).double(), torch.ones(rows).double()
+def repeated(tree: TokenTree, n: int) -> TokenTree:
+    """Its rows n times over."""
+    draws = replace(
+        tree.draws, order=tree.draws.order.repeat(n, 1, 1),
+        log_q=None if tree.draws.log_q is None else tree.draws.log_q.repeat(n, 1, 1, 1),
+        source=None if tree.draws.source is None else tree.draws.source.repeat(n, 1, 1),
+    )  # fmt: skip
+    rows = {name: getattr(tree, name).repeat(n, 1) for name in ("tokens", "parent", "depth")}
+    return replace(tree, **rows, valid=tree.valid.repeat(n, 1), draws=draws)
+
+
+def thresholds(holds: Callable[[torch.Tensor], torch.Tensor], shape: tuple) -> torch.Tensor:
+    """float64 of the shape: where `holds(u)`, true for small u, becomes false, each by itself."""
+    low, high = torch.zeros(shape).double(), torch.ones(shape).double()
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         yes = holds(middle.clamp(LOW, HIGH))
@@ -40,45 +53,42 @@ def threshold(holds: Callable[[torch.Tensor], torch.Tensor], rows: int) -> torch
     return (low + high) / 2
 
 
-def step_law(verdict_of, rows: int, nodes: torch.Tensor, depth: int, u: torch.Tensor):
+def step_law(
+    scores: torch.Tensor, tree: TokenTree, max_depth: int, rule: str, nodes: torch.Tensor,
+    depth: int, u: torch.Tensor,
+):  # fmt: skip
     """The law of what happens at one depth. u: (rows, K+1, R+1) leads the walk to that depth.
-    nodes: (rows, R), the node of every draw there; draws have nodes of their own.
+    nodes: (rows, n), the node of every draw there; draws have nodes of their own.
 
-    Returns (rows, R) chances that the r-th draw is the one accepted, and (rows, V) that none is and
+    Returns (rows, n) chances that the r-th draw is the one accepted, and (rows, V) that none is and
     the token is drawn: together they sum to 1.
     """
-    u, left, n_rounds = u.clone(), torch.ones(rows).double(), nodes.shape[1]
-    u[:, depth, :n_rounds] = HIGH
-    taken = []
+    rows, n_rounds = nodes.shape
+    # A draw is tested only where all before it were rejected: those are at HIGH. Of what is left,
+    # the last token's share ends at 1.
+    varied = [*range(n_rounds), *[-1] * (V - 1)]
+    u = u.repeat(len(varied), 1, 1).view(len(varied), *u.shape)
+    u[:, :, depth, :n_rounds] = HIGH
+    scores, tree = scores.repeat(len(varied), 1, 1), repeated(tree, len(varied))
+    below = torch.arange(V - 1)[:, None]
 
-    def accepts(r):
-        def holds(x):
-            # A draw is tested only where all before it were rejected: those are at HIGH.
-            test = u.clone()
-            test[:, depth, r] = x
-            got = verdict_of(test)
-            return (got.count > depth) & (got.path[:, depth + 1] == nodes[:, r])
+    def holds(x):
+        for test, column, value in zip(u, varied, x, strict=True):
+            test[:, depth, column] = value
+        got = verify_ratio(scores, tree, u.flatten(0, 1), max_depth, rule)
+        count, tokens = got.count.view(-1, rows), got.tokens[:, depth].view(-1, rows)
+        child = got.path[:, min(depth + 1, max_depth)].view(-1, rows)[:n_rounds]
+        accepted = (count[:n_rounds] > depth) & (child == nodes.T)
+        assert (tokens < V).all()
+        return torch.cat([accepted, tokens[n_rounds:] <= below])
 
-        return holds  # fmt: skip
-
-    for r in range(n_rounds):
-        # Where an earlier draw is certain, this one is never reached: `left` is 0 there.
-        a = threshold(accepts(r), rows)
-        taken.append(left * a)
-        left = left * (1 - a)
-    drawn = []
-    for v in range(V):
-
-        def below(x, v=v):
-            test = u.clone()
-            test[:, depth, -1] = x
-            return verdict_of(test).tokens[:, depth] <= v
-
-        drawn.append(threshold(below, rows))  # fmt: skip
-    drawn = torch.stack(drawn, 1)
+    found = thresholds(holds, (len(varied), rows)).T
+    # Where an earlier draw is certain, a later one is never reached: `left` is 0 there.
+    rejected = (1 - found[:, :n_rounds]).cumprod(1)
+    left = torch.cat([torch.ones(rows, 1).double(), rejected], 1)
+    drawn = torch.cat([found[:, n_rounds:], torch.ones(rows, 1).double()], 1)
     mass = torch.diff(drawn, dim=1, prepend=torch.zeros(rows, 1).double())
-    taken = torch.stack(taken, 1) if taken else torch.zeros(rows, 0).double()
-    return taken, mass * left[:, None]
+    return left[:, :-1] * found[:, :n_rounds], mass * left[:, -1:]
 
 
 def all_draws(mode: str, qs: list[torch.Tensor]) -> tuple[list[tuple[int, ...]], torch.Tensor]:
@@ -114,10 +124,8 @@ def first_token_law(tree: TokenTree, weight, p: torch.Tensor, rule: str):
     """Exact (V,) law of the first token over weighted rows, and the chance of acceptance."""
     rows, rounds = len(weight), tree.draws.order.shape[2]
     scores = p.log().expand(rows, tree.n_nodes, -1)
-    taken, drawn = step_law(
-        lambda u: verify_ratio(scores, tree, u, 1, rule), rows, tree.draws.order[:, 0], 0,
-        torch.full((rows, 2, rounds + 1), 0.5).double(),
-    )  # fmt: skip
+    u = torch.full((rows, 2, rounds + 1), 0.5).double()
+    taken, drawn = step_law(scores, tree, 1, rule, tree.draws.order[:, 0], 0, u)
     token = tree.tokens.gather(1, tree.draws.order[:, 0].clamp(min=0))
     out = drawn.clone().scatter_add_(1, token, taken)
     return (weight[:, None] * out).sum(0), float((weight * taken.sum(1)).sum())
@@ -190,56 +198,54 @@ def test_guesses_have_q_one(guess):
 @pytest.mark.parametrize(("mode", "rule"), [("iid", "ratio"), ("without_replacement", "ratio"),
                                             ("iid", "kseq")])  # fmt: skip
 def test_two_levels(mode, rule):
-    """Two draws, then two below each of them: the law of both tokens, and of the third where the
-    walk reaches a leaf. Every node has distributions of its own."""
+    """Two draws, then two below the first and one below the second: the law of both tokens, and of
+    the third where the walk reaches a leaf. Every node has distributions of its own."""
     p0, q0 = law(1), law(2)
     q1 = torch.stack([law(20 + x) for x in range(V)])
     p1 = torch.stack([law(40 + x) for x in range(V)])
     lists, weight = all_draws(mode, [q0, q0])
-    below = {x: all_draws(mode, [q1[x], q1[x]]) for x in range(V)}
+    two, one = ([all_draws(mode, [q1[x]] * n) for x in range(V)] for n in (2, 1))
     rows, w = [], []
     for xs, wx in zip(lists, weight, strict=True):
-        for i, j in itertools.product(range(len(below[xs[0]][0])), range(len(below[xs[1]][0]))):
-            rows.append((xs, below[xs[0]][0][i], below[xs[1]][0][j]))
-            w.append(float(wx * below[xs[0]][1][i] * below[xs[1]][1][j]))
+        first, second = (list(zip(*d, strict=True)) for d in (two[xs[0]], one[xs[1]]))
+        for (left, wl), (right, wr) in itertools.product(first, second):
+            rows.append((xs, left, right))
+            w.append(float(wx * wl * wr))
     w = torch.tensor(w, dtype=torch.float64)
     assert float(w.sum()) == pytest.approx(1, abs=1e-12)
-    # Nodes: root, two children, two below each.
+    # Nodes: root, two children, two below the one and one below the other.
     tokens = [[0, *xs, *left, *right] for xs, left, right in rows]
-    order = torch.tensor([[1, 2], [3, 4], [5, 6]] + [[-1, -1]] * 4).expand(len(rows), -1, -1)
+    order = torch.tensor([[1, 2], [3, 4], [5, -1]] + [[-1, -1]] * 3).expand(len(rows), -1, -1)
     log_q = [torch.stack([q0, q1[xs[0]], q1[xs[1]]]).log() for xs, _, _ in rows]
-    log_p = [torch.stack([p0, p1[xs[0]], p1[xs[1]], *[law(60)] * 4]).log() for xs, _, _ in rows]
-    tree = make_tree(tokens, [0, 0, 0, 1, 1, 2, 2])
+    log_p = [torch.stack([p0, p1[xs[0]], p1[xs[1]], *[law(60)] * 3]).log() for xs, _, _ in rows]
+    tree = make_tree(tokens, [0, 0, 0, 1, 1, 2])
     tree.draws = Draws(order, mode, torch.stack(log_q)[:, :, None])
     scores, n = torch.stack(log_p), len(rows)
-
-    def run(u):
-        return verify_ratio(scores, tree, u, 2, rule)
-
+    walk = functools.partial(step_law, scores, tree, 2, rule)
     u = torch.full((n, 3, 3), 0.5).double()
-    taken, drawn = step_law(run, n, order[:, 0], 0, u)
+    taken, drawn = walk(order[:, 0], 0, u)
     pair = torch.zeros(V, V).double()
     ended = (w[:, None] * drawn).sum(0)  # stopped at depth 0: one token only
     for r in range(2):
         lead = u.clone()
         lead[:, 0, :r], lead[:, 0, r] = HIGH, LOW
         reached = w * taken[:, r]
-        got = run(lead)
+        got = verify_ratio(scores, tree, lead, 2, rule)
         x = tree.tokens[:, 1 + r]
         live = reached > 1e-8  # thresholds are known to 6e-11
         assert (got.count >= 1)[live].all() and torch.equal(got.tokens[live, 0], x[live])
         child = order[:, 1 + r]
-        below_taken, below_drawn = step_law(run, n, child, 1, lead)
-        second = below_drawn.scatter_add(1, tree.tokens.gather(1, child), below_taken)
+        below_taken, below_drawn = walk(child, 1, lead)
+        token = tree.tokens.gather(1, child.clamp(min=0))
+        second = below_drawn.scatter_add(1, token, below_taken)
         pair.index_add_(0, x, reached[:, None] * second)
     first = ended + pair.sum(1)
     torch.testing.assert_close(first, p0, rtol=0, atol=1e-8)
     torch.testing.assert_close(pair / pair.sum(1, keepdim=True), p1, rtol=0, atol=1e-8)
     # At a leaf the next token is the target's own.
     lead = torch.full((n, 3, 3), LOW).double()
-    full = run(lead).count == 2
-    assert full.all()
-    _, leaf = step_law(run, n, order[:, 3, :0], 2, lead)
+    assert (verify_ratio(scores, tree, lead, 2, rule).count == 2).all()
+    _, leaf = walk(order[:, 3, :0], 2, lead)
     torch.testing.assert_close(leaf, law(60).expand(n, -1), rtol=0, atol=1e-9)
 
 

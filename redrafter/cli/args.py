@@ -33,6 +33,7 @@ from redrafter.processes import (
 )
 
 Config = TypeVar("Config")
+_HELPS = {"-h", "--help", "--help-all"}
 _LINE = 100  # of what is written to be read line by line
 
 
@@ -123,8 +124,8 @@ def parse(
     refuse: raises InputError for what is known to be wrong before anything heavy is imported
     """
     words = _words(cls, argv, plan is not None)
-    parser = _parser_of(cls, prog, description, names is not None, plan is not None)
-    parser.teach(first)
+    make = _parser_of.__wrapped__ if _HELPS & set(words) else _parser_of  # helping changes it
+    parser = make(cls, typed(prog), description, names is not None, plan is not None, tuple(first))
     if names is not None and "--list" in words:
         _list(names)
     config, planned, wanted = _read(parser, cls, words)
@@ -153,9 +154,12 @@ def _words(cls: type, argv: Sequence[str] | None, plans: bool) -> list[str]:
     return words
 
 
-def _parser_of(cls: type, prog: str, description: str | None, lists: bool, plans: bool) -> _Parser:
+@functools.cache  # a process may run a command often
+def _parser_of(
+    cls: type, prog: str, description: str | None, lists: bool, plans: bool, first: tuple[str, ...]
+) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=typed(prog), description=description, formatter_class=_Formatter)
+    parser = _Parser(prog=prog, description=description, formatter_class=_Formatter)
     parser.add_argument("--config", action="config", help="YAML file with any of the values below.")
     parser.add_class_arguments(cls)
     if lists:
@@ -163,6 +167,7 @@ def _parser_of(cls: type, prog: str, description: str | None, lists: bool, plans
     if plans:
         parser.add_argument("--plan", action="store_true", help=_PLAN_HELP)
         parser.add_class_arguments(PlanConfig, "plan_for")
+    parser.teach(first)
     return parser
 
 

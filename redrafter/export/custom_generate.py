@@ -13,6 +13,7 @@ the exported head's kind, so that no other kind travels along. Source: ours.
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ def write_custom_generate(folder: str | Path) -> Path:
     return place
 
 
+@functools.cache  # the library is what this process has imported
 def vendored_files(kind: str) -> dict[str, str]:
     """File name -> text of all of `custom_generate/`, for a head of that kind."""
     cls = head_class(kind)
