@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from redrafter.contracts import InputError
 from redrafter.evaluation import charts
 from redrafter.evaluation.methods import build_method
 from redrafter.evaluation.models import load_resources, prompts_to_count
-from redrafter.evaluation.pictures import save_figure
+from redrafter.evaluation.pictures import save_pictures
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
 from redrafter.evaluation.report import (
     described_prompts,
@@ -146,10 +147,10 @@ def write_table(out: Path, bodies: Mapping[str, dict[str, Any]]) -> None:
     """OUT/table.md and the pictures; prints the table."""
     text = "\n\n".join(markdown(title, body) for title, body in bodies.items()) + "\n"
     write_text(out / "table.md", text)
-    for name, draw in (
-        ("speedup", charts.speedup_chart),
-        ("tokens", charts.tokens_chart),
-        ("acceptance", charts.acceptance_chart),
-    ):
-        save_figure(draw(bodies), out / name)
     print(text)
+    drawn = {
+        "speedup": charts.speedup_chart,
+        "tokens": charts.tokens_chart,
+        "acceptance": charts.acceptance_chart,
+    }
+    save_pictures({out / name: partial(draw, bodies) for name, draw in drawn.items()})

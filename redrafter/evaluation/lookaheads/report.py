@@ -4,11 +4,12 @@ temperature: what `lookaheads.summary` made of it, and where it was measured."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redrafter.evaluation.lookaheads.cases import Case
-from redrafter.evaluation.pictures import new_figure, save_figure
+from redrafter.evaluation.pictures import new_figure, save_pictures
 from redrafter.evaluation.report import markdown_table, measured_on, with_interval
 from redrafter.files import write_text
 
@@ -222,14 +223,13 @@ def write_report(out: Path, cases: Sequence[Case], bodies: Bodies) -> None:
     tables = [overview(bodies), *(markdown(title, body) for title, body in bodies.items())]
     text = "\n\n".join(tables) + "\n"
     write_text(out / "table.md", text)
+    print(text)
     pictures = {
-        "ratio": ratio_chart(bodies),
-        "lengths": lengths_chart(bodies),
-        "reliability": reliability_chart(bodies),
+        out / "ratio": partial(ratio_chart, bodies),
+        out / "lengths": partial(lengths_chart, bodies),
+        out / "reliability": partial(reliability_chart, bodies),
     }
     for case in cases:
-        pictures[f"steps-{case.file.stem}"] = steps_chart(case.title, bodies[case.title])
-    for name, figure in pictures.items():
-        if figure is not None:
-            save_figure(figure, out / name)
-    print(text)
+        draw = partial(steps_chart, case.title, bodies[case.title])
+        pictures[out / f"steps-{case.file.stem}"] = draw
+    save_pictures(pictures)
