@@ -37,7 +37,7 @@ from redrafter.processes import (
 
 Config = TypeVar("Config")
 _LINE = 100  # of what is written to be read line by line
-_SCREEN = 25  # options that a help text may explain at once
+_SCREEN = 20  # options that a help text may explain at once
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -81,7 +81,8 @@ class _Parser(ArgumentParser):
             "--help-all", action=_All, nargs=0, default=argparse.SUPPRESS,
             help=f"Explain all {n} options.",
         )  # fmt: skip
-        named = set() if first else known & set(re.findall(r"--[\w.]+", told))
+        words = () if first else re.findall(r"--[\w.]+", told)
+        named = {k for word in words for k in known if f"{word}.".startswith(f"{k}.")}
         always = ("config", "help", "help-all", "plan", "list")
         self.first = [*named, *(f"--{name}" for name in (*first, *must, *always))]
 
@@ -181,10 +182,7 @@ def parse(
     if planned:
         show_plan(plan, config, wanted)
         raise SystemExit(0)
-    if refuse is not None:
-        refuse(config)
-    look(config)
-    _meet(config, prog, alone)
+    _settle(config, prog, alone, refuse)
     return config
 
 
@@ -233,8 +231,14 @@ def _list(names: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _meet(config: object, prog: str, alone: bool) -> None:
-    """The other processes of the launch, where there are any and the command works in several."""
+def _settle(
+    config: Config, prog: str, alone: bool, refuse: Callable[[Config], None] | None
+) -> None:
+    """What is known to be wrong; then meet the other processes of the launch, where there are any
+    and the command works in several."""
+    if refuse is not None:
+        refuse(config)
+    look(config)
     if alone:
         check_alone(prog)
     elif launched() == 1:

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int | None:
     sys.argv[0] = f"{program} {shown(name)}"
     try:
         if name != "train" and asks(args[1:]):
-            return import_module("redrafter.cli.train").launch(name, args[1:])
+            return import_module("redrafter.cli.train").launch([name, *args[1:]])
         return subcommand.main(args[1:])
     finally:
         sys.argv[0] = program

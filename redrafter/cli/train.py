@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @reports_input_errors
-def launch(name: str, words: Sequence[str]) -> int:
-    """Becomes accelerate's launcher of another subcommand."""
-    become(["redrafter.cli.main", name], words)
+def launch(words: Sequence[str]) -> int:
+    """Becomes accelerate's launcher of another subcommand, the first of the words."""
+    become(["redrafter.cli.main", words[0]], words[1:])
 
 
 def become(module: Sequence[str], words: Sequence[str]) -> NoReturn:
