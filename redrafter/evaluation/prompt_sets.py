@@ -64,6 +64,13 @@ def measure(
     return body
 
 
+_LEGEND = """\
+tokens/step: per forward of the target. x: speed of whole generations, over model.generate (stock)
+and over the best plain loop. bound: the latter as the measured costs allow it with these tokens per
+step; efficiency: the part of it that was reached. = plain: texts equal to plain's. The last column:
+where the time after the prefill went."""
+
+
 def show(body: dict[str, Any]) -> str:
     """One line per method, then what they have in common."""
     columns = ["method", "tokens/step", "x stock", "x best plain", "bound", "efficiency",
@@ -87,7 +94,7 @@ def show(body: dict[str, Any]) -> str:
     lines = [table(columns, rows), ""]
     columns, rows = engine_table(body)
     lines += [table(columns, rows), ""] if rows else []
-    exact = {True: "yes", False: "NO: see eval/lossless.py for why", None: "nothing drafted"}
+    exact = {True: "yes", False: "NO: `redrafter lossless` says why", None: "nothing drafted"}
     share = body["loop_share"]
     lines.append(
         f"exact: {exact[body['exact']]}; loop share of plain text: "
@@ -102,7 +109,7 @@ def show(body: dict[str, Any]) -> str:
         lines.append("(in brackets): sampled by a rule of its own: plain's law, but another text")
     if "bigram_counted_on" in body:
         lines.append(f"bigrams counted on: {body['bigram_counted_on']}")
-    return "\n".join(lines + [f"warning: {w}" for w in body["warnings"]])
+    return "\n".join([*lines, "", _LEGEND, *(f"warning: {w}" for w in body["warnings"])])
 
 
 # ----------------------------------------------------------------------------------- several sets

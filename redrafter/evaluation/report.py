@@ -140,7 +140,7 @@ def measured_on(facts: dict[str, Any]) -> str:
 def write_result(
     path: str | None, config: Any, target: Target, body: dict[str, Any], head: Any = None
 ) -> None:
-    """Write a result beside everything that it depends on; nothing where `path` is None.
+    """Write a result beside all that it depends on, and say so; nothing where `path` is None.
 
     head: the `DraftHead` that was measured, if one was
     """
@@ -160,6 +160,7 @@ def write_result(
         device=device_name(target.device),
     )
     write_json(path, _finite(plain_values({**body, "provenance": facts})))
+    print(f"{path}: written", flush=True)
 
 
 def read_result(file: Path, config: Any, fingerprint: str, command: str) -> dict[str, Any] | None:
