@@ -7,27 +7,29 @@ from typing import Any
 
 from tqdm import tqdm
 
+_FIRST_S = 10.0  # until the first line
 _LOG_S = 30.0  # between two lines
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
 
 
 class Bar(tqdm):
     """tqdm, which draws its bar by returning to the line's beginning; where the error output is no
-    terminal that leaves fragments, so there it writes whole lines: one every half minute, and one
-    at the end, unless it is not to stay (`leave=False`) and was done before the first."""
+    terminal that leaves fragments, so there it writes whole lines: one after ten seconds, then every
+    half minute, and one at the end, unless it is not to stay (`leave=False`) and was done before
+    the first."""
 
     def __init__(self, *args: Any, **options: Any):
         self.lines = options.get("file") is None and not sys.stderr.isatty()
         self.shown = False
         if self.lines:
-            options = {"mininterval": _LOG_S, "maxinterval": _LOG_S, "miniters": 1,
+            options = {"mininterval": _FIRST_S, "maxinterval": _LOG_S, "miniters": 1,
                        "bar_format": _LINE, "delay": 1e-9, **options}  # fmt: skip
         super().__init__(*args, **options)
 
     def display(self, *args: Any, **options: Any) -> Any:
         if not self.lines:
             return super().display(*args, **options)
-        self.shown = True
+        self.shown, self.mininterval = True, _LOG_S
         self.fp.write(f"{self}\n")
         self.fp.flush()
         return True

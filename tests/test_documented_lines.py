@@ -12,6 +12,7 @@ import pytest
 
 from redrafter.cli import args
 from redrafter.cli.main import SUBCOMMANDS
+from redrafter.cli.train import split
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +29,8 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        if "&&" in words:  # the last of them is ours
+            words = words[len(words) - words[::-1].index("&&") :]
         while words and "=" in words[0] and not words[0].startswith("-"):
             words.pop(0)  # VARIABLE=value
         if words and words[0] in ("python", "accelerate", "redrafter") and "..." not in words:
@@ -49,6 +52,8 @@ def start_of(words: list[str]) -> tuple[str, list[str]] | None:
     """(module of redrafter.cli, its arguments); None for what is no command of ours."""
     if words[0] == "redrafter":
         name = words[1].replace("-", "_")
+        if name == "train":
+            return "train_redrafter", split(words[2:])[1]
         return (name, words[2:]) if name in SUBCOMMANDS else None
     scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
     match = LAUNCHES.search((ROOT / words[scripts[0]]).read_text()) if scripts else None

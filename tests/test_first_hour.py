@@ -240,6 +240,18 @@ def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
     assert "\r" in lines(monkeypatch, terminal=True)
 
 
+def test_a_log_hears_soon_that_work_goes_on_and_then_seldom(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("redrafter.bars._FIRST_S", 0.0)
+    with Bar(total=9, desc="rows", unit="row") as bar:
+        for _ in range(9):
+            bar.update()
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == [
+        "rows: 1 of 9 rows", "rows: 9 of 9 rows"
+    ]  # fmt: skip
+
+
 def test_a_bar_that_need_not_stay_leaves_no_line_where_it_was_short(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)

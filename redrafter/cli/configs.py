@@ -35,7 +35,7 @@ def serve(what: str, argv: Sequence[str] | None) -> int:
     if given.what == "list":
         print(listed(what))
     elif given.what == "copy" and given.name is None:
-        print(f"{copy_all(what)}: {len(names(what))} files written")
+        print(f"{copy_all(what)}: {len(names(what))} files are here")
     elif given.name is None:
         raise InputError(f"{given.what}: name a file; `redrafter {what} list` has them")
     elif given.what == "show":
@@ -74,6 +74,8 @@ def copy(file: Path, to: Path) -> Path:
 def copy_all(what: str) -> Path:
     """Every file, in a folder of that name here. Raises InputError where it is there already."""
     place = Path(what)
+    if place.resolve() == folder(what).resolve():
+        return place  # a clone's own
     if place.exists():
         raise InputError(f"{place} exists: copy single files of `redrafter {what} list`")
     with new_folder(place) as part:

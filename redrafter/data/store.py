@@ -244,8 +244,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _inside(folder: str | Path) -> str:
     """Which stores lie in a folder that is none, as a training's `data` has several."""
-    found = sorted(path.parent.name for path in Path(folder).glob("*/manifest.json"))
-    return f", but some in it: give one of {', '.join(found)}" if found else "; is the path right?"
+    found = sorted(path.parent for path in Path(folder).glob("*/manifest.json"))
+    named = (f"{path} ({Store(path).counts['rows']} rows)" for path in found)
+    return f", but some in it: give one of {', '.join(named)}" if found else "; is the path right?"
 
 
 class Store:
