@@ -14,9 +14,9 @@ _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed}, {remaining} to go, {
 
 class Bar(tqdm):
     """tqdm, which draws its bar by returning to the line's beginning; where the error output is no
-    terminal that leaves fragments, so there it writes whole lines: one after ten seconds, then every
-    half minute, and one at the end, unless it is not to stay (`leave=False`) and was done before
-    the first."""
+    terminal that leaves fragments, so there it writes whole lines: one after ten seconds, others
+    every half minute, and one at the end, unless it is not to stay (`leave=False`) and was done
+    before the first."""
 
     def __init__(self, *args: Any, **options: Any):
         self.lines = options.get("file") is None and not sys.stderr.isatty()
