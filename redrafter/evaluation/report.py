@@ -124,10 +124,16 @@ def markdown(title: str, body: dict[str, Any]) -> str:
         f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
         "prompts; in brackets: plain's law by a rule of its own, another text. "
-        f"{measured_on(facts)}, commit "
-        f"{str(facts.get('git_commit'))[:10]}.",
+        f"{measured_on(facts)}, {measured_by(facts)}.",
         *(f"Warning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip
+
+
+def measured_by(facts: dict[str, Any]) -> str:
+    """The code that measured: its commit; of an installed wheel, which knows none, the version."""
+    if facts.get("git_commit"):
+        return f"commit {facts['git_commit'][:10]}"
+    return f"redrafter {facts.get('versions', {}).get('redrafter', 'of an unknown version')}"
 
 
 def measured_on(facts: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from redrafter.evaluation.lookaheads.cases import Case
 from redrafter.evaluation.pictures import new_figure, save_pictures
-from redrafter.evaluation.report import markdown_table, measured_on, with_interval
+from redrafter.evaluation.report import markdown_table, measured_by, measured_on, with_interval
 from redrafter.files import write_text
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
         "Forward costs: of every step, the forward over the tree that was verified, the start of "
         f"the draft and the levels drafted, {measured}, without the lookahead's "
         "own time; share of the oracle's gain by them. Clock: after the prefill. "
-        f"{measured_on(facts)}, commit "
-        f"{str(facts.get('git_commit'))[:10]}.",
+        f"{measured_on(facts)}, {measured_by(facts)}.",
         *(f"\nWarning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip
 
