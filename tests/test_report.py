@@ -13,7 +13,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from redrafter.cli.check_store import main as check_store
 from redrafter.cli.main import SUBCOMMANDS
-from redrafter.evaluation.report import measured_by
 from redrafter.cli.report import main as report
 from redrafter.data.answers import generation_config
 from redrafter.decode.plain import plain
@@ -21,7 +20,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
-from redrafter.evaluation.report import with_interval
+from redrafter.evaluation.report import measured_by, with_interval
 from redrafter.files import write_json
 from redrafter.generation import load_strategy
 from redrafter.report.curves import read_logs
