@@ -63,8 +63,7 @@ def places(config: object, above: str = "", here: bool = False) -> Iterator[tupl
             name = f"{above}.{field.name}" if above else field.name
             yield from places(getattr(config, field.name), name, field.name in _PLACES)
     elif isinstance(config, Mapping) and here:
-        for key, value in config.items():
-            yield from places(value, f"{above}.{key}", here)
+        yield from ((f"{above}.{key}", v) for key, v in config.items() if isinstance(v, str))
     elif isinstance(config, (list, tuple)) and here:
         for value in config:
             yield from places(value, above, here)
