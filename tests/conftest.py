@@ -26,6 +26,14 @@ def _own_cache(tmp_path_factory) -> None:
     os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def files_unseen(monkeypatch) -> None:
+    """Commands do not look at first whether the files that they are given are there."""
+    from redrafter.cli import args
+
+    monkeypatch.setattr(args, "look", lambda config: None)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
     """once(name, make): a folder that `make` fills, once per test run: the first worker of
