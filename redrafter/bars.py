@@ -44,7 +44,7 @@ class Bar(tqdm):
     def close(self) -> None:
         if self.lines and not self.disable:
             self.disable = True  # tqdm's own end of a line is not needed
-            if self.leave or self.shown:
+            if self.shown or (self.leave and self.n > self.initial):
                 self.display()
             self._decr_instances(self)
         else:

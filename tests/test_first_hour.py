@@ -250,6 +250,10 @@ def test_a_log_hears_soon_that_work_goes_on_and_then_seldom(monkeypatch):
     assert [line.split(",")[0] for line in out.getvalue().splitlines()] == [
         "rows: 1 of 9 rows", "rows: 9 of 9 rows"
     ]  # fmt: skip
+    out.truncate(0)
+    with Bar(total=9, initial=9, desc="rows", unit="row"):
+        pass
+    assert not out.getvalue(), "nothing was left to do, and no rate is known"
 
 
 def test_a_bar_that_need_not_stay_leaves_no_line_where_it_was_short(monkeypatch):
