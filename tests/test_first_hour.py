@@ -126,6 +126,10 @@ def test_a_wrong_key_names_its_file_and_the_key_that_was_meant(tmp_path):
     assert "torn.yaml is no YAML (" in wrong and wrong.count("\n") == 1
     _, wrong = at_once("train_redrafter", *argv, "--data.source.format", "autos")
     assert wrong.startswith("error: data.source.format: expected one of 'auto', ")
+    _, wrong = at_once("train_redrafter", *argv, "--data.source.pth", "x")
+    assert wrong.startswith("error: Option 'data.source.pth' is not accepted; did you mean --data.")
+    _, wrong = at_once("speed", "--target.path", "x", "--allow_other_target", "perhaps")
+    assert "allow_other_target: expected one of bool, 'merged', not perhaps" in wrong
 
 
 def test_a_file_that_is_not_there_is_refused_at_once_with_one_like_it(tmp_path):

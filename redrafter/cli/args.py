@@ -99,7 +99,7 @@ class _Parser(ArgumentParser):
 
     def whole(self, message: str) -> str:
         """A refusal of a key by its last part alone, with the option that was given for it."""
-        key = re.match(r"\w+(?=: )", message)
+        key = re.match(r"\w+(?=: )", message) or re.search(r"(?<=Option ')\w+", message)
         given = [word.partition("=")[0].removeprefix("--") for word in self.words]
         named = [name for name in given if key and name.endswith(f".{key[0]}")]
         return message.replace(key[0], named[0], 1) if named else message
@@ -109,12 +109,17 @@ class _Parser(ArgumentParser):
         words = []
         if message.startswith("unrecognized arguments"):
             words = re.findall(r"--[\w.-]+", message)
+        elif wrong := re.match(r"Option '(.*)' is not accepted", message):
+            words = [f"--{wrong[1]}"]
         elif wrong := re.search(r"Group '(.*)' does not accept option '(.*)'", message):
             words = [f"--{wrong[1]}.{wrong[2]}"]
             message += named_in(wrong[2], self.words)
         near = [m for word in words for m in difflib.get_close_matches(word, known, n=1)]
+        message = self.whole(plainly(message))
+        if below := re.match(r"Option '(.*\.)\w+' is not accepted", message):
+            near = [f"--{below[1]}{name[2:]}" for name in near]  # of a group's own parser
         meant = f"; did you mean {' '.join(near)}?" if near else ""
-        said = as_typed(f"error: {self.whole(plainly(message))}{meant}")
+        said = as_typed(f"error: {message}{meant}")
         self.exit(_REFUSED, f"{said} ({self.prog} --help explains all options)\n")
 
 
@@ -123,8 +128,7 @@ _PLAINLY = {
     r'Parser key "([\w.]+)":': r"\1:",
     r"<class '(\w+)'>": r"\1",
     r"\ba typing\.Literal\[(.*?)\]": r"one of \1",
-    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*"
-    r"Given value: (.*)": r"expected one of \1, not \2",
+    r"\btyping\.Literal\[(.*?)\]": r"\1",
     r"\bExpected (?:an? )?(.*?)\. Got value: (.*)": r"expected \1, not \2",
     r"\bNoneType\b": "null",
 }
@@ -137,9 +141,21 @@ def named_in(key: str, words: Sequence[str]) -> str:
     return f", in {' and '.join(found)}" if found else ""
 
 
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.*?)\] "
+    r"Errors: - (?P<errors>.*) Given value type: .*? Given value: (?P<value>.*)"
+)
+
+
+def _of_union(found: re.Match[str]) -> str:
+    """What is wrong inside a value, where it is one of its kinds; else which kinds there are."""
+    inside = [e for e in found["errors"].split(" - ") if not e.startswith("Expected a ")]
+    return "; ".join(inside) or f"expected one of {found['kinds']}, not {found['value']}"
+
+
 def plainly(message: str) -> str:
     """jsonargparse's refusal on one line, without the notation of Python's types."""
-    message = " ".join(message.split())
+    message = _UNION.sub(_of_union, " ".join(message.split()))
     for theirs, ours in _PLAINLY.items():
         message = re.sub(theirs, ours, message)
     return message
