@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -20,19 +21,25 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **options: Any):
         self.lines = options.get("file") is None and not sys.stderr.isatty()
-        self.shown = False
+        self.shown, self.due = False, time.monotonic() + _FIRST_S
         if self.lines:
             options = {"mininterval": _FIRST_S, "maxinterval": _LOG_S, "miniters": 1,
                        "bar_format": _LINE, "delay": 1e-9, **options}  # fmt: skip
         super().__init__(*args, **options)
 
     def display(self, *args: Any, **options: Any) -> Any:
+        """tqdm asks for it at its interval and at every postfix; a line is written when it is due.
+        (Its interval itself must not change under way: its loop would count twice.)"""
         if not self.lines:
             return super().display(*args, **options)
-        self.shown, self.mininterval = True, _LOG_S
+        if time.monotonic() >= self.due:
+            self._write_line()
+        return True
+
+    def _write_line(self) -> None:
+        self.shown, self.due = True, time.monotonic() + _LOG_S
         self.fp.write(f"{self}\n")
         self.fp.flush()
-        return True
 
     @classmethod
     def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
@@ -45,7 +52,7 @@ class Bar(tqdm):
         if self.lines and not self.disable:
             self.disable = True  # tqdm's own end of a line is not needed
             if self.shown or (self.leave and self.n > self.initial):
-                self.display()
+                self._write_line()
             self._decr_instances(self)
         else:
             super().close()
