@@ -123,7 +123,7 @@ def test_a_prompt_does_not_need_its_answer():
     made = renderer(TAGS)
     for answer in (3, "", None):
         assert made.prompt({"question": "hi", "answer": answer}, "r") == ONE_PROMPT
-    with pytest.raises(InputError, match="no 'answer' holding a text.*`format auto`"):
+    with pytest.raises(InputError, match=r"no 'answer' holding a text.*`format auto`"):
         made.texts({"question": "hi", "answer": 3}, "r")
 
 

@@ -22,7 +22,13 @@ from redrafter.cli.main import main as console
 from redrafter.cli.push import folded
 from redrafter.cli.speed import main as speed
 from redrafter.cli.train_redrafter import summary
-from redrafter.config import SpeedConfig, TableConfig, TargetConfig, TrainConfig
+from redrafter.config import (
+    MakeStatesConfig,
+    SpeedConfig,
+    TableConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from redrafter.contracts import InputError
 from redrafter.training.refusals import TRACKERS, check_tracker
 
@@ -154,6 +160,7 @@ def test_a_hub_that_cannot_be_reached_is_said_once_and_its_cache_is_looked_in(
     given._unreachable.cache_clear()
     (tmp_path / "owner/model").mkdir(parents=True)
     given.settle_hub(SpeedConfig(TargetConfig("owner/model"), prompts="x.jsonl"))
+    given.settle_hub(MakeStatesConfig(TargetConfig("owner/model"), rows="runs/none", output_dir=""))
     assert "HF_HUB_OFFLINE" not in os.environ, "nothing is asked of it"
     given.settle_hub(SpeedConfig(TargetConfig("owner/model"), prompts="x.jsonl", head="a/head"))
     wrong = capsys.readouterr().err

@@ -25,6 +25,8 @@ _PLACES = {
     "path", "base", "prompts", "head", "draft", "init_from", "bigrams", "probed", "reference",
     "store", "stores", "rows", "costs", "records", "sets", "questions", "stream",
 }  # fmt: skip
+#: of those that may name a repository
+_ON_THE_HUB = {"path", "base", "head", "draft", "init_from", "bigrams", "probed", "reference"}
 _FILES = (".jsonl", ".json", ".gz", ".parquet", ".safetensors", ".gguf")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/[^@]+)?(@[\w./-]+)?")
 _PATIENCE_S = 5.0  # for the Hub to say anything
@@ -91,7 +93,11 @@ def check_files(config: object) -> None:
 def settle_hub(config: object) -> None:
     """Where the Hub is asked for something and cannot be reached, say so at once, and have its
     cache looked in alone: the Hub's own library would try for minutes, once per file."""
-    asked = [(o, v) for o, v in places(config) if _REPOSITORY.fullmatch(v) and not exists(v)]
+    asked = [
+        (option, value) for option, value in places(config)
+        if option.rpartition(".")[2] in _ON_THE_HUB
+        and _REPOSITORY.fullmatch(value) and not Path(value).exists()
+    ]  # fmt: skip
     if not asked or os.environ.get("HF_HUB_OFFLINE") or (why := _unreachable()) is None:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -101,11 +107,6 @@ def settle_hub(config: object) -> None:
         f"({why}): looking in its cache alone",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-
-
-def exists(value: str) -> bool:
-    """A path, or one with a weight behind it, as in `data.stores`."""
-    return Path(value).exists() or Path(value.partition("=")[0]).exists()
 
 
 @functools.cache
