@@ -148,6 +148,16 @@ def test_options_of_a_launch_are_told_from_those_of_training(tmp_path, monkeypat
     assert not ran, "one process needs no launcher"
 
 
+def test_in_a_clone_its_own_folders_are_copied_nowhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    assert configs(["copy"]) == 0 and capsys.readouterr().out.startswith("configs: ")
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        configs(["copy"])
+    assert "configs exists" in capsys.readouterr().err
+
+
 def test_a_recipe_goes_by_its_name(tmp_path, monkeypatch):
     """`--config` takes what comes with the library; a file of the user's goes first."""
     monkeypatch.chdir(tmp_path)
