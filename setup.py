@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel has the recipes of configs/ too, inside the package."""
+"""What pyproject.toml cannot say: a wheel has configs/ and examples/ too, inside the package."""
 
 import shutil
 from pathlib import Path
@@ -9,14 +9,15 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
-class BuildWithConfigs(build_py):
+class BuildWithShipped(build_py):
     def run(self):
         super().run()
         if self.editable_mode:  # the clone has them
             return
-        place = Path(self.build_lib) / "redrafter" / "shipped_configs"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(ROOT / "configs", place)
+        for name in ("configs", "examples"):
+            place = Path(self.build_lib) / "redrafter" / f"shipped_{name}"
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-setup(cmdclass={"build_py": BuildWithConfigs})
+setup(cmdclass={"build_py": BuildWithShipped})

@@ -29,11 +29,11 @@ step "3/6 a draft head for it"
 python train/redrafter.py --config configs/quickstart.yaml \
   --target.path quickstart/target --output_dir quickstart/head
 
-step "4/6 is every token the same with and without drafting?"
+step "4/6 is every token the same with and without drafting? (12 prompts, greedily and sampling)"
 python eval/lossless.py --target.path quickstart/target --head quickstart/head \
   --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 12 --out quickstart/head/lossless.json
 
-step "5/6 how fast? greedily, and sampling"
+step "5/6 how fast? (12 prompts by four methods, greedily, then sampling)"
 measure() {
   python eval/speed.py --target.path quickstart/target --head quickstart/head \
     --prompts quickstart/target/prompts_heldout.jsonl --n_prompts 12 --max_new_tokens 64 \
@@ -54,7 +54,7 @@ printf '  %-30s %s\n' \
   quickstart/head/lossless.json "what was compared, token by token" \
   quickstart/head/speed.json "all numbers of the table below; speed-t1.json at temperature 1" \
   quickstart/head/card "the model card that publishing it would write"
-echo "  python data/check.py --store quickstart/answers --target.path quickstart/target --show 3"
+echo "  redrafter check-store --store quickstart/answers --target.path quickstart/target --show 3"
 echo "    prints three of its answers; 'source .venv/bin/activate' first, here and for all of README"
 echo
 python scripts/quickstart_table.py quickstart/head/speed.json quickstart/head/speed-t1.json

@@ -46,6 +46,14 @@ def no_kernels(monkeypatch) -> None:
     monkeypatch.setattr(products, "kernels", None)
 
 
+@pytest.fixture
+def files_unseen(monkeypatch) -> None:
+    """Commands do not look at first whether the files that they are given are there."""
+    from redrafter.cli import args
+
+    monkeypatch.setattr(args, "look", lambda config: None)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
     """once(name, make): a folder that `make` fills, once per test run: the first worker of

@@ -123,7 +123,7 @@ def test_a_prompt_does_not_need_its_answer():
     made = renderer(TAGS)
     for answer in (3, "", None):
         assert made.prompt({"question": "hi", "answer": answer}, "r") == ONE_PROMPT
-    with pytest.raises(InputError, match="no 'answer' holding a text"):
+    with pytest.raises(InputError, match=r"no 'answer' holding a text.*`format auto`"):
         made.texts({"question": "hi", "answer": 3}, "r")
 
 
@@ -320,11 +320,17 @@ def test_rows_are_shown_with_their_mask(tmp_path, capsys, monkeypatch):
     rows = list(rows)
     tokenizer = word_tokenizer()
     monkeypatch.setenv("NO_COLOR", "1")
-    show_rows(rows, tokenizer, 2)
+    show_rows(rows[:2], tokenizer, 2)
     assert capsys.readouterr().out == (
         "--- row 0: 10 tokens, 2 supervised, 3\n<s>U:hi↵\nA:⟦yo</s>⟧↵\n\n\n"
         "--- row 1: left out: duplicate\n\n"
     )
+    # Who asks for two rows wants to see two masks, whatever is left out before them.
+    show_rows([rows[1]] * 3 + rows, tokenizer, 2)
+    shown = capsys.readouterr().out
+    assert [line.split(":")[0] for line in shown.splitlines() if line.startswith("---")] == [
+        "--- row 1", "--- row 1", "--- row 0", "--- row 2", "--- 2 more rows were left out before"
+    ]  # fmt: skip
     show_rows(rows, tokenizer, 1, color=True)
     shown = capsys.readouterr().out
     assert "\x1b[2m<s>U:hi↵\nA:\x1b[0m\x1b[1;32myo</s>\x1b[0m\x1b[2m↵\n\x1b[0m" in shown
@@ -335,7 +341,7 @@ def test_prompts_say_why_nothing_of_them_is_learned(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("--- row 0: 7 tokens, a prompt, 3\n<s>U:hi↵\nA:\n\n")
     assert "0 supervised" not in shown
-    for needed in ("data/answers.py", "--store ANSWERS --target.path MODEL --show 3",
+    for needed in ("`redrafter answers`", "--store ANSWERS --target.path MODEL --show 3",
                    "--keep texts"):  # fmt: skip
         assert needed in shown
     show_rows(prepare(tmp_path, ROWS[:1]), word_tokenizer(), 1, color=False)

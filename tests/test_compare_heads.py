@@ -219,6 +219,7 @@ def test_refusals_name_the_row(argv, capsys, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.usefixtures("files_unseen")
 def test_configurations_are_read_as_they_are():
     files = sorted((Path(__file__).parent.parent / "configs/ablation").glob("*.yaml"))
     assert files

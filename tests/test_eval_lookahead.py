@@ -269,6 +269,7 @@ def config_of(**changes) -> list[str]:
         ({"shown_prompt": 100}, "shown_prompt: 100"),
     ],
 )
+@pytest.mark.usefixtures("files_unseen")
 def test_bad_names_are_refused_before_anything_is_loaded(changes, said, monkeypatch, capsys):
     monkeypatch.setattr(models, "load_both", lambda config: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as error:
@@ -277,6 +278,7 @@ def test_bad_names_are_refused_before_anything_is_loaded(changes, said, monkeypa
 
 
 @pytest.mark.parametrize("path", launched_by("eval/lookahead.py"), ids=str)
+@pytest.mark.usefixtures("files_unseen")
 def test_configurations_are_read_as_they_are(path):
     config = parse(LookaheadEvalConfig, [f"--config={path}"], "eval/lookahead.py")
     cases = cases_of(config)
@@ -287,6 +289,7 @@ def test_configurations_are_read_as_they_are(path):
     assert ours == set(config.lookaheads), "no label is always another's"
 
 
+@pytest.mark.usefixtures("files_unseen")
 def test_placeholders_and_transfer():
     changes = {
         "lookaheads": {

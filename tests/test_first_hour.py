@@ -13,15 +13,22 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 
-from redrafter import processes
+from redrafter import __version__, processes
 from redrafter.bars import Bar
+from redrafter.cli import given
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.cli.main import SUBCOMMANDS
 from redrafter.cli.main import main as console
 from redrafter.cli.push import folded
 from redrafter.cli.speed import main as speed
 from redrafter.cli.train_redrafter import summary
-from redrafter.config import SpeedConfig, TargetConfig, TrainConfig
+from redrafter.config import (
+    MakeStatesConfig,
+    SpeedConfig,
+    TableConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from redrafter.contracts import InputError
 from redrafter.training.refusals import TRACKERS, check_tracker
 
@@ -101,7 +108,9 @@ def test_trackers_are_those_that_accelerate_knows(tmp_path, monkeypatch):
     [
         (["--warm_up", "3"], "unrecognized arguments: --warm_up 3"),
         (["--targt.path", "x"], "did you mean --target.path?"),
-        (["--repeats", "many"], '"repeats"'),
+        (["--repeats", "many"], "error: repeats: expected int, not many"),
+        (["--target.dtype", "half"], "error: target.dtype: expected one of 'auto', "),
+        (["--threads", "two"], "error: threads: expected one of int, null, not two"),
         ([], "arguments are required: target.path"),
     ],
 )
@@ -111,6 +120,101 @@ def test_a_wrong_option_is_one_message_without_eighty_lines_of_usage(words, said
     wrong = capsys.readouterr().err
     assert ended.value.code == 2 and said in wrong
     assert wrong.count("\n") <= 3 and "eval/speed.py --help" in wrong
+
+
+def test_a_wrong_key_names_its_file_and_the_key_that_was_meant(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optim: {stepz: 3}\n")
+    (tmp_path / "torn.yaml").write_text("optim: {steps: 3\n")
+    argv = ["--target.path", "x", "--output_dir", tmp_path / "out"]
+    _, wrong = at_once("train_redrafter", *argv, "--config", tmp_path / "mine.yaml")
+    assert "mine.yaml; did you mean --optim.steps?" in wrong and wrong.count("\n") == 1
+    _, wrong = at_once("train_redrafter", *argv, "--config", tmp_path / "torn.yaml")
+    assert "torn.yaml is no YAML (" in wrong and wrong.count("\n") == 1
+    _, wrong = at_once("train_redrafter", *argv, "--data.source.format", "autos")
+    assert wrong.startswith("error: data.source.format: expected one of 'auto', ")
+    _, wrong = at_once("train_redrafter", *argv, "--data.source.pth", "x")
+    assert wrong.startswith("error: Option 'data.source.pth' is not accepted; did you mean --data.")
+    _, wrong = at_once("speed", "--target.path", "x", "--allow_other_target", "perhaps")
+    assert "allow_other_target: expected one of bool, 'merged', not perhaps" in wrong
+
+
+def test_a_file_that_is_not_there_is_refused_at_once_with_one_like_it(tmp_path):
+    (tmp_path / "stories.jsonl").touch()
+    argv = ["--target.path", "x", "--prompts", tmp_path / "storys.jsonl"]
+    _, wrong = at_once("speed", *argv)
+    assert wrong.startswith("error: prompts: ") and wrong.count("\n") == 1
+    assert f"did you mean {tmp_path / 'stories.jsonl'}?" in wrong
+
+
+def test_places_are_found_wherever_a_configuration_names_them():
+    config = TableConfig(TargetConfig("t"), sets={"a": "x.jsonl"}, head="h", out="out.json")
+    assert dict(given.places(config)) == {"target.path": "t", "sets.a": "x.jsonl", "head": "h"}
+
+
+def test_a_hub_that_cannot_be_reached_is_said_once_and_its_cache_is_looked_in(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    given._unreachable.cache_clear()
+    (tmp_path / "owner/model").mkdir(parents=True)
+    given.settle_hub(SpeedConfig(TargetConfig("owner/model"), prompts="x.jsonl"))
+    given.settle_hub(MakeStatesConfig(TargetConfig("owner/model"), rows="runs/none", output_dir=""))
+    assert "HF_HUB_OFFLINE" not in os.environ, "nothing is asked of it"
+    given.settle_hub(SpeedConfig(TargetConfig("owner/model"), prompts="x.jsonl", head="a/head"))
+    wrong = capsys.readouterr().err
+    assert "head: there is no folder a/head here, and the Hub cannot be reached (" in wrong
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and wrong.count("\n") == 1
+    given._unreachable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("spead", "redrafter speed"), ("check", "redrafter check-store"),
+     ("data/probe.py", "redrafter probe-bigrams"), ("zzz", "")],
+)  # fmt: skip
+def test_a_subcommand_that_there_is_not_is_one_line(typed, meant, capsys):
+    assert console([typed]) == 2
+    wrong = capsys.readouterr().err
+    assert wrong.count("\n") == 1 and f"no subcommand {typed!r}" in wrong
+    assert (f"did you mean {meant}?" in wrong) if meant else ("did you mean" not in wrong)
+    assert console(["--version"]) == 0 and __version__ in capsys.readouterr().out
+
+
+_TOLD = """\
+import contextlib, io, sys
+from redrafter.cli.main import main
+sys.argv[0] = "redrafter"
+for command in sys.argv[1:]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    print("===", command, out.getvalue(), sep="\\n")
+"""
+
+
+def test_help_is_two_screens_begins_with_a_line_to_copy_and_names_what_was_typed():
+    names = [name for name in SUBCOMMANDS if name not in ("configs", "examples")]
+    done = subprocess.run(
+        [sys.executable, "-c", _TOLD, *names], cwd=ROOT, capture_output=True, text=True
+    )
+    told = dict(part.split("\n", 1) for part in done.stdout.split("===\n")[1:])
+    assert list(told) == names, done.stderr
+    for name, text in told.items():
+        lines = text.splitlines()
+        assert len(lines) <= 100, f"{name}: {len(lines)} lines"
+        files = re.findall(r"(?<![\w/])(?:train|data|eval)/\w+\.py", text)
+        assert not files, f"{name} names {files}, which a wheel does not have"
+        command = f"redrafter {name.replace('_', '-')}"
+        assert lines[0].startswith(f"usage: {command} "), lines[0]
+        example = next((line for line in lines[1:] if line.strip().startswith(command)), "")
+        assert example, f"{name} shows no line to copy"
+        shown = set(re.findall(r"^  (?:-\w, )?(--[\w.-]+)", text, re.MULTILINE))
+        for word in example.split():
+            word = word[:2] + word[2:].replace("-", "_")
+            known = any(f"{word}.".startswith(f"{option}.") for option in shown)
+            assert known or not word.startswith("--"), f"{name} does not explain {word}"
 
 
 def test_list_shows_every_name_that_a_method_may_have(capsys):
@@ -131,6 +235,7 @@ def lines(monkeypatch, terminal: bool) -> str:
     out = io.StringIO()
     out.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("redrafter.bars._FIRST_S", 0.0)
     monkeypatch.setattr("redrafter.bars._LOG_S", 0.0)
     with Bar(total=3, desc="training", unit="step", mininterval=0) as bar:
         for step in range(3):
@@ -147,11 +252,28 @@ def test_without_a_terminal_progress_is_whole_lines(monkeypatch):
     assert "\r" in lines(monkeypatch, terminal=True)
 
 
+def test_a_log_hears_soon_that_work_goes_on_and_then_seldom(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("redrafter.bars._FIRST_S", 0.0)
+    # Counted by tqdm's own loop, with a postfix at every step, which asks for a line each time.
+    bar = Bar(range(9), desc="rows", unit="row")
+    for row in bar:
+        bar.set_postfix(loss=row)
+    found = out.getvalue().splitlines()
+    assert len(found) == 2 and found[1].startswith("rows: 9 of 9 rows, "), found
+    out.truncate(0)
+    with Bar(total=9, initial=9, desc="rows", unit="row"):
+        pass
+    assert not out.getvalue(), "nothing was left to do, and no rate is known"
+
+
 def test_a_bar_that_need_not_stay_leaves_no_line_where_it_was_short(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
     assert list(Bar(range(3), desc="prompts", unit="prompt", leave=False)) == [0, 1, 2]
     assert out.getvalue() == ""
+    monkeypatch.setattr("redrafter.bars._FIRST_S", 0.0)
     monkeypatch.setattr("redrafter.bars._LOG_S", 0.0)
     assert list(Bar(range(3), desc="prompts", unit="prompt", leave=False, mininterval=0))
     assert out.getvalue().splitlines()[-1].startswith("prompts: 3 of 3 prompts, ")

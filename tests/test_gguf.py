@@ -17,7 +17,7 @@ from redrafter.contracts import InputError
 from redrafter.targets import gguf as ours
 from redrafter.targets.model import load_target, load_tokenizer
 
-NEEDS = "needs the package gguf (redrafter[gguf]), which writes the files that are read here"
+NEEDS = "needs the package gguf, which writes the files that are read here"
 TOKENS = [[0, 5, 9, 300, 41, 17, 2, 250]]
 
 
@@ -207,7 +207,7 @@ def test_a_full_disk(written, cache, monkeypatch):
 def test_without_the_package_the_remedy_is_named(tmp_path, cache, monkeypatch):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'redrafter[gguf]'" in refusal(TargetConfig(str(tmp_path / "x.gguf")))
+    assert "pip install gguf" in refusal(TargetConfig(str(tmp_path / "x.gguf")))
 
 
 def test_a_command_takes_it(written, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from redrafter.cli.naming import as_typed, subcommand
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_FOLDERS = ("train", "data", "eval")
 LAUNCHERS = sorted(
@@ -381,8 +383,27 @@ def test_console_script_has_every_launcher():
     assert all(found.values())
     scripts = [launches.search(path.read_text()) for path in (ROOT / "scripts").glob("*.py")]
     modules = {match[1] for match in [*found.values(), *scripts] if match}
-    # No launcher have those that are for where there is no clone, and the newest one.
-    assert modules | {"vllm_serve", "train", "configs", "report"} == set(SUBCOMMANDS)
+    # No launcher have those that are for where there is no clone, and the newest one; training is
+    # one subcommand, alone or by accelerate.
+    own = {"vllm_serve", "train", "configs", "examples", "report"}
+    assert modules - {"train_redrafter"} | own == set(SUBCOMMANDS)
+    # And messages that name a launcher's file name the same subcommand to who has no clone.
+    for path, match in found.items():
+        named = subcommand(path).removeprefix("redrafter ").replace("-", "_")
+        assert named == match[1].removesuffix("_redrafter"), path
+
+
+def test_a_text_names_what_was_typed(monkeypatch):
+    text = "`eval/speed.py` (python data/check.py), or accelerate launch --multi_gpu "
+    text += "--num_processes 2 data/answers.py; redrafter/data/rows.py is no launcher"
+    monkeypatch.setattr(sys, "argv", ["eval/speed.py"])
+    assert as_typed(text) == text
+    for program in ("bin/redrafter speed", str(ROOT / "redrafter/cli/train_redrafter.py")):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert as_typed(text) == (
+            "`redrafter speed` (redrafter check-store), or redrafter answers --launch.multi_gpu "
+            "--launch.num_processes 2; redrafter/data/rows.py is no launcher"
+        )
 
 
 # ---------------------------------------------------------------- contents

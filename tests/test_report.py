@@ -20,7 +20,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
-from redrafter.evaluation.report import with_interval
+from redrafter.evaluation.report import measured_by, with_interval
 from redrafter.files import write_json
 from redrafter.generation import load_strategy
 from redrafter.report.curves import read_logs
@@ -179,6 +179,14 @@ def test_the_page_reaches_no_network(run):
     links = [a["href"] for tag, a in reader.found if "href" in a]
     ids = {a["id"] for _, a in reader.found if "id" in a}
     assert links and all(link[0] == "#" and link[1:] in ids for link in links)
+
+
+def test_a_wheel_names_its_version_where_a_clone_names_its_commit():
+    versions = {"redrafter": "0.1.0"}
+    assert measured_by({"git_commit": "0123456789abcdef", "versions": versions}) == (
+        "commit 0123456789"
+    )
+    assert measured_by({"git_commit": None, "versions": versions}) == "redrafter 0.1.0"
 
 
 def test_what_is_missing_names_the_command_that_makes_it(run):

@@ -617,6 +617,7 @@ def test_vllm_serve_looks_at_the_head_before_an_engine_starts(tmp_path, monkeypa
         for shape in (other, {"text_config": other}):
             (model / "config.json").write_text(json.dumps(shape))
             assert f"the head's {name} is" in said(str(model), "--head", head)
+            assert f"the head's {name} is" in said(str(model), "--head", head, "--dry-run")
     medusa = str(tmp_path / "medusa")
     make_head(target, "medusa").save_pretrained(medusa)
     assert "ahead at most: set it to 3" in said("M", "--head", medusa, "--tokens", "90")

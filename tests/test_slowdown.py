@@ -12,7 +12,7 @@ from redrafter.contracts import InputError
 from redrafter.costs import Cost, CostTable, TargetCost
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.evaluation.pictures import save_figure, slowdown_map
+from redrafter.evaluation.pictures import save_figure, save_pictures, slowdown_map
 from redrafter.evaluation.slowdown import (
     Slowdown,
     SlowdownMeter,
@@ -111,13 +111,17 @@ def test_picture(tmp_path):
     assert (png.read_bytes(), svg.read_bytes()) == before, "same figure, same bytes"
 
 
-def test_without_matplotlib(monkeypatch, capsys):
+def test_without_matplotlib(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install matplotlib"):
         slowdown_map(CELLS, "a title")
     with pytest.raises(SystemExit):  # before the target is looked for
         costs_cli.main(["--target.path", "nowhere", "--slowdown", "1x1", "--plot", "x"])
     assert "pip install matplotlib" in capsys.readouterr().err
+    # A picture that nobody asked for is left out instead.
+    save_pictures({tmp_path / "map": lambda: slowdown_map(CELLS, "a title")})
+    assert capsys.readouterr().out == "no pictures: they need matplotlib (pip install matplotlib)\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ def test_command_takes_a_profile_or_a_file(folders, capsys):
 
 
 @pytest.mark.parametrize("path", launched_by("eval/static.py"), ids=str)
+@pytest.mark.usefixtures("files_unseen")
 def test_configurations_are_read_as_they_are(path):
     config = parse(StaticConfig, [f"--config={path}"], "eval/static.py")
     assert (config.head is None) != (config.draft is None)

@@ -160,6 +160,8 @@ def test_unfinished_foreign_and_old_stores_are_named(tmp_path, folder):
     begun = write(tmp_path / "begun", [[(0, row(4, 1))]], finish=False)
     with pytest.raises(InputError, match="not complete: run the command that makes it once more"):
         Store(begun)
+    with pytest.raises(InputError, match=rf"{tmp_path} holds no store .* give one of {folder} \("):
+        Store(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no store"):
         Store(tmp_path / "empty")

@@ -195,6 +195,7 @@ def launched_by(launcher):
 
 
 @pytest.mark.parametrize("path", launched_by("eval/table.py"), ids=str)
+@pytest.mark.usefixtures("files_unseen")
 def test_configurations_are_read_as_they_are(path):
     config = parse(TableConfig, [f"--config={path}"], "eval/table.py")
     names = parse_methods(",".join(config.methods))

@@ -259,7 +259,12 @@ def test_what_a_run_leaves_and_that_it_learned(argv, target, capsys):
     assert main(arguments) == 0
     config = parse(TrainConfig, arguments, "test")
     out = Path(config.output_dir)
-    assert str(out) in capsys.readouterr().out
+    shown, logged = capsys.readouterr()
+    assert str(out) in shown
+    # Why there are more answers than prompts, and what was left out.
+    assert re.search(r"rows of prompts, .*\n  \d+ given = \d+ written \+ \d+ skipped", shown)
+    assert re.search(r"rows of answers, .*\n.*\n  each prompt answered at temperature", shown)
+    assert re.search(r"^answers to \d+ prompts at T 0", logged, re.MULTILINE)
     facts = json.loads((out / "provenance.json").read_text())
     history = facts["history"]
     assert [found["step"] for found in history] == [20, 40, 60]

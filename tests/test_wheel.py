@@ -14,7 +14,9 @@ import pytest
 from redrafter import shipped
 from redrafter.cli import train
 from redrafter.cli.configs import main as configs
+from redrafter.cli.given import with_recipes
 from redrafter.cli.main import SUBCOMMANDS, TASKS, usage
+from redrafter.cli.main import main as console
 from redrafter.cli.train_redrafter import main as train_redrafter
 from redrafter.contracts import InputError
 
@@ -30,7 +32,7 @@ def wheel(once) -> Path:
         shutil.rmtree(source, ignore_errors=True)
         source.mkdir()
         left_out = shutil.ignore_patterns("__pycache__")
-        for name in ("redrafter", "configs"):
+        for name in ("redrafter", "configs", "examples"):
             shutil.copytree(ROOT / name, source / name, ignore=left_out)
         for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, source)
@@ -70,9 +72,10 @@ def test_the_wheel_has_all_of_the_library_and_the_recipes(wheel):
         if p.suffix in (".py", ".css", ".js", ".typed") or p.name == "py.typed"
     }  # fmt: skip
     assert library <= names
-    recipes = {p.relative_to(ROOT / "configs").as_posix() for p in (ROOT / "configs").rglob("*")
-               if p.is_file()}  # fmt: skip
-    assert {f"redrafter/shipped_configs/{name}" for name in recipes} <= names
+    for what in ("configs", "examples"):
+        assert {f"redrafter/shipped_{what}/{name}" for name in shipped.names(what)} <= names
+    recipes = [p for p in (ROOT / "configs").rglob("*") if p.is_file()]
+    assert len(recipes) == len(shipped.names())
     outside = {name.split("/")[0] for name in names}
     assert {re.sub("-.*", "", name) for name in outside} == {"redrafter"}, "tests, docs, data"
     entry = next(name for name in names if name.endswith("entry_points.txt"))
@@ -86,6 +89,9 @@ def test_from_the_wheel_configs_are_listed_and_copied(installed, tmp_path):
     assert (tmp_path / "ddp.yaml").read_text() == (ROOT / "configs/accelerate/ddp.yaml").read_text()
     again = alone(installed, tmp_path, "configs", "copy", "accelerate/ddp.yaml")
     assert again.returncode == 2 and "ddp.yaml exists" in again.stderr
+    assert alone(installed, tmp_path, "examples", "copy").returncode == 0
+    head = (tmp_path / "examples/smollm2-135m/head").iterdir()
+    assert {p.name for p in head} >= {"config.json", "model.safetensors"}
     listed = alone(installed, tmp_path, "configs").stdout.splitlines()
     assert [line.split()[0] for line in listed] == shipped.names()
 
@@ -142,10 +148,41 @@ def test_options_of_a_launch_are_told_from_those_of_training(tmp_path, monkeypat
     assert not ran, "one process needs no launcher"
 
 
+def test_in_a_clone_its_own_folders_are_copied_nowhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    assert configs(["copy"]) == 0 and capsys.readouterr().out.startswith("configs: ")
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        configs(["copy"])
+    assert "configs exists" in capsys.readouterr().err
+
+
+def test_a_recipe_goes_by_its_name(tmp_path, monkeypatch):
+    """`--config` takes what comes with the library; a file of the user's goes first."""
+    monkeypatch.chdir(tmp_path)
+    theirs = str(ROOT / "configs/quickstart.yaml")
+    for name in ("quickstart", "quickstart.yaml", "configs/quickstart.yaml"):
+        assert with_recipes(["--config", name, "--x"]) == ["--config", theirs, "--x"]
+        assert with_recipes([f"--config={name}"]) == [f"--config={theirs}"]
+    (tmp_path / "quickstart.yaml").write_text("seed: 1\n")
+    assert with_recipes(["--config", "quickstart.yaml"])[1] == "quickstart.yaml"
+    with pytest.raises(InputError, match=r"config: no file 'quikstart'.* mean quickstart\.yaml"):
+        with_recipes(["--config", "quikstart"])
+
+
+def test_any_subcommand_is_launched_in_several_processes(monkeypatch):
+    ran = []
+    monkeypatch.setattr(train.os, "execv", lambda program, command: ran.append(command))
+    console(["answers", "--launch.num_processes", "2", "--launch.multi_gpu", "--target.path", "x"])
+    assert ran[0][1:] == ["-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu",
+                          "-m", "redrafter.cli.main", "answers", "--target.path", "x"]  # fmt: skip
+
+
 def test_a_config_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         configs(["show", "none"])
     assert "no file 'none'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        configs(["copy"])
+        configs(["show"])
     assert "name a file" in capsys.readouterr().err

@@ -7,6 +7,15 @@ from collections.abc import Sequence
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import AcceptanceConfig
 
+_DESCRIPTION = """\
+What is accepted of drafts, rule by rule, beside 1 - TV and the best that any rule could do. Trees
+of independent draws (multi:...:how=iid) have both oracles.
+
+  python eval/acceptance.py --target.path MODEL --head HEAD --prompts PROMPTS.jsonl \\
+      --methods head:1x4,head:1x4:rule=ratio --out HEAD/acceptance.json
+  python eval/acceptance.py --list     # every drafter and rule
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         AcceptanceConfig,
         argv,
         "eval/acceptance.py",
-        "Acceptance of drafts by rule, beside 1 - TV and the best that any rule could do. Trees of "
-        "independent draws (multi:...:how=iid) have both oracles.",
+        _DESCRIPTION,
         names="describe_drafting",
         alone=True,
     )

@@ -12,11 +12,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import ClassVar, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from redrafter.cli.given import look, with_recipes
+from redrafter.cli.naming import as_typed, typed
 from redrafter.config import PlanConfig
 from redrafter.contracts import InputError
 from redrafter.launcher import end_launcher, follow, last_word, sigterm_interrupts
@@ -35,6 +38,7 @@ from redrafter.processes import (
 Config = TypeVar("Config")
 _HELPS = {"-h", "--help", "--help-all"}
 _LINE = 100  # of what is written to be read line by line
+_SCREEN = 20  # options that a help text may explain at once
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -62,18 +66,26 @@ class _Parser(ArgumentParser):
 
     #: options that `--help` shows; none: all
     first: Sequence[str] = ()
+    #: that are parsed; of the class: a group that may be null is read by another parser
+    words: ClassVar[Sequence[str]] = ()
 
-    def teach(self, first: Sequence[str]) -> None:
-        """Let `--help` show these alone. Raises ValueError for one that there is not."""
-        if not first:
-            return
-        known = [name for action in self._actions for name in action.option_strings]
-        if unknown := {f"--{name}" for name in first} - set(known):
+    def teach(self, first: Sequence[str], must: Sequence[str], told: str) -> None:
+        """Where all options would fill screens, let `--help` show what must be given, and what is
+        first, or else what the text names. Raises ValueError for one that there is not."""
+        known = {name for action in self._actions for name in action.option_strings}
+        if unknown := {f"--{name}" for name in first} - known:
             raise ValueError(f"no option {sorted(unknown)}")
         n = len({id(action) for action in self._actions})
-        told = f"Explain all {n} options."
-        self.add_argument("--help-all", action=_All, nargs=0, default=argparse.SUPPRESS, help=told)
-        self.first = [f"--{name}" for name in (*first, "config", "help", "help-all", "plan")]
+        if n <= _SCREEN:
+            return
+        self.add_argument(
+            "--help-all", action=_All, nargs=0, default=argparse.SUPPRESS,
+            help=f"Explain all {n} options.",
+        )  # fmt: skip
+        words = () if first else re.findall(r"--[\w.]+", told)
+        named = {k for word in words for k in known if f"{word}.".startswith(f"{k}.")}
+        always = ("config", "help", "help-all", "plan", "list")
+        self.first = [*named, *(f"--{name}" for name in (*first, *must, *always))]
 
     def format_help(self) -> str:
         if self.first:
@@ -84,16 +96,70 @@ class _Parser(ArgumentParser):
                         action.help = argparse.SUPPRESS
                 if all(a.help is argparse.SUPPRESS for a in group._group_actions):
                     group.title = group.description = None
-        return super().format_help()
+        return as_typed(super().format_help())
+
+    def whole(self, message: str) -> str:
+        """A refusal of a key by its last part alone, with the option that was given for it."""
+        key = re.match(r"\w+(?=: )", message) or re.search(r"(?<=Option ')\w+", message)
+        given = [word.partition("=")[0].removeprefix("--") for word in self.words]
+        named = [name for name in given if key and name.endswith(f".{key[0]}")]
+        return message.replace(key[0], named[0], 1) if named else message
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        near = []
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        words = []
         if message.startswith("unrecognized arguments"):
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            for word in re.findall(r"--[\w.-]+", message):
-                near += difflib.get_close_matches(word, known, n=1)
+            words = re.findall(r"--[\w.-]+", message)
+        elif wrong := re.match(r"Option '(.*)' is not accepted", message):
+            words = [f"--{wrong[1]}"]
+        elif wrong := re.search(r"Group '(.*)' does not accept option '(.*)'", message):
+            words = [f"--{wrong[1]}.{wrong[2]}"]
+            message += named_in(wrong[2], self.words)
+        near = [m for word in words for m in difflib.get_close_matches(word, known, n=1)]
+        message = self.whole(plainly(message))
+        if below := re.match(r"Option '(.*\.)\w+' is not accepted", message):
+            near = [f"--{below[1]}{name[2:]}" for name in near]  # of a group's own parser
         meant = f"; did you mean {' '.join(near)}?" if near else ""
-        self.exit(_REFUSED, f"error: {message}{meant} ({self.prog} --help explains all options)\n")
+        said = as_typed(f"error: {message}{meant}")
+        self.exit(_REFUSED, f"{said} ({self.prog} --help explains all options)\n")
+
+
+#: what jsonargparse says -> how it is said here
+_PLAINLY = {
+    r'Parser key "([\w.]+)":': r"\1:",
+    r"<class '(\w+)'>": r"\1",
+    r"\ba typing\.Literal\[(.*?)\]": r"one of \1",
+    r"\btyping\.Literal\[(.*?)\]": r"\1",
+    r"\bExpected (?:an? )?(.*?)\. Got value: (.*)": r"expected \1, not \2",
+    r"\bNoneType\b": "null",
+}
+
+
+def named_in(key: str, words: Sequence[str]) -> str:
+    """Which of the files given as `--config` has such a key."""
+    files = (word for before, word in pairwise(words) if before == "--config")
+    found = [file for file in files if f"{key}:" in Path(file).read_text(encoding="utf-8")]
+    return f", in {' and '.join(found)}" if found else ""
+
+
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.*?)\] "
+    r"Errors: - (?P<errors>.*) Given value type: .*? Given value: (?P<value>.*)"
+)
+
+
+def _of_union(found: re.Match[str]) -> str:
+    """What is wrong inside a value, where it is one of its kinds; else which kinds there are."""
+    inside = [e for e in found["errors"].split(" - ") if not e.startswith("Expected a ")]
+    return "; ".join(inside) or f"expected one of {found['kinds']}, not {found['value']}"
+
+
+def plainly(message: str) -> str:
+    """jsonargparse's refusal on one line, without the notation of Python's types."""
+    message = _UNION.sub(_of_union, " ".join(message.split()))
+    for theirs, ours in _PLAINLY.items():
+        message = re.sub(theirs, ours, message)
+    return message
 
 
 def parse(
@@ -120,7 +186,8 @@ def parse(
         before any work. Raises InputError where the launch is not what was asked for
     plan: "module:function" of `redrafter.planning` that plans such a job. Adds `--plan`, which
         prints the plan and ends the program instead of returning; InputError where it cannot fit
-    first: names of the options that `--help` shows, for a command of many; `--help-all` shows all
+    first: names of options that `--help` shows beside those that must be given, where there are
+        many; none: those that the description names. `--help-all` shows all
     refuse: raises InputError for what is known to be wrong before anything heavy is imported
     """
     words = _words(cls, argv, plan is not None)
@@ -132,25 +199,17 @@ def parse(
     if planned:
         show_plan(plan, config, wanted)
         raise SystemExit(0)
-    if refuse is not None:
-        refuse(config)
-    _meet(config, prog, alone)
+    _settle(config, prog, alone, refuse)
     return config
-
-
-def typed(script: str) -> str:
-    """What the user called it: `redrafter SUBCOMMAND`, which `redrafter.cli.main` leaves there, or
-    the script."""
-    name = Path(sys.argv[0]).name
-    return name if name.startswith("redrafter ") else script
 
 
 def _words(cls: type, argv: Sequence[str] | None, plans: bool) -> list[str]:
     """What the parser reads of the arguments."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = with_recipes(sys.argv[1:] if argv is None else argv)
     if plans and "--plan" in words:
         # Paths may be left out; those given stand later on the line and win.
-        words = [f"--{name}=" for name in _required_texts(cls)] + words
+        kinds = get_type_hints(cls)
+        words = [f"--{name}=" for name in _required(cls) if kinds.get(name) is str] + words
     return words
 
 
@@ -167,7 +226,7 @@ def _parser_of(
     if plans:
         parser.add_argument("--plan", action="store_true", help=_PLAN_HELP)
         parser.add_class_arguments(PlanConfig, "plan_for")
-    parser.teach(first)
+    parser.teach(first, _required(cls), description or "")
     return parser
 
 
@@ -176,6 +235,7 @@ def _read(
 ) -> tuple[Config, bool, PlanConfig | None]:
     """(the configuration, whether a plan is asked for, what it is to plan for)."""
     with one_voice():
+        _Parser.words = words
         given = parser.parse_args(words)
         try:
             values = parser.instantiate(given)
@@ -192,8 +252,14 @@ def _list(names: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _meet(config: object, prog: str, alone: bool) -> None:
-    """The other processes of the launch, where there are any and the command works in several."""
+def _settle(
+    config: Config, prog: str, alone: bool, refuse: Callable[[Config], None] | None
+) -> None:
+    """What is known to be wrong; then meet the other processes of the launch, where there are any
+    and the command works in several."""
+    if refuse is not None:
+        refuse(config)
+    look(config)
     if alone:
         check_alone(prog)
     elif launched() == 1:
@@ -211,11 +277,15 @@ _PLAN_HELP = (
 )
 
 
-def _required_texts(cls: type) -> list[str]:
-    return [
-        f.name for f in dataclasses.fields(cls)
-        if f.default is f.default_factory is dataclasses.MISSING and f.type in (str, "str")
-    ]  # fmt: skip
+def _required(cls: type, above: str = "") -> list[str]:
+    """Names of the options without a default, those of required groups included."""
+    kinds, found = get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        name, kind = f"{above}{field.name}", kinds[field.name]
+        if field.default is field.default_factory is dataclasses.MISSING:
+            whole = dataclasses.is_dataclass(kind)
+            found += _required(kind, f"{name}.") if whole else [name]
+    return found
 
 
 def show_plan(plan: str, config: object, wanted: PlanConfig) -> None:
@@ -253,7 +323,7 @@ def reports_input_errors(main: Callable[..., int | None]) -> Callable[..., int]:
                 return main(argv) or 0
         except InputError as error:
             linger()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(as_typed(f"error: {error}"), file=sys.stderr, flush=True)
             end_launcher()
             raise SystemExit(_REFUSED) from None
         except SystemExit as end:

@@ -35,13 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainings = {name: training_of(config, name) for name in config.rows}
     from redrafter.evaluation.methods import check_resources, parse_methods
     from redrafter.evaluation.models import load_both
-    from redrafter.evaluation.pictures import new_figure
     from redrafter.files import write_config
     from redrafter.planning.meta import MetaTarget
     from redrafter.studies import measure, report
     from redrafter.studies.train import rows_of, train_rows
 
-    new_figure(1, 1)  # without matplotlib: say so now
     parse_methods(",".join(config.methods))
     check_resources(config.methods, config)
     target, _ = load_both(replace(config, head=None))

@@ -8,6 +8,17 @@ from dataclasses import asdict
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import CostsConfig
 
+_DESCRIPTION = """\
+Seconds that the target needs for n new tokens on this device, and a drafter for its levels.
+
+  python eval/costs.py --target.path MODEL --head HEAD --out HEAD/costs.json
+  python eval/costs.py --target.path MODEL --slowdown 1,5,10x2,4,8 --out runs/costs.json
+      also which k rows of w guesses are worth verifying here
+
+--new_tokens, --contexts and --batch_sizes say for what; --profile keeps what was measured with the
+head, for drafters that price their guesses (head:8x6:budget=true).
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         CostsConfig,
         argv,
         "eval/costs.py",
-        "Seconds that the target needs for n new tokens, and a drafter for its levels; with "
-        "--slowdown also which rows of guesses are worth verifying on this device.",
+        _DESCRIPTION,
         alone=True,
     )
     from redrafter.evaluation.models import load_both

@@ -8,6 +8,15 @@ from pathlib import Path
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import LookaheadEvalConfig
 
+_DESCRIPTION = """\
+When to stop drafting: lookaheads beside every static length and the oracle.
+
+  python eval/lookahead.py --config configs/eval/lookahead.yaml --target.path MODEL --head HEAD
+  python eval/lookahead.py --list      # every drafter and lookahead
+
+The file says which drafters, prompt sets and temperatures, and names what earlier commands made.
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         LookaheadEvalConfig,
         argv,
         "eval/lookahead.py",
-        "When to stop drafting: lookaheads beside every static length and the oracle.",
+        _DESCRIPTION,
         names="describe_drafting",
         alone=True,
     )
@@ -26,10 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.evaluation.lookaheads.report import write_report
     from redrafter.evaluation.methods import check_resources
     from redrafter.evaluation.models import load_both
-    from redrafter.evaluation.pictures import new_figure
     from redrafter.files import write_config
 
-    new_figure(1, 1)  # without matplotlib: say so now
     cases = cases_of(config)
     names = list(dict.fromkeys(name for case in cases for name in names_of(case)))
     check(names, config)

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import LosslessConfig
 
+_DESCRIPTION = """\
+Is every token the same with drafting and without? Every row is decoded both ways, greedily and
+sampled with a seed; where rounding lets a token differ, it must be a near-tie, and is counted.
+
+  python eval/lossless.py --target.path MODEL --head HEAD --prompts PROMPTS.jsonl --n_prompts 200 \\
+      --out HEAD/lossless.json
+  python eval/lossless.py --list   # every drafter that --methods takes
+
+--temperatures, --batch_sizes and --max_new_tokens say what is decoded. Exit status 1: a difference
+that rounding does not explain, which is a fault of ours.
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         LosslessConfig,
         argv,
         "eval/lossless.py",
-        "Speculative against plain decoding, token by token; every difference must be a near-tie.",
+        _DESCRIPTION,
         names="describe_drafting",
         alone=True,
     )

@@ -6,19 +6,25 @@ when asked for, so that `redrafter --help` answers at once.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from importlib import import_module
+from pathlib import Path
+
+from redrafter import __version__
+from redrafter.cli.naming import asks
 
 #: task -> module of `redrafter.cli`, which is also the subcommand: what it does, in one line
 TASKS = {
     "use a head": {
+        "examples": "programs to begin from, and a head that ships: list, show, copy",
+        "make_smollm2": "make SmolLM2-135M-Instruct, to try it on (scripts/make_smollm2.py)",
         "chat": "talk to a model with a draft head or any drafter (scripts/chat.py)",
         "doctor": "say whether drafting pays here, with which tree, and why (eval/doctor.py)",
     },
     "train one": {
-        "train": "train/redrafter.py, by accelerate where several processes are asked for",
+        "train": "train a draft head for a frozen model (train/redrafter.py)",
         "configs": "the recipes that come with the library: list, show, copy",
-        "train_redrafter": "train a recurrent draft head for a frozen model (train/redrafter.py)",
         "train_disco": "train a lookahead for any drafter (train/disco.py)",
     },
     "prove and measure": {
@@ -57,6 +63,12 @@ TASKS = {
     },
 }
 SUBCOMMANDS = {name: text for task in TASKS.values() for name, text in task.items()}
+#: what else is taken, as lines of old notes have it -> the subcommand
+_ALSO = {"train_redrafter": "train"}
+_END = """\
+redrafter SUBCOMMAND --help explains its options. In brackets: the file of a clone that does the
+same, `python eval/speed.py ...`. What works in several processes takes accelerate launch's options
+as --launch.X: redrafter answers --launch.multi_gpu --launch.num_processes 2 ..."""
 
 
 def usage() -> str:
@@ -64,8 +76,23 @@ def usage() -> str:
     lines = ["usage: redrafter SUBCOMMAND [options]"]
     for task, commands in TASKS.items():
         lines += ["", f"{task}:"]
-        lines += [f"  {name:<{width}}  {text}" for name, text in commands.items()]
-    return "\n".join([*lines, "", "redrafter SUBCOMMAND --help explains its options."])
+        lines += [f"  {shown(name):<{width}}  {text}" for name, text in commands.items()]
+    return "\n".join([*lines, "", _END])
+
+
+def shown(name: str) -> str:
+    """A subcommand as it is typed; with `_` it is taken, too."""
+    return name.replace("_", "-")
+
+
+def unknown(word: str) -> str:
+    """One line for a subcommand that does not exist, with those that may have been meant: of a
+    name like it, or named after it (`check` for check-store, or a clone's data/check.py)."""
+    name = Path(word).stem.replace("_", "-")
+    named = [n for n, text in SUBCOMMANDS.items() if f"/{name}.py)" in text or name in n.split("_")]
+    near = named or difflib.get_close_matches(name, map(shown, SUBCOMMANDS), n=1)
+    meant = f"; did you mean redrafter {' or '.join(map(shown, near))}?" if near else ""
+    return f"error: there is no subcommand {word!r}{meant} (redrafter --help lists all of them)"
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -74,9 +101,13 @@ def main(argv: list[str] | None = None) -> int | None:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"redrafter {__version__}")
+        return 0
     name = args[0].replace("-", "_")
+    name = _ALSO.get(name, name)
     if name not in SUBCOMMANDS:
-        print(f"redrafter: no subcommand {args[0]!r}\n\n{usage()}", file=sys.stderr)
+        print(unknown(args[0]), file=sys.stderr)
         return 2
     try:
         subcommand = import_module(f"redrafter.cli.{name}")
@@ -94,8 +125,10 @@ def main(argv: list[str] | None = None) -> int | None:
         return 2
     # argparse names the program after sys.argv[0]: the usage line should say what was typed.
     program = sys.argv[0]
-    sys.argv[0] = f"{program} {name}"
+    sys.argv[0] = f"{program} {shown(name)}"
     try:
+        if name != "train" and asks(args[1:]):
+            return import_module("redrafter.cli.train").launch([name, *args[1:]])
         return subcommand.main(args[1:])
     finally:
         sys.argv[0] = program

@@ -9,6 +9,17 @@ from pathlib import Path
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import SpecBenchConfig
 
+_DESCRIPTION = """\
+Spec-Bench's protocol: chats with each method's own history, speedups by task, answer files that
+Spec-Bench reads. A run that was stopped goes on.
+
+  python eval/spec_bench.py --target.path MODEL --head HEAD --questions QUESTIONS.jsonl \\
+      --methods stock,plain,head --out runs/spec-bench
+  python eval/spec_bench.py --list     # every name that a method may have, with its options
+
+--n_questions takes a few, --max_new_tokens ends a turn, --compat adds Spec-Bench's old counting.
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SpecBenchConfig,
         argv,
         "eval/spec_bench.py",
-        "Spec-Bench's protocol: chats with each method's own history, speedups by task, answer "
-        "files that Spec-Bench reads. A run that was stopped goes on.",
+        _DESCRIPTION,
         names="describe_methods",
         alone=True,
     )

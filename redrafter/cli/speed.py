@@ -7,6 +7,18 @@ from collections.abc import Sequence
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import SpeedConfig
 
+_DESCRIPTION = """\
+Tokens per step and speed of ways of decoding, on the same prompts, interleaved.
+
+  python eval/speed.py --target.path MODEL --head HEAD --prompts PROMPTS.jsonl --n_prompts 40 \\
+      --methods stock,plain,lookup,head,head:8x5 --out HEAD/speed.json
+  python eval/speed.py --list      # every name that a method may have, with its options
+
+--temperature 1 samples, greedy is the default; --max_new_tokens and --batch_size say how much is
+decoded, --repeats how often. The rows are the last --n_prompts of the file: a training holds out
+its last ones. A result in the head's folder goes into its card and its report.
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SpeedConfig,
         argv,
         "eval/speed.py",
-        "Tokens per step and speed of drafting, beside stock and plain decoding.",
+        _DESCRIPTION,
         names="describe_methods",
         alone=True,
     )

@@ -8,6 +8,15 @@ from collections.abc import Sequence
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import StaticConfig
 
+_DESCRIPTION = """\
+Which fixed width W and depth K of drafts pays best on this device, predicted from recorded
+acceptance and measured costs; with --measure beside what the clock says.
+
+  python eval/static.py --target.path MODEL --head HEAD --prompts PROMPTS.jsonl --out static.json
+
+--widths and --depth say which drafts; --costs takes a file of eval/costs.py.
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         StaticConfig,
         argv,
         "eval/static.py",
-        "Which fixed width W and depth K of drafts pays best on this device, predicted from "
-        "recorded acceptance and measured costs; with --measure beside what the clock says.",
+        _DESCRIPTION,
         alone=True,
     )
     from redrafter.evaluation.models import load_both

@@ -8,6 +8,17 @@ from pathlib import Path
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import TableConfig
 
+_DESCRIPTION = """\
+One table and its pictures: what eval/speed.py measures, over prompt sets and temperatures.
+
+  python eval/table.py --target.path MODEL --head HEAD --sets.mine PROMPTS.jsonl \\
+      --sets.other OTHER.jsonl --methods '[stock,plain,lookup,head]' --temperatures '[0.0, 1.0]' \\
+      --n_prompts 40 --out runs/table
+  python eval/table.py --list      # every name that a method may have, with its options
+
+What OUT holds already is not measured again, so a run that was stopped goes on.
+"""
+
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,18 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         TableConfig,
         argv,
         "eval/table.py",
-        "The table of all methods: what eval/speed.py measures, over prompt sets and temperatures.",
+        _DESCRIPTION,
         names="describe_methods",
         alone=True,
     )
     from redrafter.evaluation.methods import check_resources, parse_methods
     from redrafter.evaluation.models import load_both
-    from redrafter.evaluation.pictures import new_figure
     from redrafter.evaluation.prompt_sets import measure_all, settings, write_table
     from redrafter.files import write_config
     from redrafter.hub.profile import profile_after
 
-    new_figure(1, 1)  # without matplotlib: say so now
     sets = settings(config)
     names = parse_methods(",".join(config.methods))
     check_resources(names, config)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from redrafter.cli.args import parse, reports_input_errors
 from redrafter.config import DiscoTrainConfig
-from redrafter.contracts import InputError
 
 _DESCRIPTION = """\
 Fit a DISCO classifier: how many levels to draft, step by step, from what the drafter says.
@@ -83,11 +83,7 @@ def show(report: dict[str, Any]) -> str:
 def _draw(folder: str, report: dict[str, Any]) -> None:
     """The calibration curve, where matplotlib is installed."""
     from redrafter.evaluation.lookaheads.report import reliability_chart
-    from redrafter.evaluation.pictures import save_figure
+    from redrafter.evaluation.pictures import save_pictures
 
-    try:
-        shown = {"validation": {"reliability": {"disco": report["reliability"]}}}
-        figure = reliability_chart(shown)
-        save_figure(figure, f"{folder}/reliability")
-    except InputError:
-        return  # the numbers are in report.json
+    shown = {"validation": {"reliability": {"disco": report["reliability"]}}}
+    save_pictures({Path(folder) / "reliability": lambda: reliability_chart(shown)})

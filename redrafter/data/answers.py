@@ -116,10 +116,17 @@ def build_answers(
 
     sizes = [len(group) for _ in passes for group in groups]
     store = fill(
-        job, sizes, make, what="answers", unit="row", progress=progress,
+        job, sizes, make, what=_asked(n, config), unit="row", progress=progress,
         together=target.together, input=sum(sizes), made_from=prompts.lineage,
     )  # fmt: skip
     return need_rows(store, prompts.name)
+
+
+def _asked(n: int, config: AnswersConfig) -> str:
+    """Why there are more answers than prompts, for who watches them being made."""
+    at = " and ".join(f"{t:g}" for t in config.temperatures)
+    times = f", {config.samples_per_prompt} times each" if config.samples_per_prompt > 1 else ""
+    return f"answers to {n} prompts at T {at}{times}"
 
 
 def answers_identity(target: Target, config: AnswersConfig, seed: int) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def field(content: dict[str, Any], name: str, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or not value:
         raise InputError(
             f"{where}: no {name!r} holding a {'text' if kind is str else 'list'}; this row has "
-            f"the keys {sorted(content)}. Is the format right?"
+            f"the keys {sorted(content)}. Is the format right? (`format auto` goes by the keys)"
         )
     return whole(value, where) if kind is str else value
 

@@ -242,6 +242,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ reading
 
 
+def _inside(folder: str | Path) -> str:
+    """Which stores lie in a folder that is none, as a training's `data` has several."""
+    found = sorted(path.parent for path in Path(folder).glob("*/manifest.json"))
+    named = (f"{path} ({Store(path).counts['rows']} rows)" for path in found)
+    return f", but some in it: give one of {', '.join(named)}" if found else "; is the path right?"
+
+
 class Store:
     """A complete store, read row by row from memory-mapped shards.
 
@@ -259,7 +266,7 @@ class Store:
             raise InputError(
                 f"{self.name} is not complete: run the command that makes it once more"
                 if begun
-                else f"{self.name} holds no store (no manifest.json); is the path right?"
+                else f"{self.name} holds no store (no manifest.json){_inside(folder)}"
             )
         self.manifest = _read_json(self.files.local("manifest.json"))
         self.identity = self.manifest.get("identity", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,21 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
         written.append(Path(f"{path_without_suffix}.{suffix}"))
         write_bytes(written[-1], content.getvalue())
     return written
+
+
+def save_pictures(drawings: Mapping[Path, Callable[[], Figure | None]]) -> None:
+    """Pictures that go beside a table: without matplotlib it stands alone, and that is said.
+
+    drawings: path without suffix -> what draws it; None where there is nothing to draw
+    """
+    try:
+        new_figure(1, 1)
+    except InputError:
+        print("no pictures: they need matplotlib (pip install matplotlib)")
+        return
+    for path, draw in drawings.items():
+        if (figure := draw()) is not None:
+            save_figure(figure, path)
 
 
 def slowdown_map(cells: Sequence[Slowdown], title: str) -> Figure:

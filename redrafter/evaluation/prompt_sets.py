@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from redrafter.contracts import InputError
 from redrafter.evaluation import charts
 from redrafter.evaluation.methods import build_method
 from redrafter.evaluation.models import load_resources, prompts_to_count
-from redrafter.evaluation.pictures import save_figure
+from redrafter.evaluation.pictures import save_pictures
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
 from redrafter.evaluation.report import (
     described_prompts,
@@ -63,6 +64,13 @@ def measure(
     return body
 
 
+_LEGEND = """\
+tokens/step: per forward of the target. x: speed of whole generations, over model.generate (stock)
+and over the best plain loop. bound: the latter as the measured costs allow it with these tokens per
+step; efficiency: the part of it that was reached. = plain: texts equal to plain's. The last column:
+where the time after the prefill went."""
+
+
 def show(body: dict[str, Any]) -> str:
     """One line per method, then what they have in common."""
     columns = ["method", "tokens/step", "x stock", "x best plain", "bound", "efficiency",
@@ -86,7 +94,7 @@ def show(body: dict[str, Any]) -> str:
     lines = [table(columns, rows), ""]
     columns, rows = engine_table(body)
     lines += [table(columns, rows), ""] if rows else []
-    exact = {True: "yes", False: "NO: see eval/lossless.py for why", None: "nothing drafted"}
+    exact = {True: "yes", False: "NO: `redrafter lossless` says why", None: "nothing drafted"}
     share = body["loop_share"]
     lines.append(
         f"exact: {exact[body['exact']]}; loop share of plain text: "
@@ -101,7 +109,7 @@ def show(body: dict[str, Any]) -> str:
         lines.append("(in brackets): sampled by a rule of its own: plain's law, but another text")
     if "bigram_counted_on" in body:
         lines.append(f"bigrams counted on: {body['bigram_counted_on']}")
-    return "\n".join(lines + [f"warning: {w}" for w in body["warnings"]])
+    return "\n".join([*lines, "", _LEGEND, *(f"warning: {w}" for w in body["warnings"])])
 
 
 # ----------------------------------------------------------------------------------- several sets
@@ -146,10 +154,10 @@ def write_table(out: Path, bodies: Mapping[str, dict[str, Any]]) -> None:
     """OUT/table.md and the pictures; prints the table."""
     text = "\n\n".join(markdown(title, body) for title, body in bodies.items()) + "\n"
     write_text(out / "table.md", text)
-    for name, draw in (
-        ("speedup", charts.speedup_chart),
-        ("tokens", charts.tokens_chart),
-        ("acceptance", charts.acceptance_chart),
-    ):
-        save_figure(draw(bodies), out / name)
     print(text)
+    drawn = {
+        "speedup": charts.speedup_chart,
+        "tokens": charts.tokens_chart,
+        "acceptance": charts.acceptance_chart,
+    }
+    save_pictures({out / name: partial(draw, bodies) for name, draw in drawn.items()})

@@ -124,10 +124,16 @@ def markdown(title: str, body: dict[str, Any]) -> str:
         f"text {_cell(share)}; best plain loop `{body['best_plain']}`; depth k: steps whose first "
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
         "prompts; in brackets: plain's law by a rule of its own, another text. "
-        f"{measured_on(facts)}, commit "
-        f"{str(facts.get('git_commit'))[:10]}.",
+        f"{measured_on(facts)}, {measured_by(facts)}.",
         *(f"Warning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip
+
+
+def measured_by(facts: dict[str, Any]) -> str:
+    """The code that measured: its commit; of an installed wheel, which knows none, the version."""
+    if facts.get("git_commit"):
+        return f"commit {facts['git_commit'][:10]}"
+    return f"redrafter {facts.get('versions', {}).get('redrafter', 'of an unknown version')}"
 
 
 def measured_on(facts: dict[str, Any]) -> str:
@@ -140,7 +146,7 @@ def measured_on(facts: dict[str, Any]) -> str:
 def write_result(
     path: str | None, config: Any, target: Target, body: dict[str, Any], head: Any = None
 ) -> None:
-    """Write a result beside everything that it depends on; nothing where `path` is None.
+    """Write a result beside all that it depends on, and say so; nothing where `path` is None.
 
     head: the `DraftHead` that was measured, if one was
     """
@@ -160,6 +166,7 @@ def write_result(
         device=device_name(target.device),
     )
     write_json(path, _finite(plain_values({**body, "provenance": facts})))
+    print(f"{path}: written", flush=True)
 
 
 def read_result(file: Path, config: Any, fingerprint: str, command: str) -> dict[str, Any] | None:

@@ -30,9 +30,8 @@ Nothing was measured on this head after its training: no speed is claimed. Measu
 again:
 
 ```bash
-python eval/speed.py --target.path TARGET --head RUN --prompts PROMPTS.jsonl --out RUN/speed.json
-python eval/lossless.py --target.path TARGET --head RUN --prompts PROMPTS.jsonl \\
-    --out RUN/lossless.json
+redrafter speed --target.path TARGET --head RUN --prompts PROMPTS.jsonl --out RUN/speed.json
+redrafter lossless --target.path TARGET --head RUN --prompts PROMPTS.jsonl --out RUN/lossless.json
 ```"""
 
 
@@ -195,7 +194,7 @@ def _use(run: Run, repo: str, files: Sequence[str]) -> str:
     if any(name.startswith("golden/") for name in files):
         text += (
             "\n\nWhether this copy does on your machine what it did where it was made: "
-            f"`python eval/verify.py {repo}`."
+            f"`redrafter verify {repo}`."
         )
     return text
 
@@ -323,7 +322,7 @@ def _limits(run: Run) -> str:
     if run.speeds:
         lines.append(
             "The figures above hold for those prompts, that device and those settings. Other "
-            "text, batches and devices give others: measure with `eval/speed.py`."
+            "text, batches and devices give others: measure with `redrafter speed`."
         )
     for result in run.speeds:
         for method, m in result.of_head().items():

@@ -100,6 +100,6 @@ def profile_after(out: str | None, folder: str | None, head: Any) -> None:
         return
     try:
         if write_profile(place, head) is not None:
-            print(f"acceptance by position: {place / PROFILE}")
+            print(f"acceptance by position: {Path(folder) / PROFILE}")
     except InputError as error:  # what was measured now is written; an earlier file is at fault
         print(f"warning: no {PROFILE} was made: {error}")

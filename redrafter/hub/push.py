@@ -20,8 +20,8 @@ from redrafter.hub.release import Files, files_of, is_ours, write_card
 from redrafter.hub.run import read_run
 
 _ADVICE = {
-    "lossless.json": "eval/lossless.py --out RUN/lossless.json checks every token",
-    "speed.json": "eval/speed.py --out RUN/speed.json measures it",
+    "lossless.json": "redrafter lossless --out RUN/lossless.json checks every token",
+    "speed.json": "redrafter speed --out RUN/speed.json measures it",
     "golden": "an export by this version holds a batch to verify copies with",
     "custom_generate": "an export by this version holds code for plain transformers",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from redrafter.evaluation.report import (
     described_prompts,
+    measured_by,
     measured_on,
     milliseconds,
     n_rows,
@@ -50,14 +51,15 @@ def about(run: Run) -> str:
         f"<li><strong>{with_interval(m['tokens_per_step'], None, None)} tokens per step</strong>, "
         f"{with_interval(m['speedup_plain'], None, None)} x the best plain loop: "
         f"<code>{escape(name)}</code> on {escape(result.title)} "
-        f"({escape(measured_on(result.body['provenance']))}, commit {escape(_commit(result))})</li>"
+        f"({escape(_measured(result))})</li>"
         for result in run.speeds for name, m in result.of_head().items()
     ]  # fmt: skip
     return facts(rows) + (f"<ul>{''.join(found)}</ul>" if found else "")
 
 
-def _commit(result: Result) -> str:
-    return str(result.body["provenance"].get("git_commit"))[:10]
+def _measured(result: Result) -> str:
+    made = result.body["provenance"]
+    return f"{measured_on(made)}, {measured_by(made)}"
 
 
 # ----------------------------------------------------------------------------------- speed
@@ -89,7 +91,7 @@ def _speed_of(result: Result) -> str:
     columns = ["method", "tokens/step", "x model.generate", "x best plain loop", "= plain"]
     caption = (
         f"{described_prompts(body)} of up to {result.config['max_new_tokens']} new tokens; "
-        f"{measured_on(body['provenance'])}; commit {_commit(result)}; best plain loop "
+        f"{_measured(result)}; best plain loop "
         f"{body['best_plain']}; intervals: 95 % bootstrap over prompts; = plain: rows whose text "
         "is plain decoding's (in brackets: plain's law, another text); share of the plain text "
         f"that repeats itself: {with_interval(body['loop_share'], None, None)}."

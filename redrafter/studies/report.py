@@ -4,13 +4,14 @@ ceiling."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from redrafter.evaluation.figures import bootstrap, median, pooled
-from redrafter.evaluation.pictures import new_figure, save_figure
+from redrafter.evaluation.pictures import new_figure, save_pictures
 from redrafter.evaluation.report import markdown_table, measured_on, milliseconds, with_interval
 from redrafter.files import plain_values, write_json, write_text
 from redrafter.heads.base import DraftHead
@@ -220,5 +221,5 @@ def write(out: Path, found: dict[str, Any], bodies: Bodies, target: Target) -> N
     text = markdown(f"Heads for {target.name.rstrip('/').split('/')[-1]}", found, facts)
     write_text(out / "table.md", text)
     write_json(out / "rows.json", plain_values({**found, "provenance": facts}))
-    save_figure(chart(found), out / "tokens")
     print(text)
+    save_pictures({out / "tokens": partial(chart, found)})

@@ -129,7 +129,7 @@ def _import_gguf(file: Path) -> Any:
     except ImportError:
         raise InputError(
             f"target.path: {file} is a GGUF file, which needs the package gguf, not installed: "
-            "pip install 'redrafter[gguf]'"
+            "pip install gguf"
         ) from None
     return gguf
 

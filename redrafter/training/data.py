@@ -15,7 +15,7 @@ from typing import Any
 from redrafter.config import DataConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
-from redrafter.data.build_rows import build_rows, write_rows
+from redrafter.data.build_rows import build_rows, report, write_rows
 from redrafter.data.chat import Renderer
 from redrafter.data.conversations import build_conversations
 from redrafter.data.day import dated, day_of
@@ -81,6 +81,7 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
         return _from_stores(config, target)
     folder = data_folder(config)
     rows = _rows(data, target, config.seed, folder)
+    say(report(rows))
     n = continuation_tokens(data, config.optim.depth)
     maker = StateMaker(target, data.states, n)
     part: Part
@@ -132,6 +133,7 @@ def _rows(data: DataConfig, target: Target, seed: int, folder: Path) -> Store:
         source, tokenizer, "prompts", folder, max_tokens=room,
         vocab_size=target.vocab_size, named=True,
     )  # fmt: skip
+    say(report(prompts))
     return build_answers(target, prompts, data.answers, folder, seed=seed, named=True)
 
 

@@ -4,12 +4,13 @@ temperature: what `lookaheads.summary` made of it, and where it was measured."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redrafter.evaluation.lookaheads.cases import Case
-from redrafter.evaluation.pictures import new_figure, save_figure
-from redrafter.evaluation.report import markdown_table, measured_on, with_interval
+from redrafter.evaluation.pictures import new_figure, save_pictures
+from redrafter.evaluation.report import markdown_table, measured_by, measured_on, with_interval
 from redrafter.files import write_text
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def markdown(title: str, body: Mapping[str, Any]) -> str:
         "Forward costs: of every step, the forward over the tree that was verified, the start of "
         f"the draft and the levels drafted, {measured}, without the lookahead's "
         "own time; share of the oracle's gain by them. Clock: after the prefill. "
-        f"{measured_on(facts)}, commit "
-        f"{str(facts.get('git_commit'))[:10]}.",
+        f"{measured_on(facts)}, {measured_by(facts)}.",
         *(f"\nWarning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip
 
@@ -222,14 +222,13 @@ def write_report(out: Path, cases: Sequence[Case], bodies: Bodies) -> None:
     tables = [overview(bodies), *(markdown(title, body) for title, body in bodies.items())]
     text = "\n\n".join(tables) + "\n"
     write_text(out / "table.md", text)
+    print(text)
     pictures = {
-        "ratio": ratio_chart(bodies),
-        "lengths": lengths_chart(bodies),
-        "reliability": reliability_chart(bodies),
+        out / "ratio": partial(ratio_chart, bodies),
+        out / "lengths": partial(lengths_chart, bodies),
+        out / "reliability": partial(reliability_chart, bodies),
     }
     for case in cases:
-        pictures[f"steps-{case.file.stem}"] = steps_chart(case.title, bodies[case.title])
-    for name, figure in pictures.items():
-        if figure is not None:
-            save_figure(figure, out / name)
-    print(text)
+        draw = partial(steps_chart, case.title, bodies[case.title])
+        pictures[out / f"steps-{case.file.stem}"] = draw
+    save_pictures(pictures)

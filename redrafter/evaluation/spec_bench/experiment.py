@@ -116,7 +116,7 @@ def report(
     wrong = [
         f"{name} differs from {config.baseline} in {same['turns'] - same['equal_tokens']} of "
         f"{same['turns']} turns, first in question {same['first_difference']['question_id']}; "
-        "eval/lossless.py says whether rounding explains it"
+        "`redrafter lossless` says whether rounding explains it"
         for name, same in lossless.items()
         if same["compared"] and same["equal_tokens"] < same["turns"]
     ]

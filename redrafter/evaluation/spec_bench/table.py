@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from redrafter.evaluation.report import markdown_table, measured_on, with_interval
+from redrafter.evaluation.report import markdown_table, measured_by, measured_on, with_interval
 
 _SHORT = {
     "mt_bench": "MT-bench", "translation": "Translation", "summarization": "Summarization",
@@ -69,8 +69,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"{config['temperature']:g}, batch 1; intervals: 95 % bootstrap over questions. "
         f"{cut['turns']} prompts of `{body['baseline']}` were longer than the context and lost "
         f"their first {cut['tokens']} tokens in all; {len(counts['skipped'])} questions left out. "
-        f"{measured_on(facts)}, commit "
-        f"{str(facts.get('git_commit'))[:10]}.",
+        f"{measured_on(facts)}, {measured_by(facts)}.",
         *(f"Warning: {warning}" for warning in body["warnings"]),
     ]
     return "\n".join(parts)
