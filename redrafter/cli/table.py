@@ -11,28 +11,29 @@ from redrafter.config import TableConfig
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures what is not there yet, one prompt set and temperature at a time; writes OUT/*.json,
-    OUT/table.md and the pictures. Returns the exit status."""
+    """Measures what is not there yet, one prompt set, number of samples and temperature at a time;
+    writes OUT/*.json, OUT/table.md and the pictures. Returns the exit status."""
     config = parse(
         TableConfig,
         argv,
         "eval/table.py",
-        "The table of all methods: what eval/speed.py measures, over prompt sets and temperatures.",
+        "The table of all methods: what eval/speed.py measures, over prompt sets, numbers of "
+        "samples and temperatures.",
         names="describe_methods",
         alone=True,
     )
     from redrafter.evaluation.methods import check_resources, parse_methods
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.pictures import new_figure
-    from redrafter.evaluation.prompt_sets import measure_all, settings, write_table
+    from redrafter.evaluation.prompt_sets import largest, measure_all, settings, write_table
     from redrafter.files import write_config
     from redrafter.hub.profile import profile_after
 
     new_figure(1, 1)  # without matplotlib: say so now
     sets = settings(config)
     names = parse_methods(",".join(config.methods))
-    check_resources(names, config)
-    target, head = load_both(config, measured=True)
+    check_resources(names, largest(sets))
+    target, head = load_both(largest(sets), measured=True)
     bodies = measure_all(sets, names, target, head)
     write_config(Path(config.out) / "config.yaml", config)
     write_table(Path(config.out), bodies)
