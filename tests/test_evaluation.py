@@ -57,6 +57,7 @@ from redrafter.evaluation.speed import (
     noise_warning,
     run_interleaved,
 )
+from redrafter.evaluation.votes import vote
 from redrafter.files import write_config
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.model import load_target
@@ -172,6 +173,7 @@ class Clockwork(Method):
             stats.drafted_at, stats.accepted_at = [], []
         verify = 0.9 * new * self.token_s
         seconds = {"prefill": 1.0, "draft": 0.0, "verify": verify, "forward": verify}
+        seconds["cpu"] = 2.0 * new * self.token_s  # the prefill is the device's
         return TimedCall([row], {**seconds, "total": 1.0 + new * self.token_s}, stats, [3] * steps)
 
     def _run(self, batch): ...
@@ -208,6 +210,8 @@ def test_speed_figures_of_a_known_clock():
     assert head["speedup_plain"] == pytest.approx(7 / 4)
     assert head["speedup_stock"] == pytest.approx(13 / 4)
     assert head["decode_speedup_plain"] == pytest.approx(2.0), "without the prefill"
+    assert head["cpu_speedup_plain"] == head["low"]["cpu_speedup_plain"] == pytest.approx(2.0)
+    assert body["per_prompt"]["head"]["cpu_seconds"] == [6.0, 6.0]
     assert head["tokens_per_step"] == head["tokens_per_step_mean"] == 3.0
     assert head["bound"] == pytest.approx(3.0 * 1.0 / (0.5 + 1.5)), "t(3) lies between 1 and 5"
     assert head["efficiency"] == pytest.approx(2.0 / 1.5)
@@ -233,19 +237,39 @@ def test_samples_of_a_prompt_are_one_batch_and_count_as_one_prompt():
     costs = CostTable(
         [TargetCost(n, 5, 3, exact) for n in (1, 17)], [DrafterCost("consensus", 5, 3, exact, [])]
     )
-    summary = Summary(ways, runs, batches, answers, costs, config)
+    summary = Summary(ways, runs, batches, answers, costs, config, decode=lambda row: f"{row[0]}")
     assert summary._of_prompts([1, 2, 3, 4, 5, 6]).tolist() == [6, 15]
     body = summary.body() | {"warnings": []}
     assert body["exact"] and body["methods"]["consensus"]["equal_rows"] == n_rows(body) == 6
     assert body["n_prompts"] == 2 and len(body["per_prompt"]["consensus"]["tokens"]) == 2
+    first = [[str(row[0]) for row in answers[i : i + 3]] for i in (0, 3)]
+    assert body["votes"] == [max(said, key=said.count) for said in first]
+    assert body["per_prompt"]["consensus"]["votes"] == body["votes"]
     shown = show(body)
     assert "6/6" in shown and "2 prompts, 3 samples of each" in shown
+    assert "vote on the last number: plain's for 2 of 2 prompts by every method" in shown
+    body["per_prompt"]["consensus"]["votes"][0] = None
+    assert "plain's for 1 of 2 prompts by `consensus`, the worst" in show(body)
+    assert all(m["cpu_speedup_plain"] > 0 for m in body["methods"].values()), "this is a CPU"
     del body["samples_per_prompt"]  # as files before had none
     assert n_rows(body) == 2 and described_prompts(body) == "2 prompts"
     with pytest.raises(InputError, match="samples_per_prompt to 1"):
         check_resources(["hf-lookup"], config)
     with pytest.raises(InputError, match="samples_per_prompt: 0 must be at least 1"):
         check(replace(config, samples_per_prompt=0))
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["so 1,250.50", "48/2 = 24", "= 1250.50 in all"], "1250.50"),
+        (["it is 7.", "it is -7", "none", "-7"], "-7"),
+        (["3 or 4", "5"], "4"),  # equally many: the one said first
+        (["none", ""], None),
+    ],
+)
+def test_votes_are_on_the_last_number(texts, wanted):
+    assert vote(texts) == wanted
 
 
 def test_results_from_before_an_option_are_those_of_its_default(tmp_path):

@@ -1,6 +1,7 @@
 """eval/table.py, eval/acceptance.py and eval/regret.py, end to end on a tiny target."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from test_multi import RATIO, model
 
 from redrafter.cli import acceptance, prepare, probe_bigrams, regret, speed, table
 from redrafter.cli.args import parse
-from redrafter.config import TableConfig
+from redrafter.config import TableConfig, TargetConfig
+from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.evaluation import prompt_sets
 from redrafter.evaluation.acceptance import Counter, Watcher
 from redrafter.evaluation.methods import check_resources, parse_methods
+from redrafter.evaluation.prompt_sets import largest
 from redrafter.evaluation.prompt_sets import settings as sets_of
 from redrafter.evaluation.regret import regret as regret_of
 
@@ -192,6 +195,24 @@ def launched_by(launcher):
     firsts = {path: path.read_text().splitlines()[0] for path in files}
     assert all(f"--config configs/eval/{path.name}" in line for path, line in firsts.items())
     return [path for path, line in firsts.items() if line.startswith(f"# python {launcher} ")]
+
+
+def test_every_number_of_samples_is_a_part_of_its_own():
+    config = TableConfig(
+        target=TargetConfig("x"), sets={"a": "a.jsonl"}, out="out", temperatures=(0.7,),
+        samples_per_prompt=(1, 8, 4),
+    )  # fmt: skip
+    parts = sets_of(config)
+    assert {title: (c.samples_per_prompt, Path(c.out).name) for title, c in parts.items()} == {
+        "a, T = 0.7": (1, "a-t0.7.json"),  # as it was before there were samples
+        "a, N = 8, T = 0.7": (8, "a-n8-t0.7.json"),
+        "a, N = 4, T = 0.7": (4, "a-n4-t0.7.json"),
+    }
+    assert largest(parts).samples_per_prompt == 8
+    with pytest.raises(InputError, match="samples_per_prompt to 1"):
+        check_resources(["hf-lookup"], largest(parts))
+    with pytest.raises(ValueError, match="samples_per_prompt"):
+        replace(config, samples_per_prompt=(4, 0))
 
 
 @pytest.mark.parametrize("path", launched_by("eval/table.py"), ids=str)

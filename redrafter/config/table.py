@@ -25,6 +25,8 @@ class TableConfig(DraftingConfig, PromptsConfig):
     """Ways of decoding, as eval/speed.py names them."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """0 is greedy."""
+    samples_per_prompt: tuple[int, ...] = (1,)
+    """Rows of every prompt, as eval/speed.py decodes them; each number is a part of its own."""
     n_prompts: int = 100
     """Rows of each set."""
     max_new_tokens: int = 128
@@ -37,6 +39,9 @@ class TableConfig(DraftingConfig, PromptsConfig):
     def __post_init__(self) -> None:
         at_least(1, self, "n_prompts", "max_new_tokens", "repeats", "cost_rounds")
         check_temperatures(self.temperatures)
+        if not self.samples_per_prompt or min(self.samples_per_prompt) < 1:
+            given = list(self.samples_per_prompt)
+            raise ValueError(f"samples_per_prompt: {given} must be one or more, none below 1")
         if not self.sets or not self.methods:
             raise ValueError("sets and methods: give at least one of each")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ from torch.nn import Module
 from redrafter.config import SpeedConfig, TableConfig
 from redrafter.contracts import InputError
 from redrafter.evaluation import charts
-from redrafter.evaluation.methods import build_method
+from redrafter.evaluation.methods import build_method, rows_at_a_time
 from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.pictures import save_pictures
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning
@@ -29,6 +30,7 @@ from redrafter.evaluation.report import (
     write_result,
 )
 from redrafter.evaluation.speed import decoding, make_batches, measure_speed
+from redrafter.evaluation.votes import told
 from redrafter.files import write_text
 from redrafter.targets.model import Target
 
@@ -73,13 +75,13 @@ where the time after the prefill went."""
 
 def show(body: dict[str, Any]) -> str:
     """One line per method, then what they have in common."""
-    columns = ["method", "tokens/step", "x stock", "x best plain", "bound", "efficiency",
-               "= plain", "draft/verify/other"]  # fmt: skip
+    columns = ["method", "tokens/step", "x stock", "x best plain", "in CPU time", "bound",
+               "efficiency", "= plain", "draft/verify/other"]  # fmt: skip
     rows = []
     for name, m in body["methods"].items():
 
         def shown(key: str, m: dict[str, Any] = m) -> str:
-            return with_interval(m[key], m["low"].get(key), m["high"].get(key))
+            return with_interval(m.get(key), m["low"].get(key), m["high"].get(key))
 
         equal = f"{m['equal_rows']}/{n_rows(body)}"
         seconds = m["seconds"]
@@ -88,8 +90,8 @@ def show(body: dict[str, Any]) -> str:
         shares = "-" if None in parts else "/".join(f"{100 * p / decode:.0f}" for p in parts) + " %"
         rows.append(
             [name, shown("tokens_per_step") if m["steps"] is not None else 1.0,
-             shown("speedup_stock"), shown("speedup_plain"), m["bound"], m["efficiency"],
-             f"({equal})" if m["law_only"] else equal, shares]
+             shown("speedup_stock"), shown("speedup_plain"), shown("cpu_speedup_plain"),
+             m["bound"], m["efficiency"], f"({equal})" if m["law_only"] else equal, shares]
         )  # fmt: skip
     lines = [table(columns, rows), ""]
     columns, rows = engine_table(body)
@@ -109,6 +111,7 @@ def show(body: dict[str, Any]) -> str:
         lines.append("(in brackets): sampled by a rule of its own: plain's law, but another text")
     if "bigram_counted_on" in body:
         lines.append(f"bigrams counted on: {body['bigram_counted_on']}")
+    lines += told(body)
     return "\n".join([*lines, "", _LEGEND, *(f"warning: {w}" for w in body["warnings"])])
 
 
@@ -116,22 +119,31 @@ def show(body: dict[str, Any]) -> str:
 
 
 def settings(config: TableConfig) -> dict[str, SpeedConfig]:
-    """What eval/speed.py would be asked for, per prompt set and temperature."""
+    """What eval/speed.py would be asked for, per prompt set, number of samples and temperature."""
     shared = {f.name for f in fields(SpeedConfig)} & {f.name for f in fields(TableConfig)}
-    values = {name: getattr(config, name) for name in shared - {"methods", "out"}}
+    own = {"methods", "out", "samples_per_prompt"}
+    values = {name: getattr(config, name) for name in shared - own}
     found = {}
-    for name, prompts in config.sets.items():
+    for name in config.sets:
         if not name.replace("-", "").replace("_", "").isalnum():
             raise InputError(f"sets: {name!r} must be letters, digits, - and _: files bear it")
-        for temperature in config.temperatures:
-            found[f"{name}, T = {temperature:g}"] = SpeedConfig(
-                **values,
-                prompts=prompts,
-                temperature=temperature,
-                methods=",".join(config.methods),
-                out=str(Path(config.out) / f"{name}-t{temperature:g}.json"),
-            )
+    parts = itertools.product(config.sets.items(), config.samples_per_prompt, config.temperatures)
+    for (name, prompts), samples, temperature in parts:
+        many = samples > 1
+        found[f"{name}{f', N = {samples}' * many}, T = {temperature:g}"] = SpeedConfig(
+            **values,
+            prompts=prompts,
+            samples_per_prompt=samples,
+            temperature=temperature,
+            methods=",".join(config.methods),
+            out=str(Path(config.out) / f"{name}{f'-n{samples}' * many}-t{temperature:g}.json"),
+        )
     return found
+
+
+def largest(sets: Mapping[str, SpeedConfig]) -> SpeedConfig:
+    """The part that decodes the most rows at a time."""
+    return max(sets.values(), key=rows_at_a_time)
 
 
 def measure_all(

@@ -21,7 +21,8 @@ from redrafter.evaluation.models import load_resources, prompts_to_count
 from redrafter.evaluation.pictures import new_figure
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.report import table
-from redrafter.evaluation.speed import Timing, decoding, make_batches, run_interleaved
+from redrafter.evaluation.runs import Timing
+from redrafter.evaluation.speed import decoding, make_batches, run_interleaved
 from redrafter.targets.model import Target
 
 if TYPE_CHECKING:

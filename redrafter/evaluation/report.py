@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.contracts import InputError
+from redrafter.evaluation.votes import told
 from redrafter.files import plain_values, provenance, read_packed, write_json
 from redrafter.targets.devices import device_name
 from redrafter.targets.identity import computed_in
@@ -89,8 +90,8 @@ def markdown(title: str, body: dict[str, Any]) -> str:
     depth = min(_DEPTHS, max((len(a["unconditional"]) for m in body["methods"].values()
                               if (a := m.get("acceptance"))), default=0))  # fmt: skip
     columns = ["method", "tokens/step", *(f"depth {k}" for k in range(1, depth + 1)), "nodes",
-               "draft ms", "verify ms", "bound", "x stock", "x best plain", "efficiency",
-               "= plain"]  # fmt: skip
+               "draft ms", "verify ms", "bound", "x stock", "x best plain", "in CPU time",
+               "efficiency", "= plain"]  # fmt: skip
     rows = []
     for name, m in body["methods"].items():
         rates = m.get("acceptance", {}).get("unconditional", [])[:depth]
@@ -109,6 +110,8 @@ def markdown(title: str, body: dict[str, Any]) -> str:
                           m["high"].get("speedup_stock")),
             with_interval(m["speedup_plain"], m["low"].get("speedup_plain"),
                           m["high"].get("speedup_plain")),
+            with_interval(m.get("cpu_speedup_plain"), m["low"].get("cpu_speedup_plain"),
+                          m["high"].get("cpu_speedup_plain")),
             _cell(m["efficiency"]),
             f"({equal})" if m["law_only"] else equal,
         ])  # fmt: skip
@@ -125,6 +128,7 @@ def markdown(title: str, body: dict[str, Any]) -> str:
         "k levels were all accepted, of those that drafted as many; intervals: 95 % bootstrap over "
         "prompts; in brackets: plain's law by a rule of its own, another text. "
         f"{measured_on(facts)}, {measured_by(facts)}.",
+        *(line[0].upper() + line[1:] + "." for line in told(body)),
         *(f"Warning: {warning}" for warning in body["warnings"]),
     ])  # fmt: skip
 

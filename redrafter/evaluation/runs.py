@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -27,7 +28,9 @@ class PromptBatch:
 @dataclass
 class TimedCall:
     """One timed call. seconds["total"] is wall-clock around everything, prefill included;
-    "forward" is the time inside the target's forwards after the prefill, a part of "verify".
+    "forward" is the time inside the target's forwards after the prefill, a part of "verify"; "cpu",
+    where the target is on a CPU, is what all threads of the process computed meanwhile, however
+    busy the machine was.
     stats: None where one forward makes one token by construction
     nodes: new tokens per row of each of those forwards; report: what the drafter said of itself"""
 
@@ -36,6 +39,29 @@ class TimedCall:
     stats: StepStats | None = None
     nodes: list[int] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+
+
+class Timing:
+    """Per batch, of one method: tokens and median seconds over its repeats."""
+
+    def __init__(self, runs: list[list[TimedCall]]):
+        self.tokens = np.array([sum(map(len, r[0].tokens)) for r in runs], dtype=float)
+        self.rows = np.array([len(r[0].tokens) for r in runs], dtype=float)
+        self.total_s = self._median(runs, "total")
+        self.prefill_s = self._median(runs, "prefill")  # 0 where it is not known
+        self.cpu_s = self._median(runs, "cpu")  # likewise
+
+    @staticmethod
+    def _median(runs: list[list[TimedCall]], part: str) -> np.ndarray:
+        return np.array([np.median([run.seconds.get(part, 0.0) for run in r]) for r in runs])
+
+    def per_second(self) -> np.ndarray:
+        return self.tokens / self.total_s
+
+    def decode_per_second(self, prefill_s: np.ndarray) -> np.ndarray:
+        """Tokens after the prefill's own per second after the prefill; nan where there are none."""
+        new = self.tokens - self.rows
+        return np.where(new > 0, new / np.maximum(self.total_s - prefill_s, 1e-9), np.nan)
 
 
 class TimedTarget:
@@ -79,10 +105,12 @@ class Method(ABC):
 
     def run(self, batch: PromptBatch) -> TimedCall:
         synchronize(self.target.device)
-        clock = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.process_time()
         run = self._run(batch)
         synchronize(self.target.device)
         run.seconds["total"] = time.perf_counter() - clock
+        if self.target.device.type == "cpu":
+            run.seconds["cpu"] = time.process_time() - cpu
         return run
 
     @abstractmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,6 +34,8 @@ from redrafter.evaluation.figures import (
     speed_bound,
 )
 from redrafter.evaluation.methods import Method, PromptBatch, TimedCall, plain_answers
+from redrafter.evaluation.runs import Timing
+from redrafter.evaluation.votes import votes
 from redrafter.targets.model import Target
 
 # Quartile ratio of one forward's times from which a machine counts as busy.
@@ -121,28 +123,6 @@ def run_interleaved(
     return runs
 
 
-class Timing:
-    """Per batch, of one method: tokens and median seconds over its repeats."""
-
-    def __init__(self, runs: list[list[TimedCall]]):
-        self.tokens = np.array([sum(map(len, r[0].tokens)) for r in runs], dtype=float)
-        self.rows = np.array([len(r[0].tokens) for r in runs], dtype=float)
-        self.total_s = self._median(runs, "total")
-        self.prefill_s = self._median(runs, "prefill")  # 0 where it is not known
-
-    @staticmethod
-    def _median(runs: list[list[TimedCall]], part: str) -> np.ndarray:
-        return np.array([np.median([run.seconds.get(part, 0.0) for run in r]) for r in runs])
-
-    def per_second(self) -> np.ndarray:
-        return self.tokens / self.total_s
-
-    def decode_per_second(self, prefill_s: np.ndarray) -> np.ndarray:
-        """Tokens after the prefill's own per second after the prefill; nan where there are none."""
-        new = self.tokens - self.rows
-        return np.where(new > 0, new / np.maximum(self.total_s - prefill_s, 1e-9), np.nan)
-
-
 def total_stats(runs: list[list[TimedCall]]) -> StepStats:
     """Counts over all batches of the first repeat (repeats draft alike)."""
     total = StepStats([], [])
@@ -186,7 +166,7 @@ def distinct(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Summary:
-    """Figures of all methods from their runs."""
+    """Figures of all methods from their runs. decode: a row's text, for the votes of samples"""
 
     def __init__(
         self,
@@ -196,9 +176,11 @@ class Summary:
         answers: Sequence[Sequence[int]],
         costs: CostTable,
         config: SpeedConfig,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ):
         self.methods, self.runs, self.config, self.costs = methods, runs, config, costs
         self.answers = [list(a) for a in answers]
+        self.decode = decode if config.samples_per_prompt > 1 else None
         self.outside = {method.name for method in methods if method.outside}
         prompts = [p for batch in batches for p in batch.prompts]
         self.timing = {name: Timing(r) for name, r in runs.items()}
@@ -226,6 +208,15 @@ class Summary:
         ratio = ratio[np.isfinite(ratio)]
         return bootstrap(median, ratio) if len(ratio) else None
 
+    def cpu_speedup(self, name: str, over: str | None) -> Interval | None:
+        """`speedup` by the CPU seconds of the process; None where they are not known."""
+        if over is None:
+            return None
+        own, base = self.timing[name], self.timing[over]
+        if not (own.cpu_s.all() and base.cpu_s.all()):
+            return None
+        return bootstrap(median, own.tokens / own.cpu_s / (base.tokens / base.cpu_s))
+
     def method(self, method: Method) -> dict[str, Any]:
         """The figures of one method; measured ones have their interval in `low` and `high`."""
         name, runs = method.name, self.runs[method.name]
@@ -248,6 +239,7 @@ class Summary:
         put("speedup_stock", self.speedup(name, "stock"))
         put("speedup_plain", self.speedup(name, self.best_plain))
         put("decode_speedup_plain", self.speedup(name, self.best_plain, decode=True))
+        put("cpu_speedup_plain", self.cpu_speedup(name, self.best_plain))
         out |= self._bound(method, out["tokens_per_step"], stats)
         decode = out["decode_speedup_plain"]
         out["efficiency"] = decode / out["bound"] if decode and out["bound"] else None
@@ -281,13 +273,22 @@ class Summary:
         return np.reshape(of_rows, (-1, self.config.samples_per_prompt)).sum(1)
 
     def per_prompt(self, name: str) -> dict[str, Any]:
-        """Of every batch: tokens, steps (None where they are not known), seconds."""
+        """Of every batch: tokens, steps (None where they are not known), seconds; of every prompt
+        the vote of its samples."""
         timing, first = self.timing[name], [r[0].stats for r in self.runs[name]]
+        made = [row for r in self.runs[name] for row in r[0].tokens]
         return {
             "tokens": timing.tokens.astype(int).tolist(),
             "steps": None if None in first else [sum(stats.steps) for stats in first],
             "seconds": [round(s, 5) for s in timing.total_s.tolist()],
+            "cpu_seconds": [round(s, 5) for s in timing.cpu_s.tolist()],
+            **self._votes(made),
         }
+
+    def _votes(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        if self.decode is None:
+            return {}
+        return {"votes": votes(rows, self.config.samples_per_prompt, self.decode)}
 
     def _bound(self, method: Method, tau: float, stats: StepStats | None) -> dict[str, Any]:
         """t(N) is the mean over the sizes of the trees that were verified."""
@@ -338,6 +339,7 @@ class Summary:
             "loop_share": self.loop_share,
             "n_prompts": len(self.answers) // self.config.samples_per_prompt,
             "samples_per_prompt": self.config.samples_per_prompt,
+            **self._votes(self.answers),
             "per_prompt": {m.name: self.per_prompt(m.name) for m in self.methods},
             "temperature": self.config.temperature,
             "batch_size": self.config.batch_size,
@@ -360,7 +362,8 @@ def measure_speed(
     context = middle_context(batches, answers)
     meter = cost_meter(target, methods, batches, context, sizes, config.temperature)
     runs = run_interleaved(methods, batches, config.repeats, meter, config.cost_rounds)
-    body = Summary(methods, runs, batches, answers, meter.table(), config).body()
+    decode = target.tokenizer and target.tokenizer.decode
+    body = Summary(methods, runs, batches, answers, meter.table(), config, decode).body()
     return {**body, "warnings": noise_warning(meter.table())}
 
 

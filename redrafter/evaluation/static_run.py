@@ -21,7 +21,8 @@ from redrafter.drafters.profile import StepCosts, profile_of, read_costs, step_c
 from redrafter.evaluation.methods import PromptBatch, build_method
 from redrafter.evaluation.models import load_draft
 from redrafter.evaluation.prompts import evaluation_prompts, holdout_warning, number_list
-from redrafter.evaluation.speed import Timing, run_interleaved
+from redrafter.evaluation.runs import Timing
+from redrafter.evaluation.speed import run_interleaved
 from redrafter.evaluation.static import Cell, Clocked, accepted_depths, compare, predict
 from redrafter.fetch import fetch
 from redrafter.targets.model import Target

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -22,11 +22,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from redrafter.cli.args import parse
-from redrafter.config import SpeedConfig, TableConfig
+from redrafter.config import TableConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafting import strategy_maker
 from redrafter.evaluation.figures import bootstrap
 from redrafter.evaluation.models import load_both, load_resources
+from redrafter.evaluation.prompt_sets import settings
 from redrafter.evaluation.prompts import evaluation_prompts
 from redrafter.evaluation.speed import decoding
 from redrafter.files import plain_values, provenance, write_json
@@ -43,12 +44,8 @@ def main() -> None:
     args = asked.parse_args()
     table = parse(TableConfig, ["--config", args.config], "scripts/dev/measure_mixture.py")
     names = [name for name in table.methods if name != "plain"]
-    known = {f.name for f in fields(TableConfig)}
-    shared = {f.name: getattr(table, f.name) for f in fields(SpeedConfig) if f.name in known}
-    config = SpeedConfig(**shared | {
-        "prompts": table.sets[args.set], "temperature": 1.0, "methods": ",".join(names),
-        "out": args.out,
-    })  # fmt: skip
+    of_set = next(c for c in settings(table).values() if c.prompts == table.sets[args.set])
+    config = replace(of_set, temperature=1.0, methods=",".join(names), out=args.out)
     target, head = load_both(config)
     wanted = decoding(config)
     resources, _ = load_resources(names, config, target, head, [], wanted)
