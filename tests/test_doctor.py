@@ -130,6 +130,7 @@ def test_diagnosis_of_a_target_with_a_head():
     assert [e["n"] for e in body["t"]] == [1, 2, 4, 8, 16, 32]
     assert body["operations"]["head:1x2"]["host_reads"] == 1.0
     assert body["environment"]["dtype"] == "float64"
+    assert f"its forward is {body['environment']['forward']}" in show(body)
     for cell in body["cells"].values():
         assert math.isfinite(cell["tokens_per_s"]) and cell["step_s"] > 0
     best = max(body["cells"].values(), key=lambda c: c["tokens_per_s"])

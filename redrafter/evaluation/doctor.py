@@ -92,11 +92,19 @@ def environment(target: Target) -> dict[str, Any]:
         "weights": sum(p.numel() for p in target.model.parameters()),
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": getattr(target.config, "_attn_implementation", None),
+        "forward": forward_of(target),
     }
     if target.device.type == "cuda":
         about = torch.cuda.get_device_properties(target.device)
         found |= {"memory_bytes": about.total_memory, "cuda": torch.version.cuda}
     return found
+
+
+def forward_of(target: Target) -> str:
+    """What makes the target's forward, in words."""
+    if target.fused is None:
+        return "the class's own"
+    return "fused, by torch's operations" if target.fused.own_steps is None else "fused, by kernels"
 
 
 class Examination:
@@ -212,7 +220,7 @@ def show(body: dict[str, Any]) -> str:
     parts = [
         f"{about['target']}: {about['weights']:,} weights in {about['dtype']} on "
         f"{about['device']}, {about['threads']} thread(s), torch {about['versions']['torch']}, "
-        f"transformers {about['versions']['transformers']}",
+        f"transformers {about['versions']['transformers']}; its forward is {about['forward']}",
         *([f"note: it is {about['inflated']}"] if about["inflated"] else []),
         "",
         table(["new tokens", "ms", "/ t(1)"], [
