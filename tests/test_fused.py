@@ -232,6 +232,8 @@ def test_a_step_takes_fewer_operations(folders):
 def test_what_computes_something_else_is_not_taken(steps, folders, monkeypatch, tmp_path, request):
     if steps is TorchSteps:
         request.getfixturevalue("no_kernels")
+    elif products.kernels is None:
+        pytest.skip("no kernels could be made on this machine")
     case = "llama"
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))  # it has not passed before
     real = steps.attend
