@@ -92,6 +92,22 @@ def test_near_ties_explain_nothing(target, monkeypatch):
     assert found.far_logits > 0
 
 
+def test_states_are_of_the_weights_that_are_and_seen_by_whoever_looks(target):
+    ids, seen = invariant.probe_tokens(target.vocab_size, 12), []
+    layer = target.model.model.layers[0]
+    before, entry = target.states(ids), layer.mlp.down_proj.weight[0, -1]  # no sampled one
+    kept = entry.clone()
+    with torch.no_grad():
+        entry.add_(8)
+        assert not torch.equal(target.states(ids), before)
+        entry.copy_(kept)
+    assert torch.equal(target.states(ids), before)
+    handle = layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+    target.states(ids)
+    handle.remove()
+    assert seen and torch.equal(target.states(ids), before)
+
+
 # ------------------------------------------------------------------------- planted faults
 
 

@@ -198,21 +198,26 @@ class Target:
         keep: (B,) int64, node of each row whose outputs are wanted (the result has N = 1), so a
               prefill does not project every position; None wants all. whole: all hidden states too
         """
-        if self.fused is not None and isinstance(cache, RowCache) and self.fused.untouched:
-            hidden = self.fused(tokens, positions, masks, cache)
-        else:
-            hidden = self.backbone(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=for_rows(masks, len(tokens)) if self._attends else None,
-                use_cache=True,
-                **{self._cache_name: cache},
-            ).last_hidden_state
+        hidden = self._hidden(tokens, positions, masks, cache)
         kept = hidden
         if keep is not None:
             kept = hidden[torch.arange(len(keep), device=hidden.device), keep][:, None]
         hidden = hidden if whole else kept
         return TargetOutput(self.project(kept), hidden)
+
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache
+    ) -> Tensor:
+        """As `forward`, all hidden states, (B, N, H)."""
+        if self.fused is not None and isinstance(cache, RowCache) and self.fused.untouched:
+            return self.fused(tokens, positions, masks, cache)
+        return self.backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=for_rows(masks, len(tokens)) if self._attends else None,
+            use_cache=True,
+            **{self._cache_name: cache},
+        ).last_hidden_state
 
     def masks(
         self, allowed: Tensor, query_position: Tensor, key_position: Tensor
@@ -245,7 +250,7 @@ class Target:
             cache, row = self.new_cache(batch, length), positions[:1]
             cache.prepare(length)
             masks = self.masks(row[:, :, None] >= row[:, None], row, row)
-            return self.fused(tokens, positions, masks, cache)
+            return self._hidden(tokens, positions, masks, cache)
         return self.backbone(
             input_ids=tokens, position_ids=positions, use_cache=False
         ).last_hidden_state
