@@ -125,7 +125,7 @@ static void times_panel(multiply_t *multiply, long rows, const float *x, float *
  * add + r * add_stride (0: the same for all). */
 void product(const float *x, const char *w, int bytes, const float *add, long add_stride, float *y,
              long rows, long in, long out, int threads) {
-  const long panels = (out + PANEL - 1) / PANEL;
+  const long panels = rows > 0 ? (out + PANEL - 1) / PANEL : 0;
   const size_t step = (size_t)PANEL * bytes;
   multiply_t *const multiply = bytes == 4 ? of_floats : of_bfloat16;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -309,16 +309,22 @@ void silu_gated(const float *x, float *y, long rows, long width, int threads) {
 }
 
 /* Rotary positions: y = x cos + (the halves of x exchanged) sin. x: rows of x_stride floats, `heads`
- * heads of `dim` of them used; y (rows, heads, dim); cos, sin (positions, dim), the sign in sin. */
-void rotate(const float *x, long x_stride, const int64_t *position, const float *cos,
-            const float *sin, float *y, long rows, long heads, long dim) {
+ * heads of `dim` of them used; y (rows, heads, dim); cos, sin (known, dim), the sign in sin.
+ * Returns 0, or 1 where a position is not one of the `known`. `restrict`: a compiler has no second
+ * way through the loops, which might round otherwise, to be taken by where things happen to lie. */
+int rotate(const float *restrict x, long x_stride, const int64_t *position, long known,
+           const float *restrict cos, const float *restrict sin, float *restrict y, long rows,
+           long heads, long dim) {
   const long half = dim / 2;
-  for (long r = 0; r < rows; r++)
+  for (long r = 0; r < rows; r++) {
+    if (position[r] < 0 || position[r] >= known) return 1;
+    const float *c = cos + position[r] * dim, *s = sin + position[r] * dim;
     for (long h = 0; h < heads; h++) {
-      const float *restrict a = x + r * x_stride + h * dim, *restrict b = a + half;
-      const float *restrict c = cos + position[r] * dim, *restrict s = sin + position[r] * dim;
-      float *restrict to = y + (r * heads + h) * dim;
+      const float *a = x + r * x_stride + h * dim, *b = a + half;
+      float *to = y + (r * heads + h) * dim;
       for (long i = 0; i < half; i++) to[i] = a[i] * c[i] + b[i] * s[i];
       for (long i = 0; i < half; i++) to[half + i] = b[i] * c[half + i] + a[i] * s[half + i];
     }
+  }
+  return 0;
 }

@@ -22,7 +22,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,8 +41,6 @@ _COMPILE_S = 60
 _DIGEST = ".sha256"
 #: multiplications below which one thread is enough
 _SMALL = 1 << 18
-#: (rows, in, out) of products that they must get right to be used, and whether W is of bfloat16's
-_TRIED = ((1, 40, 16, True), (6, 33, 50, False), (17, 64, 47, True))
 
 
 class Sizes(ctypes.Structure):
@@ -69,15 +67,18 @@ class Kernels:
             "attention": [place, place, place, place, place, place, number],
             "rms_norm": [place, place, ctypes.c_float, place, size, size, number],
             "silu_gated": [place, place, size, size, number],
-            "rotate": [place, size, place, place, place, place, size, size, size],
+            "rotate": [place, size, place, size, place, place, place, size, size, size],
         }
         for name, arguments in takes.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
-        self._attention.restype = number
+        self._attention.restype = self._rotate.restype = number
         library.panel_width.restype = size
         self.panel, self.threads = library.panel_width(), bool(library.has_threads())
+
+    def __reduce__(self) -> tuple:
+        return load, ()  # a copy, in whatever process, has functions of its own
 
     def panels(self, matrix: Tensor) -> Panels:
         """A matrix (out, in) to be multiplied by."""
@@ -89,7 +90,7 @@ class Kernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm of the rows of x (R, W)."""
-        rows, width = x.shape
+        x, (rows, width) = x.contiguous(), x.shape
         y = torch.empty_like(x)
         self._rms_norm(
             x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), rows, width,
@@ -99,7 +100,7 @@ class Kernels:
 
     def silu_gated(self, x: Tensor) -> Tensor:
         """silu(g) u of x (R, 2 W) = [g, u]; (R, W)."""
-        rows, width = len(x), x.shape[1] // 2
+        x, rows, width = x.contiguous(), len(x), x.shape[1] // 2
         y = x.new_empty((rows, width))
         threads = self.threads_for(4 * rows * width)
         self._silu_gated(x.data_ptr(), y.data_ptr(), rows, width, threads)
@@ -111,14 +112,16 @@ class Kernels:
         """Rotary positions of the first `heads` heads of x, (R, at least heads * dim).
 
         positions: R, int64; cos, sin: (positions, dim), the first half of sin negated. Returns
-        (R, heads * dim)
+        (R, heads * dim). Raises IndexError where a position is none of theirs
         """
-        rows = len(x)
+        rows, known = len(x), len(cos)
         y = x.new_empty((rows, heads * dim))
-        self._rotate(
-            x.data_ptr(), x.stride(0), positions.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        failed = self._rotate(
+            x.data_ptr(), x.stride(0), positions.data_ptr(), known, cos.data_ptr(), sin.data_ptr(),
             y.data_ptr(), rows, heads, dim,
         )  # fmt: skip
+        if failed:
+            raise IndexError(f"positions {positions.tolist()} are not all among {known}")
         return y
 
     def attention(
@@ -196,33 +199,35 @@ def _key() -> str:
         told = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     except OSError:
         told = [platform.processor()]
-    parts = (SOURCE.read_text(encoding="utf-8"), platform.machine(), torch.__version__, *told)
+    how = (*_FLAGS, *(word for tuned in _TUNED for word in tuned))
+    source = SOURCE.read_text(encoding="utf-8")
+    parts = (source, platform.machine(), torch.__version__, *how, *told)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _is_whole(kept: Path) -> bool:
-    """Whether what is kept is what was: loading the half of a library ends the process."""
+    """Whether what is kept is what was (loading the half of a library ends the process), and no
+    other user's, whose code it would be."""
     try:
-        return digest_file(kept) == kept.with_suffix(_DIGEST).read_text(encoding="utf-8")
+        if hasattr(os, "getuid") and kept.stat().st_uid not in (0, os.getuid()):
+            return False
+        return digest_file(kept).encode() == kept.with_suffix(_DIGEST).read_bytes()
     except OSError:
         return False
 
 
 def _compiled(kept: Path) -> Kernels | None:
-    """By the first command that makes something right, which is kept where that is possible."""
-    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    compiler = next(filter(None, map(shutil.which, filter(None, names))), None)
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="redrafter-") as folder:
-        for i, commands in enumerate(_commands(compiler, Path(folder))):
-            made = Path(folder) / f"{i}.so"
+    """By the first commands that make something right, which is kept where that is possible."""
+    compiler = _compiler()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="redrafter-"))
+        except OSError:  # nowhere to make it
+            return None
+        for made, commands in _commands(compiler, Path(folder)) if compiler else ():
             try:
                 for command in commands:
-                    subprocess.run(
-                        [part.format(made=made) for part in command],
-                        check=True, capture_output=True, timeout=_COMPILE_S,
-                    )  # fmt: skip
+                    subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_S)
             except (OSError, subprocess.SubprocessError):
                 continue
             kernels = _tried(made)
@@ -234,15 +239,27 @@ def _compiled(kept: Path) -> Kernels | None:
     return None
 
 
-def _commands(compiler: str, folder: Path) -> Iterator[tuple[list[str], list[str]]]:
-    """To compile and to link `{made}`: with torch's own OpenMP, as a second one would bring threads
-    of its own, else for one thread."""
+def _compiler() -> list[str]:
+    """The words that call it: those of `CC`, which may bring arguments, else the first there is."""
+    given = os.environ.get("CC", "")
+    for words in ([given], given.split(), ["cc"], ["gcc"], ["clang"]):
+        if words and shutil.which(words[0]):
+            return words
+    return []
+
+
+def _commands(compiler: list[str], folder: Path) -> Iterator[tuple[Path, list[list[str]]]]:
+    """Files that may be made, and the commands that compile and link each: with torch's own OpenMP,
+    as a second one would bring threads of its own, else for one thread."""
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
     part = str(folder / "part.o")
-    for tuned in _TUNED:
-        for openmp in ([["-fopenmp"], libraries], [[], []])[not libraries :]:
-            compiling = [compiler, *_FLAGS, *tuned, *openmp[0], "-c", str(SOURCE), "-o", part]
-            yield compiling, [compiler, "-shared", part, *map(str, openmp[1]), "-o", "{made}"]
+    ways = ([["-fopenmp"], libraries], [[], []])[not libraries :]
+    for i, tuned in enumerate(_TUNED):
+        for openmp in ways:
+            made = folder / f"{i}{len(openmp[0])}.so"  # what is loaded once is not loaded anew
+            compiling = [*compiler, *_FLAGS, *tuned, *openmp[0], "-c", str(SOURCE), "-o", part]
+            linking = [*compiler, "-shared", part, *map(str, openmp[1]), "-o", str(made)]
+            yield made, [compiling, linking]
 
 
 def _tried(path: Path) -> Kernels | None:
@@ -255,21 +272,56 @@ def _tried(path: Path) -> Kernels | None:
 
 
 def _is_right(kernels: Kernels) -> bool:
-    """Products and attention, of which the rest is made, against float64, and rows alone."""
+    """All of them against float64, and in products each number of rows that has code of its own
+    against the rows of many."""
     drawn = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=drawn)
 
-    for rows, width, out, small in _TRIED:
-        x, matrix, add = draw(rows, width), draw(out, width), draw(rows, out)
-        matrix = matrix.bfloat16().float() if small else matrix
-        panels = Panels(kernels, matrix)
-        found = panels(x, add)
-        wanted = x.double() @ matrix.double().t() + add
-        alone = [panels(x[r : r + 1], add[r : r + 1]) for r in range(rows)]
-        if not (
-            torch.allclose(found.double(), wanted, atol=1e-4) and found.equal(torch.cat(alone))
-        ):
-            return False
-    return True
+    products = (_multiplies(kernels, draw, small) for small in (True, False))
+    return all(products) and _attends(kernels, draw) and _goes_by_rows(kernels, draw)
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def _multiplies(kernels: Kernels, draw: Callable[..., Tensor], small: bool) -> bool:
+    """small: of bfloat16 numbers"""
+    x, matrix, add = draw(17, 64), draw(3 * kernels.panel - 1, 64), draw(17, 3 * kernels.panel - 1)
+    matrix = matrix.bfloat16().float() if small else matrix
+    panels = Panels(kernels, matrix)
+    every = panels(x, add)
+    few = (panels(x[:n], add[:n]).equal(every[:n]) for n in range(1, 8))
+    return _near(every, x.double() @ matrix.double().t() + add) and all(few)
+
+
+def _attends(kernels: Kernels, draw: Callable[..., Tensor]) -> bool:
+    rows, queries, heads, key_heads, dim, keys = 2, 3, 4, 2, kernels.panel + 8, kernels.panel + 3
+    q, k, v = draw(rows, queries, heads, dim), *(draw(rows, key_heads, keys, dim) for _ in "kv")
+    mask = draw(rows, 1, queries, keys).relu() * torch.finfo(torch.float32).min
+    mask[..., 0] = 0
+    sizes = Sizes(
+        rows, queries, heads, key_heads, dim, keys, heads * dim, *k.stride()[:3], *v.stride()[:3],
+        queries * keys, keys, dim**-0.5,
+    )  # fmt: skip
+    found = kernels.attention(q, k, v, mask, sizes).view(q.shape)
+    k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
+    scores = q.double().transpose(1, 2) @ k.transpose(2, 3) * sizes.scale + mask
+    return _near(found, (scores.softmax(-1) @ v).transpose(1, 2))
+
+
+def _goes_by_rows(kernels: Kernels, draw: Callable[..., Tensor]) -> bool:
+    rows, dim = 3, kernels.panel + 6
+    x, weight, cos, sin = draw(rows, 2 * dim), draw(2 * dim), draw(rows, dim), draw(rows, dim)
+    norm = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
+    gate, up = x.double().chunk(2, -1)
+    place = torch.arange(rows).flip(0)
+    heads = x.double().view(rows, 2, dim)
+    turned = heads * cos[place, None] + heads.roll(dim // 2, -1) * sin[place, None]
+    return (
+        _near(kernels.rms_norm(x, weight, 1e-5), norm)
+        and _near(kernels.silu_gated(x), F.silu(gate) * up)
+        and _near(kernels.rotate(x, place, cos, sin, 2, dim), turned.flatten(1))
+    )

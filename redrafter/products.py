@@ -20,7 +20,6 @@ ours; what packs is what inductor's freezing emits.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -137,14 +136,9 @@ class PackedProduct:
             and (own.shape, own.dtype) == (matrix.shape, matrix.dtype)
         )
 
-    def __deepcopy__(self, memo: dict) -> PackedProduct:
-        # opaque tensors have no copies
-        return PackedProduct(
-            copy.deepcopy(self.matrix, memo),
-            self.packs,
-            copy.deepcopy(self.parts, memo),
-            self.always,
-        )
+    def __reduce__(self) -> tuple:
+        # opaque tensors have no copies, nor have kernels
+        return PackedProduct, (self.matrix, self.packs, self.parts, self.always)
 
 
 def prefers_columns(matrix: Tensor) -> bool:

@@ -1,10 +1,13 @@
 """Kernels for few rows: torch's numbers up to rounding, a row's own whatever other rows there are,
 and torch's own operations where they cannot be had."""
 
+import copy
 import ctypes
 import os
+import pickle
 import shutil
 import stat
+import tempfile
 
 import pytest
 import torch
@@ -96,6 +99,23 @@ def test_what_is_not_finite_stays_so(made, bad):
     assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
 
 
+def test_no_rows_are_no_rows(made):
+    product = PackedProduct(drawn(200, 100))
+    assert Panels(made, product.matrix)(drawn(0, 100)).shape == (0, 200)
+    with torch.inference_mode():
+        assert product(drawn(2, 0, 100)).shape == (2, 0, 200)
+
+
+def test_copies_multiply_alike(made):
+    product, x = PackedProduct(drawn(200, 100)), drawn(3, 100, seed=1)
+    with torch.inference_mode():
+        wanted = product(x)
+        assert product.panels is not None
+        for other in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
+            assert other.matrix is not product.matrix and torch.equal(other(x), wanted)
+    assert copy.deepcopy(made) is made
+
+
 # ----------------------------------------------------------------------------------- attention
 
 
@@ -176,6 +196,20 @@ def test_norms_gates_and_rotations_are_right_and_rows_are_alone(made, width, dim
     near(found, part * cos[place][:, None] + part.roll(dim // 2, -1) * sin[place][:, None])
 
 
+def test_rows_may_lie_apart(made):
+    x = drawn(6, 96)
+    norm, gates = made.rms_norm(x[:, 32:64], torch.ones(32), 1e-5), made.silu_gated(x[:, 32:64])
+    near(norm, F.rms_norm(x[:, 32:64].double(), (32,), eps=1e-5))
+    near(gates, F.silu(x[:, 32:48].double()) * x[:, 48:64])
+
+
+def test_a_position_without_a_rotation_is_an_error(made):
+    qk, cos, sin = drawn(2, 16), drawn(5, 16), drawn(5, 16)
+    for place in ([0, 5], [-1, 0]):
+        with pytest.raises(IndexError, match="not all among 5"):
+            made.rotate(qk, torch.tensor(place), cos, sin, 1, 16)
+
+
 @pytest.mark.parametrize("far", [-1e4, -100.0, -3.0, 0.0, 3.0, 60.0, 1e4])
 def test_gates_hold_far_from_zero(made, far):
     x = torch.full((1, 2 * made.panel), far)
@@ -189,7 +223,8 @@ def test_gates_hold_far_from_zero(made, far):
 def wide(request, tmp_path_factory):
     """A float32 target whose every step is a kernel's."""
     place = tmp_path_factory.mktemp(request.param)
-    tiny.__wrapped__(request.param).model.float().save_pretrained(place)
+    alone = dict(num_key_value_heads=1) if request.param == "qwen3" else {}  # for all queries
+    tiny.__wrapped__(request.param, **alone).model.float().save_pretrained(place)
     target = load_target(TargetConfig(path=str(place), device="cpu", dtype="float32"))
     if products.kernels is None:
         pytest.skip("no kernels could be made on this machine")
@@ -242,12 +277,34 @@ def test_weights_that_change_are_packed_anew(wide):
     assert x.isfinite().all()
 
 
+@torch.inference_mode()
+def test_what_does_not_fit_is_an_error_and_forwards_do_not_share_their_sizes(wide):
+    steps, cache, tokens = wide.fused.own_steps, wide.new_cache(2, 8), torch.ones(2, 3).long()
+    cache.prepare(3)
+    place, mask = torch.arange(3).expand(2, 3), torch.zeros(2, 1, 3, 3)
+    first = steps.begin(tokens, place, mask, cache)
+    steps.begin(tokens[:1], place[:1], mask[:1], cache)
+    assert (first.sizes.rows, first.sizes.queries) == (2, 3)
+    for places, masks, why in (
+        (place[:1], mask, "positions"),
+        (place.int(), mask, "positions"),
+        (place, mask[..., :2], "3 keys"),
+        (place, {"": torch.zeros(3, 1, 3, 3)}, "a mask of"),
+        (place, mask.double(), "not in float32"),
+        (place, mask.transpose(2, 3), "keys lie apart"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            wide.forward(tokens, places, masks, cache)
+
+
 # ------------------------------------------------------------------------ where they come from
 
 
 @pytest.fixture
 def anew(monkeypatch, tmp_path):
-    """As in a process that has loaded none yet, with an empty cache folder."""
+    """As in a process that has loaded none yet, with an empty cache folder; compiled quickly."""
+    monkeypatch.setattr(kernels, "_FLAGS", ("-O0", *kernels._FLAGS[1:]))
+    monkeypatch.setattr(kernels, "_TUNED", ((),))
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
     kernels.load.cache_clear()
     yield tmp_path / "cache"
@@ -268,14 +325,51 @@ def test_they_are_compiled_once_and_anew_where_the_file_is_broken(anew, monkeypa
     kernels.load.cache_clear()
     assert kernels.load() is not None and compiled == [kept]
     assert len(kept.read_bytes()) == len(whole)
+    digest = kept.with_suffix(".sha256")
+    said = digest.read_bytes()
+    digest.write_bytes(b"\xff")
+    assert kernels._key() in kept.name and not kernels._is_whole(kept)
+    digest.write_bytes(said)
+    assert kernels._is_whole(kept)
+    if os.getuid() == 0:  # whose files are anybody's
+        os.chown(kept, 1, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert not kernels._is_whole(kept)
+    monkeypatch.setattr(kernels, "_FLAGS", ("-O1",))
+    assert kernels._key() not in kept.name
 
 
 @needs_compiler
-def test_what_computes_something_else_is_not_used(anew, monkeypatch, tmp_path):
+def test_a_compiler_may_have_arguments_and_a_folder_any_name(anew, monkeypatch, tmp_path):
+    folder = tmp_path / "{0} {made}"
+    folder.mkdir()
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("CC", f"{compiler} -DWIDTH=4")
+    assert kernels.load().panel == 8
+
+
+def test_without_a_place_to_make_them_there_are_none(anew, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert kernels.load() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(("part", "fault"), [
+    ("sum[r][1] += b * w1;", "sum[r][1] += b * w0;"),
+    ("case 3: block(3, BYTES, x,", "case 3: block(3, BYTES, x + 1,"),  # so many rows alone
+    ("case 4: block(4, BYTES, x,", "case 4: block(4, BYTES, x + 1,"),
+    ("scores[j] += mask[j];", ";"),
+    ("sum / width + eps", "sum + eps"),
+    ("exponential(-g) + 1.0f", "exponential(g) + 1.0f"),
+    ("b[i] * c[half + i] +", "b[i] * c[i] +"),
+])  # fmt: skip
+def test_what_computes_something_else_is_not_used(part, fault, anew, monkeypatch, tmp_path):
     wrong = tmp_path / "kernels.c"
     text = kernels.SOURCE.read_text()
-    assert "sum[r][1] += b * w1;" in text
-    wrong.write_text(text.replace("sum[r][1] += b * w1;", "sum[r][1] += b * w0;"))
+    assert part in text
+    wrong.write_text(text.replace(part, fault))
     monkeypatch.setattr(kernels, "SOURCE", wrong)
     assert kernels.load() is None and not anew.exists()
 

@@ -179,8 +179,7 @@ class FusedForward:
         backbone, heads, kv_heads, dim = self.backbone, self.heads, self.kv_heads, self.head_dim
         x = backbone.embed_tokens(tokens).view(batch * n, -1)
         own = self.own_steps is not None and torch.is_inference_mode_enabled()
-        steps = self.own_steps if own else self.steps
-        steps.begin(positions, cache)
+        steps = (self.own_steps if own else self.steps).begin(tokens, positions, masks, cache)
         for i, layer in enumerate(self.layers):
             mask = masks[layer.mask] if isinstance(masks, dict) else masks
             qkv = layer.qkv(steps.norm(layer.norm, x)).view(batch, n, heads + 2 * kv_heads, dim)

@@ -6,7 +6,7 @@ where in the cache keys lie that it may not see (redrafter/kernels.c).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from transformers import Cache
 
 from redrafter.kernels import Kernels, Sizes
 
+Masks = Tensor | dict[str, Tensor]
+
 
 class Steps(Protocol):
     """B rows of N tokens, H the hidden size, d of a head; q heads come before k heads."""
 
-    def begin(self, positions: Tensor, cache: Cache) -> None:
-        """A forward over tokens at positions (B, N), which are those of their keys."""
+    def begin(self, tokens: Tensor, positions: Tensor, masks: Masks, cache: Cache) -> Self:
+        """Those of one forward over tokens at positions, (B, N) int64 each, which are those of
+        their keys; masks: what `attend` will be given, or that by name"""
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """RMSNorm over the last dimension; any shape"""
@@ -61,9 +64,11 @@ class TorchSteps:
     def __init__(self, tables: Tables, scale: float):
         self.tables, self.scale = tables, scale
 
-    def begin(self, positions: Tensor, cache: Cache) -> None:
+    def begin(self, tokens: Tensor, positions: Tensor, masks: Masks, cache: Cache) -> TorchSteps:
+        now = TorchSteps(self.tables, self.scale)
         tables = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
-        self.cos, self.sin = (F.embedding(positions, table)[:, :, None] for table in tables)
+        now.cos, now.sin = (F.embedding(positions, table)[:, :, None] for table in tables)
+        return now
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """In float32 whatever the dtype, as the classes do."""
@@ -103,13 +108,27 @@ class KernelSteps:
     ACTIVATIONS = ("silu", "swish")
 
     def __init__(self, kernels: Kernels, tables: Tables, scale: float):
-        self.kernels, self.tables = kernels, tables
-        self.sizes = Sizes(scale=scale)
+        self.kernels, self.tables, self.scale = kernels, tables, scale
 
-    def begin(self, positions: Tensor, cache: Cache) -> None:
-        self.positions = positions.contiguous()
-        self.cos, self.sin = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
-        self.sizes.rows, self.sizes.queries = positions.shape
+    def begin(self, tokens: Tensor, positions: Tensor, masks: Masks, cache: Cache) -> KernelSteps:
+        """Raises ValueError where kernels would read what is not there."""
+        rows, queries = tokens.shape
+        width = cache.get_mask_sizes(queries)[0]
+        if positions.shape != tokens.shape or positions.dtype != torch.int64:
+            raise ValueError(f"positions {tuple(positions.shape)} of {rows} x {queries} tokens")
+        for mask in masks.values() if isinstance(masks, dict) else (masks,):
+            b, _, n, keys = mask.shape
+            if b not in (1, rows) or n not in (1, queries) or keys != width:
+                raise ValueError(
+                    f"a mask of {tuple(mask.shape)} for {rows} x {queries} tokens, {width} keys"
+                )
+            if mask.dtype != torch.float32 or (keys > 1 and mask.stride(3) != 1):
+                raise ValueError("a mask that is not in float32, or whose keys lie apart")
+        now = KernelSteps(self.kernels, self.tables, self.scale)
+        now.sizes = Sizes(scale=self.scale, rows=rows, queries=queries)
+        now.positions = positions.contiguous()
+        now.cos, now.sin = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
+        return now
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
