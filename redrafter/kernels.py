@@ -166,7 +166,7 @@ class Panels:
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x W^T (+ add): x (..., in), float32 on the CPU as add is, which is (out,), or has the
-        result's size, (..., out)."""
+        result's size, (..., out). What has other sizes is not seen here: whoever calls it knows."""
         x, out, width = x.contiguous(), self.out, self.width
         rows = x.numel() // width
         result = x.new_empty((rows, out) if x.dim() == 2 else (*x.shape[:-1], out))
@@ -274,10 +274,10 @@ def _tried(path: Path) -> Kernels | None:
 def _is_right(kernels: Kernels) -> bool:
     """All of them against float64, and in products each number of rows that has code of its own
     against the rows of many."""
-    drawn = torch.Generator().manual_seed(0)
+    drawn = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=drawn)
+        return torch.randn(shape, generator=drawn, dtype=torch.float32, device="cpu")
 
     products = (_multiplies(kernels, draw, small) for small in (True, False))
     return all(products) and _attends(kernels, draw) and _goes_by_rows(kernels, draw)
@@ -317,7 +317,7 @@ def _goes_by_rows(kernels: Kernels, draw: Callable[..., Tensor]) -> bool:
     x, weight, cos, sin = draw(rows, 2 * dim), draw(2 * dim), draw(rows, dim), draw(rows, dim)
     norm = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
     gate, up = x.double().chunk(2, -1)
-    place = torch.arange(rows).flip(0)
+    place = torch.tensor([2, 0, 1], device="cpu")
     heads = x.double().view(rows, 2, dim)
     turned = heads * cos[place, None] + heads.roll(dim // 2, -1) * sin[place, None]
     return (

@@ -58,7 +58,7 @@ class PackedProduct:
         self, matrix: Tensor, packs: bool = True, parts: Sequence[Tensor] = (), always: bool = False
     ):
         self.matrix, self.packs, self.parts = matrix, packs, tuple(parts or (matrix,))
-        self.always = always
+        self.width, self.always = matrix.shape[1], always
         #: what multiplies by panels; None: torch does what it can
         self.kernels = kernels_for(matrix) if packs else None
         #: rows from which on it packs
@@ -84,8 +84,8 @@ class PackedProduct:
         state = [state_of(part) for part in self.parts]
         if self._state != state:
             self._look_anew(state)
-        if not (self._plain and x.is_cpu and x.dtype is torch.float32):
-            return F.linear(x, matrix, bias)
+        if not (self._plain and x.is_cpu and x.dtype is torch.float32 and width == self.width):
+            return F.linear(x, matrix, bias)  # of another width it says so
         if self.kernels is not None:
             if self.panels is None:
                 self.panels = self.kernels.panels(matrix)

@@ -99,6 +99,14 @@ def test_what_is_not_finite_stays_so(made, bad):
     assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
 
 
+@torch.inference_mode()
+def test_rows_of_another_width_are_an_error(made):
+    product = PackedProduct(drawn(200, 100))
+    assert product.kernels is not None
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        product(drawn(2, 200))
+
+
 def test_no_rows_are_no_rows(made):
     product = PackedProduct(drawn(200, 100))
     assert Panels(made, product.matrix)(drawn(0, 100)).shape == (0, 200)
@@ -338,6 +346,15 @@ def test_they_are_compiled_once_and_anew_where_the_file_is_broken(anew, monkeypa
     assert not kernels._is_whole(kept)
     monkeypatch.setattr(kernels, "_FLAGS", ("-O1",))
     assert kernels._key() not in kept.name
+
+
+def test_whatever_is_the_default_they_are_tried_alike(made):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert kernels._is_right(made)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @needs_compiler
