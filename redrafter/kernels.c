@@ -4,7 +4,8 @@
  * Two aims. Few rows multiply matrices that lie in no cache, so memory decides: a row more should
  * cost nothing until arithmetic takes as long as reading does. And a row's numbers depend on no
  * other row, bit for bit: every sum goes over k = 0, 1, ... in that order, whatever other rows there
- * are, however many, on however many threads, and masked keys between add exact zeros.
+ * are, however many, on however many threads, and masked keys between, whose values are finite, add
+ * exact zeros.
  * Source: ours; the register tile is that of Goto and van de Geijn's GEBP (ACM TOMS 34(3), 2008),
  * exp that of Moshier's Cephes.
  */
