@@ -107,9 +107,10 @@ class PackedProduct:
     def _look_anew(self, state: list[tuple[int, int]]) -> None:
         """What was copied is of values, or of a place or dtype, that are no more."""
         self.panels, self._packed, self._columns, self._state = None, None, None, state
-        self._plain = _is_plain(self.matrix)
-        entries = [_sample(part) for part in self.parts]
-        self._seen = entries, torch.cat(entries)
+        self._plain, self._seen = _is_plain(self.matrix), None
+        if self._plain:
+            entries = [_sample(part) for part in self.parts]
+            self._seen = entries, torch.cat(entries)
 
     def renew(self, surely: bool = False) -> None:
         """Before a text begins: what was copied is made anew where W was changed without a trace,

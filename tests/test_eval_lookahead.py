@@ -23,8 +23,8 @@ from redrafter.drafters.profile import StepCosts
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.drafting import Strategy
-from redrafter.evaluation import models
-from redrafter.evaluation.lookaheads import experiment, report
+from redrafter.evaluation import models, pictures
+from redrafter.evaluation.lookaheads import experiment
 from redrafter.evaluation.lookaheads.cases import cases_of, check, names_of
 from redrafter.evaluation.lookaheads.report import overview, says_best
 from redrafter.evaluation.lookaheads.steps import (
@@ -224,7 +224,7 @@ def test_nothing_is_measured_twice(asked, made, monkeypatch, capsys):
     out, args = asked
     shown = (out / "table.md").read_text()
     monkeypatch.setattr(experiment, "measure", lambda *a: pytest.fail("measured twice"))
-    monkeypatch.setattr(report, "save_figure", lambda *a: None)  # seconds, and seen above
+    monkeypatch.setattr(pictures, "save_figure", lambda *a: [])  # seconds, and seen above
     assert cli.main(args) == 0
     assert (out / "table.md").read_text() == shown
     with pytest.raises(SystemExit):

@@ -56,7 +56,7 @@ def test_a_table_is_made_once(tiny_target, rows, tmp_path, capsys, monkeypatch):
     assert sum(counts["steps"]) == body["methods"]["suffix:4x1"]["steps"]
     # Again: nothing is measured, the table is the same.
     monkeypatch.setattr(prompt_sets, "measure", lambda *a: pytest.fail("measured twice"))
-    monkeypatch.setattr(prompt_sets, "save_figure", lambda *a: None)  # seconds, and seen above
+    monkeypatch.setattr(pictures, "save_figure", lambda *a: [])  # seconds, and seen above
     assert table.main(args) == 0
     assert (out / "table.md").read_text() == shown
     with pytest.raises(SystemExit):

@@ -32,6 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     widths = check(config)
     target, head = load_both(config, measured=True)
     body = diagnose(config, widths, target, head)
-    print(show(body))
     write_result(config.out, config, target, body, head)
+    print(show(body))
     return 0

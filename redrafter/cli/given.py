@@ -84,6 +84,8 @@ def check_files(config: object) -> None:
         if elsewhere or not value.endswith(_FILES) or Path(value).exists():
             continue
         beside = Path(value).parent
+        if len(beside.parts) == 2 and not (beside.is_absolute() or Path(beside.parts[0]).exists()):
+            continue  # USER/NAME/FILE may lie on the Hub
         there = sorted(p.name for p in beside.iterdir()) if beside.is_dir() else []
         near = difflib.get_close_matches(Path(value).name, there, n=1)
         meant = f": did you mean {beside / near[0]}?" if near else ""
