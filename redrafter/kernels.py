@@ -38,6 +38,7 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC")
 #: for this processor; the second is how some compilers want it said
 _TUNED = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_S = 60
+_CHECKED = 1 << 10  # rows of a matrix that are looked at together: it may be as large as memory
 _DIGEST = ".sha256"
 #: multiplications below which one thread is enough
 _SMALL = 1 << 18
@@ -150,13 +151,13 @@ class Panels:
     def __init__(self, kernels: Kernels, matrix: Tensor):
         out, width = matrix.shape
         missing = -out % kernels.panel
-        matrix, small = matrix.detach(), matrix.detach().bfloat16()
-        if small.float().equal(matrix):
-            matrix = small
+        matrix, half = matrix.detach(), False
+        if all(part.equal(part.bfloat16().float()) for part in matrix.split(_CHECKED)):
+            matrix, half = matrix.bfloat16(), True
         padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
         panels = padded.view(-1, 2, kernels.panel // 2, width)
         # (panels, in, 2, panel / 2), or (panels, in, panel / 2, 2): see `load` in kernels.c
-        order = (0, 3, 2, 1) if matrix is small else (0, 3, 1, 2)
+        order = (0, 3, 2, 1) if half else (0, 3, 1, 2)
         self.values = panels.permute(order).contiguous()
         self.place, self.bytes = self.values.data_ptr(), self.values.itemsize
         self.out, self.width = out, width

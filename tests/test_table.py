@@ -15,6 +15,7 @@ from redrafter.config import TableConfig, TargetConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.multi import MultiCandidate
+from redrafter.evaluation import pictures as drawings
 from redrafter.evaluation import prompt_sets
 from redrafter.evaluation.acceptance import Counter, Watcher
 from redrafter.evaluation.methods import check_resources, parse_methods
@@ -56,7 +57,7 @@ def test_a_table_is_made_once(tiny_target, rows, tmp_path, capsys, monkeypatch):
     assert sum(counts["steps"]) == body["methods"]["suffix:4x1"]["steps"]
     # Again: nothing is measured, the table is the same.
     monkeypatch.setattr(prompt_sets, "measure", lambda *a: pytest.fail("measured twice"))
-    monkeypatch.setattr(pictures, "save_figure", lambda *a: [])  # seconds, and seen above
+    monkeypatch.setattr(drawings, "save_figure", lambda *a: [])  # seconds, and seen above
     assert table.main(args) == 0
     assert (out / "table.md").read_text() == shown
     with pytest.raises(SystemExit):

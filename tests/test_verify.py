@@ -61,6 +61,7 @@ def check(capsys):
         capsys.readouterr()
         status = main([str(word) for word in words])
         *lines, last = capsys.readouterr().out.splitlines()
+        lines = [line for line in lines if not line.endswith(": written")]
         found = {(parts := line.split(maxsplit=2))[0]: tuple(parts[1:]) for line in lines}
         assert list(found) == ALL
         return status, found, last

@@ -59,12 +59,7 @@ def verify(config: VerifyConfig, folder: Path) -> int:
     else:
         target = load_target(target_of(config.target, folder, facts))
         checks = compare(folder, target, facts, faults)
-    print(show(checks))
     first = first_difference(checks)
-    if first is None:
-        print(f"{config.head} computes here what it did when it was exported")
-    else:
-        print(f"{config.head} differs first in: {first.name}")
     if target is not None:
         body = {
             "passed": first is None,
@@ -73,7 +68,12 @@ def verify(config: VerifyConfig, folder: Path) -> int:
             "golden": {key: facts[key] for key in ("device", "versions", "written")},
         }
         write_result(config.out, config, target, body)
-    return 0 if first is None else 1
+    print(show(checks))
+    if first is None:
+        print(f"{config.head} computes here what it did when it was exported")
+        return 0
+    print(f"{config.head} differs first in: {first.name}")
+    return 1
 
 
 def write(config: VerifyConfig, folder: Path) -> int:

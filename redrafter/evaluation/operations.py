@@ -107,12 +107,13 @@ def per_step(
     tokens: tuple[int, int] = (8, 24),
 ) -> dict[str, float]:
     """Means per step of decoding: what a longer generation takes beyond a shorter one, so that the
-    prefill is not counted.
+    prefill is not counted; nor is what a first generation does once (matrices are packed).
 
     decode: of prompts that do not stop before; settings: new tokens -> what to decode with
     Returns the fields of `Counts`, and `steps`, how many the means are over.
     """
     found = []
+    decode(settings(min(tokens)))
     for n in tokens:
         with CountOperations() as counter:
             made = decode(settings(n))
