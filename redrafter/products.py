@@ -147,11 +147,13 @@ def prefers_columns(matrix: Tensor) -> bool:
     return _is_plain(matrix) and matrix.shape[0] >= matrix.shape[1]
 
 
-def use_kernels() -> None:
-    """Whoever loads a target calls it: from here on products may be made by `redrafter.kernels`, if
-    this machine can. An export, which runs without this library, never does."""
+def use_kernels(device: torch.device) -> None:
+    """Whoever loads a target for a device calls it: from here on products on a CPU may be made by
+    `redrafter.kernels`, if this machine can; for another device none are compiled. An export, which
+    runs without this library, never does."""
     global kernels
-    kernels = load()
+    if device.type == "cpu":
+        kernels = load()
 
 
 def has_kernels() -> bool:

@@ -36,7 +36,8 @@ def pytest_collection_finish() -> None:
 def _own_cache(tmp_path_factory) -> None:
     """What commands keep for later runs (`redrafter.files.cache_folder`) is not the user's own."""
     os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    use_kernels()  # as loading a target does, so that no test's numbers depend on one before it
+    # As loading a target does, so that no test's numbers depend on one before it.
+    use_kernels(torch.device("cpu"))
 
 
 @pytest.fixture

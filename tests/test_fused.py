@@ -228,6 +228,24 @@ def test_a_step_takes_fewer_operations(folders):
     assert ours["host_reads"] == own["host_reads"] == 1
 
 
+def test_masks_are_laid_out_once_a_forward_and_not_in_every_layer(both, monkeypatch):
+    _, ours = both("llama")
+    laid, forwards, grouped, forward = [], [], TorchSteps.grouped, FusedForward.__call__
+
+    def counted(self, mask):
+        laid.append(mask)
+        return grouped(self, mask)
+
+    def called(self, *given):
+        forwards.append(given)
+        return forward(self, *given)
+
+    monkeypatch.setattr(TorchSteps, "grouped", counted)
+    monkeypatch.setattr(FusedForward, "__call__", called)
+    prefilled(ours)
+    assert len(ours.fused.layers) > 1 and len(laid) == len(forwards) > 0
+
+
 @pytest.mark.parametrize("steps", [TorchSteps, KernelSteps])
 def test_what_computes_something_else_is_not_taken(steps, folders, monkeypatch, tmp_path, request):
     if steps is TorchSteps:

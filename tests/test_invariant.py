@@ -159,7 +159,7 @@ def torchs_attention(target, monkeypatch):
 
     def attend(self, q, keys, values, mask):
         torch_steps.scale = self.sizes.scale
-        return torch_steps.attend(q, keys, values, mask)
+        return torch_steps.attend(q, keys, values, torch_steps.grouped(mask))
 
     monkeypatch.setattr(KernelSteps, "attend", attend)
 

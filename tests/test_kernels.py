@@ -404,7 +404,7 @@ def test_without_them_torchs_own_operations_stay(anew, how, monkeypatch, tmp_pat
         fails.chmod(fails.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
         monkeypatch.setenv("CC", str(fails))
-    products.use_kernels()
+    products.use_kernels(torch.device("cpu"))
     assert products.kernels is None
     product, x = PackedProduct(drawn(64, 32)), drawn(3, 32)
     with torch.inference_mode():
@@ -433,3 +433,8 @@ def test_sizes_are_the_sources():
     ]  # fmt: skip
     assert names == [name for name, _ in Sizes._fields_]
     assert ctypes.sizeof(Sizes) >= 15 * ctypes.sizeof(ctypes.c_long) + 4
+
+
+def test_another_device_compiles_none(monkeypatch):
+    monkeypatch.setattr(products, "load", lambda: pytest.fail("compiled for nothing"))
+    products.use_kernels(torch.device("meta"))

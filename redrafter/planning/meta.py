@@ -31,9 +31,9 @@ class MetaTarget(Target):
     """A target of which only config.json is read. real_device: where the job would put it."""
 
     def __init__(self, config: TargetConfig):
-        use_kernels()
         model_config = load_model_config(config)
         self.real_device = pick_device(config.device)
+        use_kernels(self.real_device)
         if config.dtype == "auto":  # as `load_target` chooses
             dtype = auto_dtype(self.real_device, lambda: model_config)
             dtype = dtype or getattr(model_config, "dtype", None)

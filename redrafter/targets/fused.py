@@ -138,7 +138,7 @@ class FusedForward:
         #: how often weights were changed in place, where torch counts it
         self._changes, self._uncounted = 0, any(m.weight.is_inference() for m in maps)
         tables = Tables(backbone, self.head_dim)
-        self.steps = TorchSteps(tables, attention.scaling)
+        self.steps = TorchSteps(tables, attention.scaling, self.heads // self.kv_heads)
         #: where there are kernels for it, in inference mode
         self.own_steps: KernelSteps | None = None
         if own is not None and packs and config.hidden_act in KernelSteps.ACTIVATIONS:
@@ -180,6 +180,7 @@ class FusedForward:
         x = backbone.embed_tokens(tokens).view(batch * n, -1)
         own = self.own_steps is not None and torch.is_inference_mode_enabled()
         steps = (self.own_steps if own else self.steps).begin(tokens, positions, masks, cache)
+        masks = steps.masks
         for i, layer in enumerate(self.layers):
             mask = masks[layer.mask] if isinstance(masks, dict) else masks
             qkv = layer.qkv(steps.norm(layer.norm, x)).view(batch, n, heads + 2 * kv_heads, dim)

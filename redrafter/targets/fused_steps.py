@@ -19,11 +19,16 @@ Masks = Tensor | dict[str, Tensor]
 
 
 class Steps(Protocol):
-    """B rows of N tokens, H the hidden size, d of a head; q heads come before k heads."""
+    """B rows of N tokens, H the hidden size, d of a head; q heads come before k heads.
+
+    masks: after `begin`, what `attend` is given, or that by name
+    """
+
+    masks: Masks
 
     def begin(self, tokens: Tensor, positions: Tensor, masks: Masks, cache: Cache) -> Self:
         """Those of one forward over tokens at positions, (B, N) int64 each, which are those of
-        their keys; masks: what `attend` will be given, or that by name"""
+        their keys; masks: (B or 1, 1, N or 1, S), added to scores, or such by name"""
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """RMSNorm over the last dimension; any shape"""
@@ -32,8 +37,8 @@ class Steps(Protocol):
         """(B, N, heads, d) -> rotated, likewise"""
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """q: (B, N, q heads, d), keys, values: (B, k heads, S, d), mask: (B or 1, 1, N or 1, S),
-        added to scores. Returns (B * N, q heads * d)"""
+        """q: (B, N, q heads, d), keys, values: (B, k heads, S, d), mask: of `masks`. Returns
+        (B * N, q heads * d)"""
 
     def gated(self, activation: Any, x: Tensor) -> Tensor:
         """activation(g) u of x (R, 2 I) = [g, u]; (R, I)"""
@@ -59,16 +64,26 @@ class Tables:
 
 
 class TorchSteps:
-    """By torch's operations: any dtype, any device."""
+    """By torch's operations: any dtype, any device. groups: q heads of each k head"""
 
-    def __init__(self, tables: Tables, scale: float):
-        self.tables, self.scale = tables, scale
+    def __init__(self, tables: Tables, scale: float, groups: int):
+        self.tables, self.scale, self.groups = tables, scale, groups
 
     def begin(self, tokens: Tensor, positions: Tensor, masks: Masks, cache: Cache) -> TorchSteps:
-        now = TorchSteps(self.tables, self.scale)
+        now = TorchSteps(self.tables, self.scale, self.groups)
+        if isinstance(masks, dict):
+            now.masks = {name: self.grouped(mask) for name, mask in masks.items()}
+        else:
+            now.masks = self.grouped(masks)
         tables = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
         now.cos, now.sin = (F.embedding(positions, table)[:, :, None] for table in tables)
         return now
+
+    def grouped(self, mask: Tensor) -> Tensor:
+        """(B, 1, N, S) -> (B, 1, groups * N, S): each group's queries are rows of their own."""
+        if mask.shape[2] == 1:
+            return mask.expand(-1, -1, self.groups, -1)
+        return mask if self.groups == 1 else mask.repeat(1, 1, self.groups, 1)
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """In float32 whatever the dtype, as the classes do."""
@@ -84,12 +99,7 @@ class TorchSteps:
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         # Queries that share a key's head are rows of one attention.
         batch, n, heads, dim = q.shape
-        kv_heads = keys.shape[1]
-        groups = heads // kv_heads
-        if mask.shape[2] == 1:
-            mask = mask.expand(-1, -1, groups, -1)
-        elif groups > 1:
-            mask = mask.repeat(1, 1, groups, 1)
+        kv_heads, groups = keys.shape[1], self.groups
         q = q.view(batch, n, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
         seen = F.scaled_dot_product_attention(
             q.reshape(batch, kv_heads, groups * n, dim), keys, values, mask, scale=self.scale
@@ -125,6 +135,7 @@ class KernelSteps:
             if mask.dtype != torch.float32 or (keys > 1 and mask.stride(3) != 1):
                 raise ValueError("a mask that is not in float32, or whose keys lie apart")
         now = KernelSteps(self.kernels, self.tables, self.scale)
+        now.masks = masks
         now.sizes = Sizes(scale=self.scale, rows=rows, queries=queries)
         now.positions = positions.contiguous()
         now.cos, now.sin = self.tables.up_to(cache.get_max_cache_shape(), positions.device)

@@ -307,7 +307,6 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     may_shard: the caller's processes all make the target's forwards together
     """
     config = TargetConfig(path=config) if isinstance(config, str) else config
-    use_kernels()
     if config.shard != "none" and not may_shard:
         raise InputError(
             f"target.shard {config.shard} is for train/redrafter.py alone: here every process "
@@ -317,6 +316,7 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     whole = config if adapter is None else adapter.base_config(config)
     path = check_path(whole)
     device = pick_device(config.device)
+    use_kernels(device)
     dtype = config.dtype
     if dtype == "auto":
         dtype = auto_dtype(device, lambda: load_model_config(config)) or "auto"
