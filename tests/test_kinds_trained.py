@@ -34,6 +34,7 @@ OF_KIND = {
         "loss.chance_floor": 0.2, "loss.reverse_kl": 0.1, "loss.towards": '{"lk_hybrid": 1}',
     },
     # what the layer over the prefix needs is the same for all kinds; this one goes its way
+    "medusa": {"head.aux_layers": "[1]"},
     "hydra": {"head.prefix": "attention", "optim.row_starts": 4, "optim.accumulation": 2},
 }  # fmt: skip
 
@@ -96,8 +97,10 @@ def test_export_is_complete_and_does_what_it_did(run, tiny_target, capsys, monke
     golden = json.loads((out / "golden/golden.json").read_text())
     assert golden["decodes"]["greedy"]["drafter"] == f"head:4x{head.max_depth or 4}"
     assert len(golden["path"][0]) == (head.max_depth or 4)
-    if "head.prefix" in OF_KIND.get(kind, {}):  # a machine that left the layer out would be told of
-        monkeypatch.setattr(DraftHead, "contexts", lambda self, target, hidden, *_: hidden)
+    assert head.aux_layers == ((1,) if kind == "medusa" else ())
+    if kind in ("hydra", "medusa"):  # a machine that left the layer out would be told of
+        width = target.hidden_size
+        monkeypatch.setattr(DraftHead, "contexts", lambda _, __, hidden, *___: hidden[..., :width])
         assert verify([str(out), "--target.path", str(tiny_target)]) == 1
         assert "differs first in: draft" in capsys.readouterr().out
 

@@ -150,7 +150,7 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path):
         check_depth(head, 2, "num_speculative_tokens")
     head.save_pretrained(tmp_path / "head")
     for layout in ("apple", "vllm-medusa", "mlp_speculator"):
-        with pytest.raises(InputError, match="no place for the layer over the prefix"):
+        with pytest.raises(InputError, match="no place for a context of the whole row"):
             convert(tmp_path / "head", layout, tmp_path / layout, target)
     config = TrainConfig(TargetConfig("t"), DataConfig(labels="local"), "o")
     check_prefix(config, False)

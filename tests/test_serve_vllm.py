@@ -50,7 +50,7 @@ class Knowing:
     """A head that looks up whose state it is given and continues that very text, wrongly now and
     then: what it drafts is accepted only where every row's own state was found."""
 
-    reads_prefix = False
+    reads_prefix, aux_layers = False, ()
 
     max_depth = None
 

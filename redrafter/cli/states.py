@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(data/prepare.py --keep texts)"
         )
     target, _ = load_both(config)
+    target.show(config.states.aux_layers or ())
     store = build_states(
         target, rows, config.states, config.output_dir, continuation=config.continuation
     )

@@ -86,7 +86,8 @@ class StatesConfig:
     """Hidden states of the target, for every position of every row."""
 
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16", "int8"] = "auto"
-    """Numbers that are stored; `auto` are the target's own. int8 has one scale per position."""
+    """Numbers that are stored; `auto` are the target's own. int8 has one scale per position and
+    layer."""
     max_bytes: int | None = 20_000_000_000
     """The most that may be written, in bytes; refused before any work. none sets no limit."""
     shard_bytes: int = 268_435_456
@@ -95,6 +96,9 @@ class StatesConfig:
     """Tokens per teacher-forced forward, padding counted; changes the speed, not the states."""
     teacher_top_k: int | None = None
     """Keep the target's k most probable next tokens, with their log-probabilities, too."""
+    aux_layers: tuple[int, ...] | None = None
+    """Keep the states after these decoder layers beside the last one's, for heads of which
+    head.aux_layers names some of them; a training makes those of its own head by itself."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "shard_bytes", "forward_tokens", "teacher_top_k")

@@ -13,14 +13,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "recurrent": {
         "num_draft_layers": 2, "exit_dim": None, "first_state": "code", "cell": "simple",
         "embedding_scale": "rms", "input_norm": False, "state_norm": False, "output": "own",
-        "draft_vocab_size": None, "prefix": "none",
+        "draft_vocab_size": None, "prefix": "none", "aux_layers": None,
     },
     "medusa": {
         "num_draft_layers": 1, "output": "own", "draft_vocab_size": None, "prefix": "none",
+        "aux_layers": None,
     },
     "hydra": {
         "num_draft_layers": 1, "embedding_scale": "rms", "output": "own", "draft_vocab_size": None,
-        "prefix": "none",
+        "prefix": "none", "aux_layers": None,
     },
     "mlp_speculator": {"inner_dim": None, "tie_weights": False, "scale_input": True},
 }  # fmt: skip
@@ -88,6 +89,10 @@ class HeadConfig:
     prefix: Literal["none", "attention"] | None = None
     """`attention`: a decoder layer over the row, run once per step, adds to the hidden state that a
     draft begins from (heads/prefix.py); none given is none (recurrent, medusa, hydra)."""
+    aux_layers: tuple[int, ...] | None = None
+    """Mix the target's hidden states after these decoder layers into the one that a draft begins
+    from, by one map, once per step (heads/aux_layers.py), e.g. [2, 15] of 30: a low one and a
+    middle one; none reads the last one alone (recurrent, medusa, hydra)."""
     inner_dim: int | None = None
     """D, width of the speculator's state; none is the target's hidden width (mlp_speculator)."""
     tie_weights: bool | None = None

@@ -27,7 +27,14 @@ from redrafter.data.columns import PER_ROW
 from redrafter.data.filling import Shard, fill, open_filled
 from redrafter.data.finite import finite_rows, rows_kept
 from redrafter.data.rows import offsets_of, row_names
-from redrafter.data.states import StateMaker, estimate, facts_of, state_columns, unique_rows
+from redrafter.data.states import (
+    StateMaker,
+    estimate,
+    facts_of,
+    picked_columns,
+    state_columns,
+    unique_rows,
+)
 from redrafter.data.store import Store, open_job
 from redrafter.processes import by_main, everyone, mine
 
@@ -63,10 +70,21 @@ class LeftOut:
 
 
 class Stored:
-    """Rows of a store of states. columns: those to read; None reads all."""
+    """Rows of a store of states.
 
-    def __init__(self, store: Store, columns: Sequence[str] | None = None):
+    columns: those to read; None reads all
+    layers: those whose states are wanted beside the last one's; None: all that the store holds
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        columns: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+    ):
         self.store = store
+        self.shown = store.identity.get("aux_layers", [])
+        self.layers = self.shown if layers is None else layers
         self.columns = sorted(store.columns) if columns is None else columns
         self.n_rows, self.starts = store.n_rows, store.starts
         self.left_out = LeftOut(store, "make the store anew, with a wider dtype to keep them")
@@ -74,7 +92,7 @@ class Stored:
     def load(self, rows: Tensor, place: tuple[int, int]) -> dict[str, Tensor]:
         """Flat columns of the rows that are there, their `offsets`, and `there`, (R,) bool.
         place: epoch and buffer asked for."""
-        found = self.store.read(rows, self.columns)
+        found = picked_columns(self.store.read(rows, self.columns), self.shown, self.layers)
         lengths = found.pop("offsets").diff()
         there = finite_rows(found, lengths)
         self.left_out.note(rows[~there])

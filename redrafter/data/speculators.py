@@ -224,7 +224,7 @@ def check_states(
     """Raises InputError where the states of some rows are not the target's own, with what they
     would be closer to: another layer, the states behind the norm, another position."""
     for row, ids in rows.items():
-        own = target.states(torch.tensor([ids], device=target.device))[0]
+        own = target.pick(target.states(torch.tensor([ids], device=target.device))[0], ())
         try:
             stream = source.stream(row, ids)
         except InputError:  # left out, and named
@@ -273,7 +273,8 @@ def export_states(target: Target, store: Store, folder: str | Path, progress: bo
     for row in Bar(range(store.n_rows), desc="rows", unit="row", disable=not progress):
         read = store.read([row], wanted)
         tokens = read["tokens"].long()
-        states = decoded(read, torch.arange(len(tokens)), target.dtype).to(target.device)
+        index = torch.arange(len(tokens))
+        states = decoded(read, index, target.dtype, target.hidden_size).to(target.device)
         with torch.inference_mode():
             stream = undo(norm, states[None])[0]
         name = f"hs_{row}.safetensors"

@@ -2,8 +2,9 @@
 
 Columns added to tokens and masks, flat over the tokens of all rows:
 
-    states (S, H)             hidden state that feeds lm_head, in the store's dtype
-    scale (S, 1) float32      only for int8: states = int8 * scale, one scale per position
+    states (S, (1 + n) H)     hidden state that feeds lm_head, and behind it what each of n layers
+                              gave (`StatesConfig.aux_layers`), in the store's dtype
+    scale (S, 1 + n) float32  only for int8: states = int8 * scale, one scale for each of them
     continuation (S, n) int32 what the target says greedily after the row up to and including this
                               position; -1 where nothing is supervised next, and after an EOS
     teacher_ids (S, k) int32, teacher_log_p (S, k) float32
@@ -37,6 +38,7 @@ from redrafter.data.rows import Rows, batches_by_length, right_padded, row_diges
 from redrafter.data.store import Job, Store, open_job
 from redrafter.data.vocabulary import check_store_ids
 from redrafter.processes import by_main, launched
+from redrafter.targets.aux_layers import picked
 from redrafter.targets.identity import target_identity
 from redrafter.targets.model import Target
 
@@ -65,7 +67,9 @@ class StateMaker:
         self.dtype = target.dtype if name == "auto" else DTYPES[name]
 
     def identity(self) -> dict[str, Any]:
+        layers = list(self.target.aux_layers)
         return {
+            **({"aux_layers": layers} if layers else {}),
             "target": target_identity(self.target),
             "dtype": str(self.dtype).removeprefix("torch."),
             "continuation": self.continuation,
@@ -83,18 +87,18 @@ class StateMaker:
     def bytes_per_token(self) -> int:
         """On disk, tokens and mask included."""
         item = torch.empty(0, dtype=self.dtype).element_size()
-        scale = 4 if self.dtype == torch.int8 else 0
+        scale = 4 * (1 + len(self.target.aux_layers)) if self.dtype == torch.int8 else 0
         extra = 4 * self.continuation + 8 * (self.config.teacher_top_k or 0)
-        return 4 + 1 + self.target.hidden_size * item + scale + extra
+        return 4 + 1 + self.target.state_size * item + scale + extra
 
     @torch.no_grad()
     def columns(self, rows: Rows, bar: tqdm | None = None) -> dict[str, Tensor]:
         """The columns of all `rows`, flat and in their order, on the CPU; numbers that are not
         finite as they come (see `finite_rows`)."""
         target, total = self.target, len(rows.tokens)
-        out = {"states": torch.empty(total, target.hidden_size, dtype=self.dtype)}
+        out = {"states": torch.empty(total, target.state_size, dtype=self.dtype)}
         if self.dtype == torch.int8:
-            out["scale"] = torch.empty(total, 1)
+            out["scale"] = torch.empty(total, 1 + len(target.aux_layers))
         if self.continuation:
             out["continuation"] = torch.full((total, self.continuation), -1, dtype=torch.int32)
         if k := self.config.teacher_top_k:
@@ -121,11 +125,13 @@ class StateMaker:
         return out
 
     def encode(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The columns that follow from (M, H) hidden states as the target made them."""
+        """The columns that follow from (M, (1 + n) H) hidden states as the target made them."""
         found = {"states": hidden.to(self.dtype)}
         if self.dtype == torch.int8:
-            scale = hidden.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-            found = {"states": (hidden.float() / scale).round().to(torch.int8), "scale": scale}
+            parts = hidden.float().unflatten(-1, (-1, self.target.hidden_size))
+            scale = parts.abs().amax(-1).clamp(min=1e-12) / 127
+            rounded = (parts / scale[..., None]).round().to(torch.int8)
+            found = {"states": rounded.flatten(-2), "scale": scale}
         if k := self.config.teacher_top_k:
             parts = hidden.split(LOGIT_ROWS)
             best = [self.target.project(p).float().log_softmax(-1).topk(k, dim=-1) for p in parts]
@@ -153,12 +159,27 @@ def wanted_positions(rows: Rows) -> Tensor:
     return wanted
 
 
-def decoded(columns: dict[str, Tensor], index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Hidden states at some positions, (..., H), as numbers of `dtype`."""
-    states = columns["states"][index]
+def decoded(
+    columns: dict[str, Tensor], index: Tensor, dtype: torch.dtype, last: int | None = None
+) -> Tensor:
+    """Hidden states at some positions, (..., (1 + n) H), as numbers of `dtype`.
+
+    last: H, where the last layer's are wanted alone, (..., H)
+    """
+    states = columns["states"][:, :last][index]
     if "scale" not in columns:
         return states.to(dtype)
-    return (states.float() * columns["scale"][index]).to(dtype)
+    scale = columns["scale"][:, : None if last is None else 1][index]
+    parts = states.float().unflatten(-1, (scale.shape[-1], -1))
+    return (parts * scale[..., None]).flatten(-2).to(dtype)
+
+
+def picked_columns(
+    columns: dict[str, Tensor], shown: Sequence[int], layers: Sequence[int]
+) -> dict[str, Tensor]:
+    """Columns with the states of some layers, of a store that holds those of `shown`."""
+    names = [name for name in ("states", "scale") if name in columns]
+    return {**columns, **{name: picked(columns[name], shown, layers) for name in names}}
 
 
 def unique_rows(rows: Store) -> Tensor:

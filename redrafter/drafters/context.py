@@ -34,7 +34,7 @@ class HeadContext:
     def observe(self, truth: Truth) -> Tensor:
         """(B, 1, H): c of the root that `truth` established."""
         if not self.head.reads_prefix:
-            return truth.last_hidden()[:, None]
+            return self.head.contexts(self.target, self._own(truth.last_hidden()[:, None]))
         if truth.prompt_hidden is None:
             return self._read(truth.hidden, truth.tokens, truth.count)
         batch, n = truth.prompt_hidden.shape[:2]
@@ -44,10 +44,15 @@ class HeadContext:
         return self._read(truth.prompt_hidden, tokens, self.seqs.prompt_length)
 
     def _read(self, hidden: Tensor, tokens: Tensor, count: Tensor) -> Tensor:
-        """c after the first `count` (B,) of some pairs. hidden: (B, n, H); tokens: (B, n)"""
+        """c after the first `count` (B,) of some pairs. hidden: (B, n, .), as the target
+        gives it; tokens: (B, n)"""
         place = torch.arange(hidden.shape[1], device=hidden.device)
         self._cache.prepare(hidden.shape[1], place >= count[:, None])
-        found = self.head.contexts(self.target, hidden, tokens, self._cache)
+        found = self.head.contexts(self.target, self._own(hidden), tokens, self._cache)
         self._cache.commit([n - 1 for n in self.seqs.known_lengths()])
         last = (count - 1).clamp(min=0)[:, None, None]
         return found.gather(1, last.expand(-1, -1, found.shape[-1]))
+
+    def _own(self, hidden: Tensor) -> Tensor:
+        """Of what the target shows, perhaps for other heads too, what this one reads."""
+        return self.target.pick(hidden, self.head.aux_layers)

@@ -117,7 +117,8 @@ def drafted_depth(head: DraftHead) -> int:
 
 
 def hidden_states(target: Target, prompts: Sequence[Sequence[int]], last: int) -> Tensor:
-    """(P, last, H): at the last positions of every prompt, each computed alone."""
+    """(P, last, (1 + n) H), as the target shows them: at the last positions of every prompt, each
+    computed alone."""
     rows = [torch.tensor([prompt], device=target.device) for prompt in prompts]
     return torch.cat([target.states(ids)[:, -last:] for ids in rows])
 
@@ -129,10 +130,10 @@ def draft_context(
     prompts: Sequence[Sequence[int]],
     path: Sequence[Sequence[int]],
 ) -> Tensor:
-    """(P, H): c behind every prompt, from its last hidden states alone, (P, C, H). A head that
-    reads the prefix is given rows that begin there, so that its layer is compared too."""
+    """(P, H): c behind every prompt, from its last hidden states alone, (P, C, (1 + a) H). A head
+    that reads the prefix is given rows that begin there, so that its layer is compared too."""
     if not head.reads_prefix:
-        return hidden[:, -1]
+        return head.contexts(target, hidden[:, -1])
     first = hidden.shape[1] - 1  # of each row's tokens, from the end of its prompt
     rows = zip(prompts, path, strict=True)
     follow = [[*prompt[len(prompt) - first :], drafted[0]] for prompt, drafted in rows]
@@ -193,7 +194,7 @@ def make_golden(
         how |= {"tokens": made.tokens, "finish": made.finish, "accepted": made.accepted,
                 "texts": text_of(target, made.tokens)}  # fmt: skip
     path = [(row + [row[-1]] * depth)[:depth] for row in found["greedy"].tokens]
-    hidden = hidden_states(target, rows, last)
+    hidden = target.pick(hidden_states(target, rows, last), head.aux_layers)
     context = draft_context(head, target, hidden, rows, path)
     tensors = {"hidden": hidden, **_sampled_logits(draft_logits(head, target, context, path))}
     for name, made in found.items():

@@ -42,10 +42,10 @@ def convert(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
     read = load_trainable(head)
-    if to != "redrafter" and read.reads_prefix:
+    if to != "redrafter" and (more := read.reads_more()):
         raise InputError(
-            f"{head}: the layout {to} has no place for the layer over the prefix (head.prefix "
-            "attention): train a head with head.prefix none, or keep the layout redrafter"
+            f"{head}: the layout {to} has no place for a context of {more}: train a head "
+            "without, or keep the layout redrafter"
         )
     stored = next(read.parameters()).dtype  # before it computes as the target does
     read = given_to(target, read, Path(head), False)

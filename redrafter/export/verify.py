@@ -86,7 +86,7 @@ def compare(folder: Path, target: Target, facts: dict[str, Any], faults: list[st
     if wrong is not None:
         return found + skipped(NAMES[5:], f"not made, as {wrong} differs")
     golden = read_golden(folder)
-    found.append(_hidden_check(target, golden))
+    found.append(_hidden_check(head, target, golden))
     draft, drift = _draft_check(head, target, golden)
     accepted, text = check_decodes(head, target, golden, drift)
     return [*found, draft, Check("accepted", *accepted), Check("text", *text)]
@@ -171,12 +171,16 @@ def _dtype_check(
 # ------------------------------------------------------------------------------- numbers
 
 
-def _hidden_check(target: Target, golden: Golden) -> Check:
+def _hidden_check(head: DraftHead, target: Target, golden: Golden) -> Check:
     prompts, then = golden.facts["prompts"], golden.tensors["hidden"].double()
     last = then.shape[1]
-    alone = hidden_states(target, prompts, last).double().cpu()
+
+    def own(hidden: Tensor) -> Tensor:
+        return target.pick(hidden, head.aux_layers).double().cpu()
+
+    alone = own(hidden_states(target, prompts, last))
     batch = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    padded = target.states(batch.to(target.device)).double().cpu()
+    padded = own(target.states(batch.to(target.device)))
     again = torch.stack(
         [row[len(p) - last : len(p)] for row, p in zip(padded, prompts, strict=True)]
     )
@@ -203,7 +207,7 @@ def _draft_check(head: DraftHead, target: Target, golden: Golden) -> tuple[Check
     logits = draft_logits(head, target, context, path)
     rows = zip(context, path, strict=True)
     alone = torch.cat([draft_logits(head, target, c[None], [p]) for c, p in rows])
-    own = hidden_states(target, prompts, hidden.shape[1])
+    own = target.pick(hidden_states(target, prompts, hidden.shape[1]), head.aux_layers)
     from_here = draft_logits(head, target, draft_context(head, target, own, prompts, path), path)
     ids = stored["draft_ids"].long().to(logits.device)
     in_full = logits.float()  # as they were kept

@@ -17,7 +17,8 @@ token_1 is that next token t+1, which is therefore known for sure. So *(h_t, tok
 predicts token t+2*, and after k levels (h_t; t+1, ..., t+k) predicts token t+1+k. c stays the same
 at all levels of a draft. In decoding, token_1 is the root of the tree (the last emitted token, not
 yet in the cache) and the logits of level k are about depth k. With `prefix attention` c is h_t plus
-what one layer makes of the pairs (h_0, token 1), ..., (h_t, token t+1) of the row (`contexts`).
+what one layer makes of the pairs (h_0, token 1), ..., (h_t, token t+1) of the row, and with
+`aux_layers` other layers' states at t are mixed into h_t first (`contexts`).
 
 A head never owns the target's embeddings (`target.embed(tokens)`), and its lm_head at most by
 reference (`bind`). How to write another kind: docs/add-a-head.md.
@@ -36,6 +37,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from redrafter import __version__
 from redrafter.contracts import InputError
 from redrafter.files import digest_weights
+from redrafter.heads.aux_layers import LayerMix
 from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import describe
 from redrafter.heads.prefix import PrefixLayer, heads_for
@@ -54,6 +56,8 @@ class DraftHeadConfig(PreTrainedConfig):
     trained_depth: depths it was trained on (None = unknown)
     prefix: what c is: "none", h_t; "attention", that and a layer over the row (`heads/prefix.py`),
         of `prefix_heads` attention heads (None: chosen by the width)
+    aux_layers: layers of the target whose states are mixed into h_t before (`heads/aux_layers.py`),
+        in ascending order; None: of none
     """
 
     #: field -> what it may be, and field -> its smallest value, of a kind's own fields
@@ -71,11 +75,13 @@ class DraftHeadConfig(PreTrainedConfig):
     trained_depth: int | None = None
     prefix: str = "none"
     prefix_heads: int | None = None
+    aux_layers: list[int] | None = None
     redrafter_version: str = __version__
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.prefix != "none" and self.prefix_heads is None:
             self.prefix_heads = heads_for(self.hidden_size)
+        self.aux_layers = list(self.aux_layers) if self.aux_layers else None
         super().__post_init__(**kwargs)
 
     def check(self, where: str = "head config") -> None:
@@ -94,6 +100,12 @@ class DraftHeadConfig(PreTrainedConfig):
         if pruned is not None and not 1 <= pruned <= self.vocab_size:
             raise InputError(
                 f"{where}: draft_vocab_size = {pruned}; must lie in 1..{self.vocab_size}"
+            )
+        layers = self.aux_layers or []
+        if layers != sorted({*layers}) or not all(type(a) is int and a > 0 for a in layers):
+            raise InputError(
+                f"{where}: aux_layers = {layers!r}; must be numbers of layers, from 1 on, "
+                "each once and in ascending order"
             )
         heads = self.prefix_heads
         if self.prefix != "none" and (heads < 1 or self.hidden_size % (2 * heads)):
@@ -123,6 +135,10 @@ class DraftHead(PreTrainedModel):
     def __init__(self, config: DraftHeadConfig) -> None:
         config.check()
         super().__init__(config)
+        #: layers of the target whose states it reads beside the last one's
+        self.aux_layers = tuple(config.aux_layers or ())
+        if self.aux_layers:
+            self.layer_mix = LayerMix(config.hidden_size, 1 + len(self.aux_layers))
         if self.reads_prefix:
             self.prefix_layer = PrefixLayer(config.hidden_size, config.prefix_heads)
         self._frozen_matrix: Tensor | None = None
@@ -159,7 +175,12 @@ class DraftHead(PreTrainedModel):
 
     def described(self) -> str:
         """`summary`, and what makes its context."""
-        return self.summary() + ", context by attention over the row" * self.reads_prefix
+        layers = ", ".join(map(str, self.aux_layers))
+        return (
+            self.summary()
+            + f", context of layers {layers} and the last" * bool(layers)
+            + ", context by attention over the row" * self.reads_prefix
+        )
 
     @property
     def only_drafts(self) -> str | None:
@@ -228,15 +249,26 @@ class DraftHead(PreTrainedModel):
 
     @property
     def reads_prefix(self) -> bool:
-        """True if c is made by `contexts`, which needs the hidden states of the whole row."""
+        """True if c is made of the hidden states of the whole row."""
         return self.config.prefix != "none"
 
-    def contexts(self, target: Any, hidden: Tensor, tokens: Tensor, cache: Any = None) -> Tensor:
-        """c at n positions of B rows, (B, n, H), of a head that `reads_prefix`.
+    def reads_more(self) -> str | None:
+        """What of the target its context is made of beside the last hidden state; None: nothing."""
+        read = [f"layers {list(self.aux_layers)} (head.aux_layers)"] * bool(self.aux_layers)
+        read += ["the whole row (head.prefix attention)"] * self.reads_prefix
+        return " and ".join(read) or None
 
-        hidden: (B, n, H) h_t; tokens: (B, n) int64, t+1 of each; cache: see `PrefixLayer.forward`
+    def contexts(
+        self, target: Any, hidden: Tensor, tokens: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """c at n positions of B rows, (B, n, H); of any shape where it does not `reads_prefix`.
+
+        hidden: (B, n, (1 + a) H), h_t and behind it what its a `aux_layers` gave
+        tokens, cache: of a head that `reads_prefix`, (B, n) int64, t+1 of each, and what
+            `PrefixLayer.forward` says
         """
-        return self.prefix_layer(hidden, target.embed(tokens), cache)
+        c = self.layer_mix(hidden) if self.aux_layers else hidden
+        return self.prefix_layer(c, target.embed(tokens), cache) if self.reads_prefix else c
 
     @property
     def draws_on_target(self) -> bool:
@@ -252,8 +284,11 @@ class DraftHead(PreTrainedModel):
         """Take the target's frozen lm_head (shared, not copied, unless the vocabulary is pruned).
 
         Its soft-caps and logit scales are left out on purpose: they keep the order of tokens, and
-        a trained map before it can express a scale. Does nothing for a head with its own matrix.
+        a trained map before it can express a scale. A head with its own matrix takes nothing.
+        Either has the target show its `aux_layers`.
         """
+        if self.aux_layers:
+            target.show(self.aux_layers)
         if self.draws_on_target:
             self._frozen_matrix = self.rows_of(target)
             if shared := getattr(target, "lm_product", None):  # packed once for both

@@ -120,7 +120,7 @@ class Learner:
         now = self.clock()
         self.decode_s += now - self._since
         rows = truth.rows()
-        self._ring.add(rows, truth.hidden)
+        self._ring.add(rows, self.target.pick(truth.hidden, self.head.aux_layers))
         self._new_tokens += sum(map(len, rows))
         if self._due():
             before = self.clock()
@@ -167,7 +167,7 @@ class Learner:
         dtype = columns["states"].dtype
         return gather(
             columns, t, self._optim.depth, dtype, to_draft=self._to_draft,
-            teacher=needed_teacher(self.settings.loss),
+            teacher=needed_teacher(self.settings.loss), last=self.target.hidden_size,
         )  # fmt: skip
 
     def _step(self, batch: Batch) -> bool:

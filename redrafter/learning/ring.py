@@ -38,7 +38,8 @@ class Ring:
     def add(self, tokens: Sequence[list[int]], hidden: Tensor) -> None:
         """What a step emitted.
 
-        tokens: per row, the real ones; hidden: (B, n, H), the states that predicted them
+        tokens: per row, the real ones; hidden: (B, n, .), the states that predicted
+            them, and what a head reads beside them
         """
         with torch.inference_mode(False):  # else nothing kept here could be learned from
             for row, new, states in zip(self._open, tokens, hidden, strict=True):

@@ -97,6 +97,7 @@ def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
 def plan_states(config: MakeStatesConfig, wanted: PlanConfig) -> Plan:
     base = start()
     target, world = MetaTarget(config.target), world_of(wanted)
+    target.show(config.states.aux_layers or ())
     builder = PlanBuilder("data/states.py", target, world, wanted, base)
     texts = texts_of_store(Store(config.rows)) if config.rows else assumed(wanted)
     builder.plan.head.append(f"data: {texts.how}")
@@ -107,7 +108,9 @@ def plan_states(config: MakeStatesConfig, wanted: PlanConfig) -> Plan:
     unknown = None if texts.tokens is not None else "how many rows is not known (--plan_for.rows)"
     if unmeasured(builder, config.target, wanted, "hidden states", unknown):
         return builder.plan
-    maker = StateMaker(load_target(config.target), config.states, config.continuation)
+    target = load_target(config.target)
+    target.show(config.states.aux_layers or ())
+    maker = StateMaker(target, config.states, config.continuation)
     each = states_seconds(maker, max(1, round(texts.mean)), wanted.probe_s)
     seconds = each * texts.tokens / world.processes
     builder.plan.hours.append(Duration(f"{texts.tokens:,} tokens", seconds))

@@ -76,7 +76,7 @@ class _Labelled(nn.Module):
         with self.trace.label(ACTIVATIONS):
             return self.head(context, tokens, target)
 
-    def contexts(self, target: Target, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def contexts(self, target: Target, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         with self.trace.label(ACTIVATIONS):
             return self.head.contexts(target, hidden, tokens)
 
@@ -95,7 +95,7 @@ def meta_batch(
         return torch.zeros(shape, dtype=torch.long, device=device)
 
     batch = Batch(
-        floats(positions, target.hidden_size), ids(*grid), ids(*grid),
+        floats(positions, target.state_size), ids(*grid), ids(*grid),
         torch.ones(grid, dtype=torch.bool, device=device),
     )  # fmt: skip
     teacher = needed_teacher(loss)
@@ -114,7 +114,7 @@ def meta_rows(target: Target, positions: int, row_starts: int, row_tokens: int) 
     n, start = -(-positions // row_starts), torch.arange(positions)
     shape = (n, max(2, row_tokens) - 1)  # behind the last token there is no start
     return RowStates(
-        torch.zeros(*shape, target.hidden_size, dtype=target.dtype, device=target.device),
+        torch.zeros(*shape, target.state_size, dtype=target.dtype, device=target.device),
         torch.zeros(shape, dtype=torch.long, device=target.device),
         start // row_starts, torch.full_like(start, shape[1] - 1),
     )  # fmt: skip

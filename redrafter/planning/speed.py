@@ -4,7 +4,8 @@ Decoding a few rows is bound by reading weights, not by arithmetic. If time is b
 of the design (tau x t(1) / (level costs + t(N))) becomes, for K levels,
 
     speedup <= tau x T / (c + K x h + T)  h, T: bytes that a level and a forward read; c: what the
-                                          context reads, once a step (`head.prefix`; else 0)
+                                          context reads, once a step (`head.prefix`,
+                                          `head.aux_layers`; else 0)
 
 which breaks even at tau = 1 + (c + K x h) / T tokens per step and, as tau <= K + 1, ends at
 (K + 1) / (1 + (c + K x h) / T). Where arithmetic counts too (large batches, a CPU's small
@@ -76,10 +77,10 @@ def level_bytes_read(head: DraftHead, target: Target, depth: int) -> int:
 
 
 def context_bytes_read(head: DraftHead) -> int:
-    """Weights that are read once per step whatever is drafted: the layer over the prefix."""
-    if not head.reads_prefix:
-        return 0
-    return sum(p.numel() * p.element_size() for p in head.prefix_layer.parameters())
+    """Weights that are read once per step whatever is drafted: those that make the context."""
+    parts = [getattr(head, name, None) for name in ("layer_mix", "prefix_layer")]
+    made = [p for part in parts if part is not None for p in part.parameters()]
+    return sum(p.numel() * p.element_size() for p in made)
 
 
 def bound(head: DraftHead, target: Target, depth: int) -> Bound:

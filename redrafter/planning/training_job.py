@@ -293,6 +293,7 @@ def probe_training(job: TrainingPlan) -> None:
         plan.hours += [Duration(f"{config.optim.steps} steps", None, reason)]
         return
     target, most = load_target(config.target), wanted.probe_s
+    target.show(job.head.aux_layers)
     n = job.world.processes
     data, how, found = config.data, config.data.answers, []
     if job.prompts is not None and job.prompts.rows is not None:

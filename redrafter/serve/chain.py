@@ -21,6 +21,12 @@ def check_depth(head: Any, depth: int, option: str) -> None:
             "neither which request a row is nor the states of a prompt that it found in its cache: "
             "serve a head trained with head.prefix none; here (generate, eval) this one drafts"
         )
+    if head.aux_layers:
+        raise InputError(
+            f"this head reads the states of layers {list(head.aux_layers)} (head.aux_layers), and "
+            "an engine shows a proposer the last layer's alone: serve a head trained without; here "
+            "(generate, eval) this one drafts"
+        )
     if depth < 1:
         raise InputError(f"{option} = {depth}; at least 1 is needed")
     if head.max_depth is not None and depth > head.max_depth:

@@ -36,7 +36,7 @@ def final_norm(target: Target) -> nn.Module:
         for m in watched
     ]
     try:
-        states = target.states(ids.to(target.device))
+        states = target.pick(target.states(ids.to(target.device)), ())
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,7 +15,7 @@ class. Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,8 @@ class _Layer:
 class FusedForward:
     """The decoder of a model for which `cannot_fuse` knows no reason.
 
-    Same arguments as the class's own, by place; returns (B, N, H) after the final norm.
+    Same arguments as the class's own, by place, and layers to show (`aux_layers.py`); returns
+    (B, N, (1 + n) H), of which the first H are those after the final norm.
     """
 
     def __init__(self, backbone: nn.Module, config: Any):
@@ -173,15 +174,19 @@ class FusedForward:
                 joined.product.renew(surely)
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache,
+        shown: Sequence[int] = (),
+    ) -> Tensor:  # fmt: skip
         batch, n = tokens.shape
         backbone, heads, kv_heads, dim = self.backbone, self.heads, self.kv_heads, self.head_dim
         x = backbone.embed_tokens(tokens).view(batch * n, -1)
         own = self.own_steps is not None and torch.is_inference_mode_enabled()
         steps = (self.own_steps if own else self.steps).begin(tokens, positions, masks, cache)
         masks = steps.masks
+        kept = []
         for i, layer in enumerate(self.layers):
+            if i in shown:
+                kept.append(x)
             mask = masks[layer.mask] if isinstance(masks, dict) else masks
             qkv = layer.qkv(steps.norm(layer.norm, x)).view(batch, n, heads + 2 * kv_heads, dim)
             qk = qkv[:, :, : heads + kv_heads]
@@ -198,7 +203,8 @@ class FusedForward:
             x = layer.out.added_to(x, seen)
             act = steps.gated(layer.activation, layer.gate_up(steps.norm(layer.mlp_norm, x)))
             x = layer.down.added_to(x, act)
-        return steps.norm(backbone.norm, x).view(batch, n, -1)
+        last = steps.norm(backbone.norm, x)
+        return (torch.cat([last, *kept], -1) if kept else last).view(batch, n, -1)
 
 
 def choose_forward(target: Any, wanted: str, check: Callable[[Any], None]) -> None:

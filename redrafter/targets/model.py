@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from redrafter.targets.adapters import (
     plain_model,
     probe_tokens,
 )
+from redrafter.targets.aux_layers import picked, show_layers, with_layers
 from redrafter.targets.cache import RowCache
 from redrafter.targets.devices import pick_device
 from redrafter.targets.fused import choose_forward
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TargetOutput:
-    """logits: (B, N, V) raw; hidden: (B, N, H), the tensor that feeds lm_head."""
+    """logits: (B, N, V) raw; hidden: (B, N, H), the tensor that feeds lm_head, or with the states
+    of further layers behind it, (B, N, (1 + n) H) (`redrafter.targets.aux_layers`)."""
 
     logits: Tensor
     hidden: Tensor
@@ -109,6 +111,8 @@ class Target:
         self.vocab_size = self.lm_head.weight.shape[0]
         self.hidden_size = self.lm_head.weight.shape[1]
         self.n_layers = self.config.num_hidden_layers
+        #: layers whose hidden states stand behind the last one's (`redrafter.targets.aux_layers`)
+        self.aux_layers: tuple[int, ...] = ()
         self.max_positions = context_of(self.config)
         cohere = getattr(self.config, "logit_scale", None) or 1.0
         granite = getattr(self.config, "logits_scaling", None) or 1.0
@@ -135,6 +139,19 @@ class Target:
                 copies.renew()
         kind = StateCache if self.has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
+
+    @property
+    def state_size(self) -> int:
+        """(1 + n) H: numbers of what it gives as hidden states of a position."""
+        return (1 + len(self.aux_layers)) * self.hidden_size
+
+    def show(self, layers: Sequence[int]) -> None:
+        """See `redrafter.targets.aux_layers.show_layers`."""
+        show_layers(self, layers)
+
+    def pick(self, hidden: Tensor, layers: Sequence[int]) -> Tensor:
+        """Of hidden states as it gives them, the last and those of some of its `aux_layers`."""
+        return picked(hidden, self.aux_layers, layers)
 
     def together(self) -> AbstractContextManager[None]:
         """Processes that share the target's weights all enter this where each of them makes as many
@@ -165,10 +182,13 @@ class Target:
         return e if scale == 1.0 else e * scale
 
     def project(self, hidden: Tensor, columns: Tensor | None = None) -> Tensor:
-        """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap.
+        """(..., H) final hidden states -> (..., V) logits, with the model's scale and soft-cap;
+        what other layers gave may stand behind them.
 
         columns: (Vd,) int64, those of an lm_head that is a plain `nn.Linear`; None: all
         """
+        if hidden.shape[-1] > self.hidden_size:
+            hidden = hidden[..., : self.hidden_size]
         if columns is None:
             if self.wide_head is not None:
                 logits = self.wide_head(hidden.float())
@@ -208,16 +228,21 @@ class Target:
     def _hidden(
         self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cache: Cache
     ) -> Tensor:
-        """As `forward`, all hidden states, (B, N, H)."""
+        """As `forward`, all hidden states, (B, N, (1 + n) H)."""
         if self.fused is not None and isinstance(cache, RowCache) and self.fused.untouched:
-            return self.fused(tokens, positions, masks, cache)
-        return self.backbone(
+            return self.fused(tokens, positions, masks, cache, self.aux_layers)
+        return self._by_class(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=for_rows(masks, len(tokens)) if self._attends else None,
             use_cache=True,
             **{self._cache_name: cache},
-        ).last_hidden_state
+        )
+
+    def _by_class(self, **inputs: Any) -> Tensor:
+        if self.aux_layers:
+            return with_layers(self.backbone, self.aux_layers, **inputs)
+        return self.backbone(**inputs).last_hidden_state
 
     def masks(
         self, allowed: Tensor, query_position: Tensor, key_position: Tensor
@@ -241,8 +266,8 @@ class Target:
         """Teacher-forced hidden states (the tensor that feeds lm_head).
 
         tokens: (B, T) int64, right-padded. Causal attention never looks right, so the padding
-        cannot reach a real position, and `lengths` is not needed. Returns (B, T, H); the states
-        at the padding mean nothing.
+        cannot reach a real position, and `lengths` is not needed. Returns (B, T, (1 + n) H); the
+        states at the padding mean nothing.
         """
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
@@ -251,9 +276,7 @@ class Target:
             cache.prepare(length)
             masks = self.masks(row[:, :, None] >= row[:, None], row, row)
             return self._hidden(tokens, positions, masks, cache)
-        return self.backbone(
-            input_ids=tokens, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        return self._by_class(input_ids=tokens, position_ids=positions, use_cache=False)
 
     def fingerprint(self) -> str:
         """sha256 over shapes, a sample of every weight (in bfloat16, so that the same checkpoint

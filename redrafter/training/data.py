@@ -8,6 +8,7 @@ Each stage is a store that is made once and found again; with stores given, none
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def check_settings(config: TrainConfig) -> None:
             "data.labels local has no predictions of the target for the tokens it adds: give "
             "loss.kl and its like no weight, or take labels tokens"
         )
+    if data.states.aux_layers is not None:
+        raise InputError(
+            "data.states.aux_layers is for data/states.py: a training makes the states of the "
+            "layers that head.aux_layers names. Leave it out"
+        )
     if data.stores and data.mode != "offline":
         raise InputError(f"data.mode {data.mode} makes states itself: give no data.stores with it")
     if data.stores:
@@ -95,16 +101,20 @@ def load_training_data(config: TrainConfig, target: Target) -> TrainingData:
         part = (
             Fresh(rows, maker) if data.mode == "online" else Hybrid(rows, maker, folder, named=True)
         )
-    content = _content(config, rows.digest, maker.identity())
+    content = _content(config, rows.digest, maker.identity(), target.aux_layers)
     receipt = [{"weight": 1.0, "stages": made.lineage}]
     return TrainingData([part], [1.0], digest_json([[content, 1.0]]), receipt)
 
 
-def _content(config: TrainConfig, rows: str, made: dict[str, Any]) -> list:
-    """What the batches read of a part depends on. rows: digest; made: identity of its states."""
+def _content(
+    config: TrainConfig, rows: str, made: dict[str, Any], layers: Sequence[int]
+) -> list:  # fmt: skip
+    """What the batches read of a part depends on. rows: digest; made: identity of its states;
+    layers: those whose states are read beside the last one's"""
     n = continuation_tokens(config.data, config.optim.depth)
     top_k = [made["teacher_top_k"]] if needed_teacher(config.loss) == "top_k" else []
-    return [rows, made["dtype"], n, *top_k]
+    layers = [list(layers)] if layers else []
+    return [rows, made["dtype"], n, *top_k, *layers]
 
 
 def data_folder(config: TrainConfig) -> Path:
@@ -155,12 +165,20 @@ def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
                 f"{path} holds no probable tokens of the target, which loss.teacher top_k needs: "
                 "make it with --states.teacher_top_k, or take loss.teacher states"
             )
+        shown = store.identity.get("aux_layers", [])
+        if lacking := [a for a in target.aux_layers if a not in shown]:
+            raise InputError(
+                f"{path} holds no hidden states of layers {lacking}, which head.aux_layers "
+                f"{list(target.aux_layers)} needs: make it with --states.aux_layers "
+                f"'{list(target.aux_layers)}'"
+            )
         columns = ["tokens", "supervised", "states"]
         columns += ["teacher_ids", "teacher_log_p"] * (teacher == "top_k")
         columns += ["scale"] * ("scale" in store.columns) + ["continuation"] * (n > 0)
-        parts.append(Stored(store, columns))
+        parts.append(Stored(store, columns, target.aux_layers))
         weights.append(weight)
-        content.append([_content(config, store.identity["rows"], store.identity), weight])
+        made = _content(config, store.identity["rows"], store.identity, target.aux_layers)
+        content.append([made, weight])
         if store.identity["dtype"] != parts[0].store.identity["dtype"]:
             raise InputError(
                 f"{path} holds {store.identity['dtype']}, {parts[0].store.name} "

@@ -41,7 +41,8 @@ Teacher = Literal["states", "top_k"]
 class Batch:
     """P start positions with K depths each.
 
-    context: (P, H), h_t                       tokens: (P, K) int64, t+1 .. t+K
+    context: (P, (1 + a) H), h_t, and behind it what the head's `aux_layers` gave
+    tokens: (P, K) int64, t+1 .. t+K
     labels: (P, K) int64, what depth k should predict (a column of the head's logits)
     mask: (P, K) bool, False where that lies past the row's end, is not supervised, or lies behind
         something that is not
@@ -283,7 +284,7 @@ class Feed:
         t = t if self.row_starts is None else t.sort().values  # rows one after the other
         batch = gather(
             columns, t, self.depth, self.target.dtype, labels=self.labels,
-            to_draft=self._to_draft, teacher=self.teacher,
+            to_draft=self._to_draft, teacher=self.teacher, last=self.target.hidden_size,
         )  # fmt: skip
         if self.row_starts is not None:
             batch.rows = rows_of(columns, t, self.target.dtype)
@@ -299,23 +300,25 @@ def gather(
     labels: Labels = "tokens",
     to_draft: Tensor | None = None,
     teacher: Teacher | None = None,
+    last: int | None = None,
 ) -> Batch:
     """What is known of some starts.
 
     columns: of rows one after the other, on one device: `tokens`, `states` (h_t), `supervised`,
         and `end`, where each position's row ends; further ones as `labels` and `teacher` ask for
     t: (P,) int64, positions; to_draft: see `draft_columns`
+    last: H, where `states` may hold those of further layers behind h_t
     """
-    last = columns["end"][t] - 1
+    stop = columns["end"][t] - 1
     depths = torch.arange(1, depth + 1, device=t.device)
-    seen = torch.minimum(t[:, None] + depths, last[:, None])  # (P, K): t+1 .. t+K
+    seen = torch.minimum(t[:, None] + depths, stop[:, None])  # (P, K): t+1 .. t+K
     if labels == "local":
         said = columns["continuation"][t, : depth + 1].long()  # t+1 .. t+K+1
         tokens, wanted, mask = said[:, :-1], said[:, 1:], said[:, 1:] >= 0
         tokens, wanted = tokens.clamp(min=0), wanted.clamp(min=0)
     else:
-        after = torch.minimum(seen + 1, last[:, None])  # t+2 .. t+K+1
-        mask = (t[:, None] + depths < last[:, None]) & columns["supervised"][after]
+        after = torch.minimum(seen + 1, stop[:, None])  # t+2 .. t+K+1
+        mask = (t[:, None] + depths < stop[:, None]) & columns["supervised"][after]
         mask = mask.cumprod(1).bool()  # a draft ends where a masked turn begins
         tokens = columns["tokens"][seen].long()
         wanted = columns["tokens"][after].long()
@@ -327,7 +330,7 @@ def gather(
         wanted = wanted.clamp(min=0)
     batch = Batch(decoded(columns, t, dtype), tokens, wanted, mask)
     if teacher == "states":
-        batch.teacher = decoded(columns, seen, dtype)
+        batch.teacher = decoded(columns, seen, dtype, last)
         if "teacher_log_z" in columns:
             batch.teacher_log_z = columns["teacher_log_z"][seen]
     elif teacher == "top_k":

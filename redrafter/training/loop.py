@@ -82,7 +82,8 @@ def make_head(config: TrainConfig, target: Target, parts: list[Part]) -> DraftHe
 
 def check_head(config: TrainConfig, target: Target) -> None:
     """Raises InputError where the head of this configuration, or the one to go on from, cannot be
-    trained as is asked for; before any data is made."""
+    trained as is asked for; before any data is made, with the states of the layers that it reads:
+    the target shows them from here on."""
     if config.head.init_from is not None:
         head = load_initial_head(config.head, target)
         check_depths(config, head.max_depth)
@@ -91,6 +92,7 @@ def check_head(config: TrainConfig, target: Target) -> None:
     cls, fields = head_class(config.head.kind), config.head.options
     sizes = {"vocab_size": target.vocab_size, "hidden_size": target.hidden_size}
     cls.config_class(**sizes, **fields).check("head")
+    target.show(fields.get("aux_layers") or ())
     check_depths(config, None if cls.depth_field is None else config.optim.depth)
     check_prefix(config, fields.get("prefix", "none") != "none")
 

@@ -78,7 +78,8 @@ class Normalizers:
         found = torch.empty(len(at), dtype=self.dtype)
         for first in range(0, len(at), chunk):
             part = at[first : first + chunk]
-            hidden = F.pad(decoded(columns, part, target.dtype), (0, 0, 0, chunk - len(part)))
+            hidden = decoded(columns, part, target.dtype, target.hidden_size)
+            hidden = F.pad(hidden, (0, 0, 0, chunk - len(part)))
             log_z = log_normalizer(target, hidden.to(target.device))
             found[first : first + chunk] = log_z[: len(part)].cpu()
         return found

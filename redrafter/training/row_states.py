@@ -20,7 +20,8 @@ from redrafter.data.states import decoded
 class RowStates:
     """R rows up to the last start that a batch has of each; P starts in them.
 
-    hidden: (R, T, H), h_t; tokens: (R, T) int64, t+1 of each; right-padded by the last ones
+    hidden: (R, T, (1 + a) H), as `Batch.context`; tokens: (R, T) int64, t+1 of each; right-padded
+        by the last ones
     row, place: (P,) int64, where every start lies, rows ascending; on the CPU whatever the device,
         for a batch is cut by them
     """

@@ -99,9 +99,9 @@ def batch_loss(
 
 
 def contexts_of(model: nn.Module, target: Target, batch: Batch) -> Tensor:
-    """(P, H), c of every start: h_t, or what a head that reads the prefix makes of its row."""
+    """(P, H), c of every start, of which a head that reads the prefix is given the whole row."""
     if (rows := batch.rows) is None:
-        return batch.context
+        return model.contexts(target, batch.context)
     return model.contexts(target, rows.hidden, rows.tokens)[rows.row, rows.place]
 
 
