@@ -127,7 +127,8 @@ def test_card_and_plan_say_what_it_is(run, config_of):
     shown = plan_training(config_of(kind, "planned"), PlanConfig(probe_s=0)).show()
     trained = sum(p.numel() for p in found.head.parameters())
     assert f"head: {trained:,} parameters" in shown
-    assert ("attention over the row" in card) == ("a step, a level reads" in shown)
+    assert (kind in ("hydra", "medusa")) == ("a step, a level reads" in shown)
+    assert ("context of layers 1 and the last" in card) == (kind == "medusa")
     assert ("attention over the row" in card) == ("head.prefix" in OF_KIND.get(kind, {}))
 
 
