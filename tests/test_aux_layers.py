@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import alone, prompts, settings, tiny
 from test_prefix import Watching, counts_of_decoding, counts_of_training, greedy_feed
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from redrafter.config import (
     DataConfig,
@@ -31,6 +32,8 @@ from redrafter.heads.load import head_class
 from redrafter.planning.speed import bound
 from redrafter.serve.chain import check_depth
 from redrafter.targets.aux_layers import picked
+from redrafter.targets.fused import choose_forward
+from redrafter.targets.model import Target
 from redrafter.training.data import check_settings, load_training_data
 from redrafter.training.step import batch_loss, total_weight
 
@@ -117,6 +120,24 @@ def test_the_context_is_the_written_formula(target):
     without = make_head(target, layers=())
     assert bound(head, target, 3).context_bytes == 8 * size
     assert bound(head, target, 3).level_bytes == bound(without, target, 3).level_bytes
+
+
+def test_bytes_read_are_those_of_the_weights_where_kernels_multiply(target):
+    """Kernels read copies of them, which no trace of operations sees."""
+    config = {**target.model.config.to_dict(), "hidden_size": 64, "intermediate_size": 96,
+              "head_dim": 16, "vocab_size": 600}  # fmt: skip
+    torch.manual_seed(0)
+    small = Target(LlamaForCausalLM(LlamaConfig(**config)).float())
+    choose_forward(small, "auto", lambda _: None)
+    assert small.fused.own_steps is not None, "no compiler: nothing is tested"
+    head = head_class("recurrent").for_target(small, num_draft_layers=1)
+    found = bound(head, small, 3)
+    read = [head.rnn_w, head.rnn_u, head.lm_head]
+    assert found.level_bytes == 4 * sum(p.numel() for m in read for p in m.parameters())
+    embedded = small.model.get_input_embeddings().weight.numel()
+    tied = small.lm_head_weight is small.embedding_weight
+    weights = sum(p.numel() for p in small.model.parameters())
+    assert found.target_bytes == 4 * (weights if tied else weights - embedded)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,6 +23,7 @@ class Frozen:
     """As much of a target as a feed needs."""
 
     vocab_size: int = 1000
+    hidden_size: int = 2
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
 

@@ -11,7 +11,7 @@ class Capped:
     """A target of 3 numbers and 11 tokens."""
 
     sharded, dtype, device = False, torch.float64, torch.device("cpu")
-    vocab_size = 11
+    vocab_size, hidden_size = 11, 3
 
     def __init__(self):
         torch.manual_seed(0)

@@ -14,6 +14,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from redrafter.products import Linear
+
 _EPS = 1e-6
 
 
@@ -23,7 +25,7 @@ class LayerMix(nn.Module):
     def __init__(self, hidden: int, states: int) -> None:
         super().__init__()
         self.states = states
-        self.linear = nn.Linear(states * hidden, hidden, bias=False)
+        self.linear = Linear(states * hidden, hidden, bias=False)
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def target_bytes_read(target: Target) -> int:
     one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
     cache = target.new_cache(1, 2)
     cache.prepare(1)
-    with torch.inference_mode(), traced() as trace:
+    with torch.no_grad(), traced() as trace:  # not inference mode: kernels cannot be traced
         target.forward(one, one, target.masks(one[:, None] >= 0, one, one), cache)
         return trace.read_bytes(target.model.parameters())
 
@@ -66,7 +66,7 @@ def level_bytes_read(head: DraftHead, target: Target, depth: int) -> int:
     one = torch.zeros(1, 1, dtype=torch.long, device=target.device)
     last = min(max(depth, 2), head.max_depth or depth + 2)
     states, found = None, []
-    with torch.inference_mode():
+    with torch.no_grad():
         for level in range(1, last + 1):
             with traced() as trace:
                 states, _ = head.read(target, one, hidden, states, level)
