@@ -12,18 +12,21 @@ from redrafter import products
 from redrafter.cli.lossless import main as lossless
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
+from redrafter.decode.plain import plain
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafting import Strategy
 from redrafter.evaluation.lossless import check_mode, references
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.kernels import Panels
 from redrafter.targets import invariant
 from redrafter.targets.cache import RowCache
+from redrafter.targets.fused import choose_forward
 from redrafter.targets.fused_steps import KernelSteps
 from redrafter.targets.identity import target_identity
 from redrafter.targets.invariant import Form, KernelForm, difference, find_form, in_blocks
-from redrafter.targets.model import load_target
+from redrafter.targets.model import Target, load_target
 
 #: by kernels where there are any, and in blocks
 WAYS = (("float32", "auto"), ("float32", "model"), ("bfloat16", "auto"))
@@ -106,6 +109,34 @@ def test_states_are_of_the_weights_that_are_and_seen_by_whoever_looks(target):
     target.states(ids)
     handle.remove()
     assert seen and torch.equal(target.states(ids), before)
+
+
+def test_a_drafter_that_looks_into_the_model_changes_no_bit(target):
+    """It reads the prompt once more, where looking would have the class compute."""
+    rows, config = prompts_of(target, 2), GenerationConfig(max_new_tokens=12, pad_token_id=1)
+    plain_of = references(target, rows, config)
+
+    def make(texts):
+        return Strategy(LayerSkipping(target, depth=2, threshold=None, max_skipped=1))
+
+    if target.verifies == "trees":
+        with pytest.raises(InputError, match="refresh=step looks into"):
+            LayerSkipping(target, refresh="step")
+    found = check_mode(target, make, rows, config, plain_of, (1, 2))
+    assert found.rows_equal == 4 and found.largest_difference == 0
+
+
+def test_a_model_that_was_changed_is_refused_where_the_kernels_would_step_aside(tiny_target):
+    target = loaded(tiny_target, "float32")
+    rows, config = prompts_of(target, 1), GenerationConfig(max_new_tokens=2, pad_token_id=1)
+    handle = target.model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="has been changed since it was loaded"):
+        plain(target, rows, config)
+    handle.remove()
+    assert len(plain(target, rows, config).tokens[0]) == 2
+    choose_forward(Target(target.model), "auto", lambda _: None)  # joins its weights anew
+    with pytest.raises(InputError, match="a second target made of it"):
+        plain(target, rows, config)
 
 
 # ------------------------------------------------------------------------- planted faults

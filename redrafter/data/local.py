@@ -58,8 +58,9 @@ def continue_greedily(
     """
     if n > 1 and target.verifies == "chains":
         raise InputError(
-            f"data.labels local: {target.name} has recurrent layers, and reads no chains beside "
-            "each other; take data.labels greedy or tokens"
+            f"data.labels local: {target.name} reads no chains beside each other (it has recurrent "
+            "layers, or target.exact invariant computes it in blocks); take data.labels greedy or "
+            "tokens"
         )
     _check(target, rows, wanted, n, max_nodes)
     result = [torch.full((len(row), n), -1) for row in rows]

@@ -117,7 +117,7 @@ class ModelFrontier(Frontier):
                 f"draft model {draft.name} is on {draft.device}, the target on {target.device}: "
                 "load both on one device"
             )
-        if draft.verifies == "chains":
+        if draft.has_states:
             raise InputError(
                 f"draft model {draft.name}: {type(draft.model).__name__} has recurrent layers, "
                 "whose states do not go back to where the target took another token: take a draft "

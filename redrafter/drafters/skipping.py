@@ -83,10 +83,15 @@ class LayerSkipping(Drafter):
         seeded: bool = True,
     ):
         _check(depth, threshold, max_skipped, positions, refresh, protect)
-        if target.verifies == "chains":
+        if target.has_states:
             raise InputError(
                 f"skip: {target.name} has recurrent layers, whose states would have to go back "
                 "after every draft; take another drafter"
+            )
+        if target.by_kernels and refresh == "step" and fixed is None:
+            raise InputError(
+                "skip: refresh=step looks into the target's own forwards, which target.exact "
+                "invariant does not allow here: take refresh=prompt, or a fixed set"
             )
         self.target, self.seeded = target, seeded
         self.skipping = AttentionSkipping(target)
@@ -106,7 +111,9 @@ class LayerSkipping(Drafter):
     # -- choosing --------------------------------------------------------------------------
 
     def watch(self, prefill: bool) -> AbstractContextManager:
-        if self.fixed is not None or not (prefill or self.refresh == "step"):
+        looks = prefill or self.refresh == "step"
+        # Who looks has the class compute: for scores of kernels the prompt is read once more.
+        if self.fixed is not None or not looks or self.target.by_kernels:
             return nullcontext()
         self._seen = self.skipping.measure()
         return self._seen

@@ -133,12 +133,28 @@ class Target:
         check(self)
 
     def new_cache(self, n_rows: int, capacity: int) -> RowCache:
-        """An empty cache of `capacity` tokens a row, with which texts begin."""
+        """An empty cache of `capacity` tokens a row, with which texts begin.
+
+        Raises InputError where `exact invariant` holds by kernels, and the class would compute.
+        """
+        if self.by_kernels and not self.fused.untouched:
+            raise InputError(
+                f"target.exact invariant: the model of {self.name} has been changed since it was "
+                "loaded (an adapter, a hook, other weights, a second target made of it): its own "
+                "class would compute, whose sums depend on what is beside a token. Undo the "
+                "change, or load the target anew"
+            )
         for copies in (self.lm_product, self.fused):
             if copies is not None:
                 copies.renew()
         kind = StateCache if self.has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether its scores are the same bit for bit by the kernels' forward alone, into which
+        nobody can look."""
+        return isinstance(self.invariant, KernelForm)
 
     @property
     def state_size(self) -> int:
@@ -271,7 +287,7 @@ class Target:
         """
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-        if isinstance(self.invariant, KernelForm):  # to the last bit the loop's
+        if self.by_kernels and self.fused.untouched:  # to the last bit the loop's
             cache, row = self.new_cache(batch, length), positions[:1]
             cache.prepare(length)
             masks = self.masks(row[:, :, None] >= row[:, None], row, row)
