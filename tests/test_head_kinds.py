@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from head_kinds import CASES, make_head, written_out
-from models import prompts, settings, tiny
+from models import alone, prompts, settings, tiny
 from test_recurrent_drafter import drafted, one_tree
 from transformers import LlamaConfig
 
@@ -26,7 +26,6 @@ from redrafter.config import (
 )
 from redrafter.contracts import InputError
 from redrafter.decode.noise import gumbel
-from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.recurrent import RecurrentDrafter
@@ -351,17 +350,14 @@ def test_text_is_plain_decoding(case):
     accepted = 0
     for options in ({}, dict(do_sample=True, temperature=1.3, top_k=9)):
         config = settings(**options)
-        alone = [
-            plain(target, [row], config, seeds=seed).tokens[0]
-            for row, seed in zip(rows, seeds, strict=True)
-        ]
+        want = alone(target, rows, config, seeds)[0]
         for name in NAMES:
             drafter = build_drafter(name.format(k=depth_of(head)), target, resources)
             made = speculative(target, rows, config, seeds=seeds, drafter=drafter)
-            assert made.tokens == alone, name
+            assert made.tokens == want, name
             if name == NAMES[1]:
                 one = speculative(target, rows[:1], config, seeds=seeds[0], drafter=drafter)
-                assert one.tokens == alone[:1]
+                assert one.tokens == want[:1]
             accepted += sum(made.stats.accepted_at)
     assert accepted > 0, "nothing was accepted: equality says little"
 

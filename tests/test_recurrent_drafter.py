@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from models import path_to, prompts, settings, tiny
+from models import alone, path_to, prompts, settings, tiny
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.noise import gumbel
-from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead
@@ -135,11 +134,8 @@ def test_text_is_plain_decoding(name, shape):
     )
     for options in ({}, dict(do_sample=True, temperature=1.3), dict(do_sample=True, top_k=6)):
         config = settings(**options)
-        alone = [
-            plain(target, [row], config, seeds=seed).tokens[0]
-            for row, seed in zip(rows, seeds, strict=True)
-        ]
-        assert speculative(target, rows, config, seeds=seeds, drafter=drafter).tokens == alone
+        made = speculative(target, rows, config, seeds=seeds, drafter=drafter)
+        assert (made.tokens, made.finish) == alone(target, rows, config, seeds)
 
 
 @pytest.mark.parametrize(
