@@ -6,7 +6,8 @@ The weights are drawn wide, so that the logits are peaky and depend on the whole
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +64,17 @@ def tiny(family: str, **changes) -> Target:
     choose_forward(made, "auto", lambda _: None)  # as users decode; `check` has passed above
     _known[made] = {}
     return made
+
+
+def paired(*choices: Iterable) -> list[tuple]:
+    """Half of the product of three choices or more, of which the last is one of two: any two values
+    of different choices stand together in some case."""
+    *rest, (one, other) = map(list, choices)
+    places = itertools.product(*map(range, map(len, rest)))
+    return [
+        (*(values[i] for values, i in zip(rest, place, strict=True)), (one, other)[sum(place) % 2])
+        for place in places
+    ]
 
 
 def prompts(lengths: Sequence[int] = (9, 3, 14, 8), seed: int = 0) -> list[list[int]]:

@@ -13,6 +13,7 @@ from models import (
     Recorder,
     alone,
     endless,
+    paired,
     path_to,
     prompts,
     settings,
@@ -70,9 +71,7 @@ def close_draft(target: Target, noise: float = 0.05) -> Target:
     return made
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("mode", BOTH)
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(("draft", "mode", "width"), paired(DRAFTS, BOTH, (1, 3)))
 def test_text_is_plain_decoding(draft, mode, width):
     target = tiny("llama")
     check(target, prompts(), settings(**MODES[mode]), DraftModel(

@@ -64,7 +64,10 @@ def test_every_family_ragged_and_alone(family, name):
     target, rows = tiny(family), prompts()
     config = SAMPLED.get(name, GREEDY)
     texts = endless(target, rows, config)
-    check(target, rows, config, some_drafters(target, rows, config))
+    drafters = some_drafters(target, rows, config)
+    if family not in ("llama", "gemma3_text"):  # what never hits, or always, is the loop's alone
+        drafters = {k: d for k, d in drafters.items() if k in ("half", "often", "chain", "none")}
+    check(target, rows, config, drafters)
     one = {k: d for k, d in replays(texts[:1]).items() if k in ("half", "always")}
     check(target, rows[:1], config, {**one, "none": None})  # alone, a root needs no mask
 

@@ -3,7 +3,7 @@ loop has already read. And it asks for no more operations than it did."""
 
 import pytest
 from head_kinds import make_head
-from models import Recorder, endless, prompts, replays, settings, tiny
+from models import Recorder, endless, paired, prompts, replays, settings, tiny
 from test_prefix import make_head as reading
 
 from redrafter.config import TreeConfig
@@ -29,9 +29,9 @@ def drafters(target):
     }
 
 
-@pytest.mark.parametrize("n_rows", [1, 4])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["head", "medusa", "prefix", "suffix"])
+@pytest.mark.parametrize(
+    ("name", "mode", "n_rows"), paired(("head", "medusa", "prefix", "suffix"), MODES, (1, 4))
+)
 def test_a_step_reads_the_host_once(name, mode, n_rows):
     target = tiny("llama")
     drafter, rows = drafters(target)[name], prompts()[:n_rows]
