@@ -98,10 +98,10 @@ def test_sampling_grid(temperature, warp):
 def test_greedy_is_generate(family):
     """Row by row. transformers warps in float32, which no gap between two logits here notices."""
     target, rows = tiny(family), prompts()
-    for changes in ({}, {"repetition_penalty": 1.3, "min_new_tokens": 6}):
+    for changes, n in (({}, 4), ({"repetition_penalty": 1.3, "min_new_tokens": 6}, 2)):
         config = settings(**changes, pad_token_id=0)
-        want, _ = alone(target, rows, config)
-        for row, text in zip(rows, want, strict=True):
+        want, _ = alone(target, rows[:n], config)
+        for row, text in zip(rows[:n], want, strict=True):
             ids = torch.tensor([row])
             out = target.model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=config

@@ -125,17 +125,23 @@ def test_shapes_are_parts_of_the_whole_tree():
     assert set(best) == set(sorted(whole, key=lambda path: -whole[path])[:7])
 
 
-@pytest.mark.parametrize("shape", ["levels", "beams", "best"])
-@pytest.mark.parametrize("name", HEADS)
-def test_text_is_plain_decoding(name, shape):
+SHAPES = ("levels", "beams", "best")
+WAYS = ({}, dict(do_sample=True, temperature=1.3), dict(do_sample=True, top_k=6))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "way"),
+    [(name, shape, (i + j) % 3) for i, name in enumerate(HEADS) for j, shape in enumerate(SHAPES)],
+)
+def test_text_is_plain_decoding(name, shape, way):
+    """Every head with every shape, and either in every way to choose."""
     target, rows, seeds = tiny("llama"), prompts(), [3, 4, 5, 6]
     drafter = RecurrentDrafter(
         make_head(target, name), target, TreeConfig(WIDTH, DEPTH, shape, nodes=8)
     )
-    for options in ({}, dict(do_sample=True, temperature=1.3), dict(do_sample=True, top_k=6)):
-        config = settings(**options)
-        made = speculative(target, rows, config, seeds=seeds, drafter=drafter)
-        assert (made.tokens, made.finish) == alone(target, rows, config, seeds)
+    config = settings(**WAYS[way])
+    made = speculative(target, rows, config, seeds=seeds, drafter=drafter)
+    assert (made.tokens, made.finish) == alone(target, rows, config, seeds)
 
 
 @pytest.mark.parametrize(
