@@ -111,9 +111,7 @@ def keys_of(draft: Target, text: list[int]) -> list[torch.Tensor]:
     return [layer.keys[0] for layer in cache.layers]
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("mode", ["greedy", "t1.5"])
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize(("noise", "mode", "width"), paired((0.0, 0.02, 0.1), BOTH, (1, 3)))
 def test_cached_keys_are_those_of_a_fresh_forward(noise, mode, width):
     target, rows = tiny("llama"), prompts()
     drafter = DraftModel(close_draft(target, noise), target, DEPTH, width)
@@ -283,9 +281,9 @@ def test_padded_heads(sizes, mode):
         assert seen.steps and max(int(t.tokens[:, 1:].max()) for t, *_ in seen.steps) < VOCAB
 
 
-@pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("mode", ["greedy", "t0.7"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "mode", "width"), paired(("llama", "gpt2"), ("greedy", "t0.7"), (1, 3))
+)
 def test_a_shorter_context_ends_the_drafting(family, mode, width):
     """Prompts beyond it, rows that grow past it, rows that stay inside, in one batch."""
     context = 24

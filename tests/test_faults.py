@@ -219,17 +219,17 @@ def spoiled(tiny_target, folder):
     prompts = build_rows(source, target.tokenizer, "prompts", **where)
     answers = build_answers(target, prompts, AnswersConfig(max_new_tokens=24), **where)
 
-    def make(value, rows):
+    def make(rows):
         def columns(maker, given, bar=None, inner=StateMaker.columns):
             made = inner(maker, given, bar)
-            for row in rows:
-                made["states"][given.offsets[row + 1] - 3] = value
+            for i, row in enumerate(rows):
+                made["states"][given.offsets[row + 1] - 3] = (-1) ** i * 3e38
             return made
 
         patch = pytest.MonkeyPatch()
         patch.setattr(StateMaker, "columns", columns)
         try:
-            store = folder / f"states-{value}-{len(rows)}"
+            store = folder / f"states-{len(rows)}"
             build_states(target, answers, StatesConfig(), store, progress=False)
             return store
         finally:
@@ -238,11 +238,10 @@ def spoiled(tiny_target, folder):
     return make
 
 
-@pytest.mark.parametrize("value", [3e38, -3e38])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, folder, value):
-    store = spoiled(value, [3])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, folder):
+    store = spoiled([3, 9])
     more = {"data.stores": f"[{store}]", "save_steps": 1, "log_steps": 4}
-    out = f"spoiled-{value}"
+    out = "not-finite"
     trained = run(out, **more)
     bad = [
         step for step in range(STEPS)
@@ -271,7 +270,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, 
 
 
 def test_too_many_of_them_end_the_run(run, spoiled, folder):
-    store = spoiled(3e38, list(range(24)))
+    store = spoiled(list(range(24)))
     more = {"data.stores": f"[{store}]", "optim.batch_positions": 128}
     with pytest.raises(InputError, match="not finite in 3 optimiser steps in a row before step 4"):
         run("bad", **more, **{"optim.max_bad_steps": 3}).train()
@@ -279,7 +278,7 @@ def test_too_many_of_them_end_the_run(run, spoiled, folder):
 
 
 def test_one_process_of_two_meets_them_and_both_skip(argv, run, spoiled, folder):
-    store = spoiled(3e38, [3])
+    store = spoiled([3])
     more = {"data.stores": f"[{store}]"}
     both = ranks(2, "train/redrafter.py", argv("two-spoiled", **more), folder / "two-spoiled-logs")
     assert [p.wait(120) for p in both] == [0, 0]
