@@ -169,9 +169,9 @@ def outcome(model: Any) -> str:
         target = Target(model)
     except InputError as error:
         return f"refused: {error}"
-    # Drawn texts are richer than greedy ones, which repeat themselves. How tokens come of logits is
-    # the same for all families: `test_exactness.py`.
-    check_texts(target, sampled=True)
+    # Greedily: where a family scales its logits down, noise would choose more of a drawn text than
+    # the model. How tokens come of logits is the same for all: `test_exactness.py`.
+    check_texts(target, sampled=False)
     return "exact" if target.verifies == "trees" else "exact: chains"
 
 
