@@ -136,10 +136,11 @@ def build(family: str, **changes: Any) -> Any:
     """
     dtype = torch.float32 if family in _SINGLE else torch.float64
     config = config_of(family, **changes)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > MOST:
-        raise MemoryError(f"{size} parameters: give the family its sizes in tests/families.py")
+    if family not in TABLE:  # what is in it was made here before
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > MOST:
+            raise MemoryError(f"{size} parameters: give the family its sizes in tests/families.py")
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
@@ -168,8 +169,9 @@ def outcome(model: Any) -> str:
         target = Target(model)
     except InputError as error:
         return f"refused: {error}"
-    for sampled in (False, True):
-        check_texts(target, sampled)
+    # Greedily: where a family scales its logits down, noise would choose more of a drawn text than
+    # the model. How tokens come of logits is the same for all: `test_exactness.py`.
+    check_texts(target, sampled=False)
     return "exact" if target.verifies == "trees" else "exact: chains"
 
 
@@ -184,11 +186,11 @@ def check_texts(target: Target, sampled: bool) -> None:
     for row, text, seed in zip(rows, texts, SEEDS, strict=True):
         want = own_choices(target.model, text, seed, 1.3 if sampled else None)
         assert text[len(row) :] == want[len(row) - 1 : -1], "plain, against fresh forwards"
-    name = "often" if sampled else "half"
-    drafter = replays(texts, target.vocab_size)[name]
-    got = speculative(target, rows, config, seeds=SEEDS, drafter=drafter)
-    assert got.tokens == made, f"drafted ({name}), against plain"
-    assert sum(got.stats.accepted_at) > 0, "nothing was accepted"
+    drafters = replays(texts, target.vocab_size)
+    for name in ("half", "often"):
+        got = speculative(target, rows, config, seeds=SEEDS, drafter=drafters[name])
+        assert got.tokens == made, f"drafted ({name}), against plain"
+        assert sum(got.stats.accepted_at) > 0, "nothing was accepted"
 
 
 @torch.inference_mode()

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import psutil
-from accelerate.commands import accelerate_cli
 from accelerate.commands import launch as accelerate_launch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
@@ -135,7 +134,8 @@ class Launcher(Copy):
     command line above them."""
 
     def __init__(self, words: Sequence[str], terminal: int | None, log: Path, **env: str):
-        super().__init__(accelerate_cli.__file__, ["launch", *words], quiet(**env), log)
+        cli = import_module("accelerate.commands.accelerate_cli")  # seconds, which the copy saves
+        super().__init__(cli.__file__, ["launch", *words], quiet(**env), log)
         self.daemon = False  # whoever is one starts no processes
         self.terminal = terminal
 

@@ -6,7 +6,9 @@ The weights are drawn wide, so that the logits are peaky and depend on the whole
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +52,9 @@ _FAMILIES = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
-#: target of `tiny` -> what `alone` made of its rows: (row, seed, settings) -> (text, why it ended)
-_known: dict[Target, dict[tuple, tuple[list[int], str]]] = {}
+#: target of `tiny` -> what was made of its rows: (row, seed, settings) -> (text, why it ended) by
+#: `alone`, (rows, seeds, settings) -> texts by `endless`
+_known: dict[Target, dict[tuple, Any]] = {}
 
 
 @functools.cache
@@ -63,6 +66,17 @@ def tiny(family: str, **changes) -> Target:
     choose_forward(made, "auto", lambda _: None)  # as users decode; `check` has passed above
     _known[made] = {}
     return made
+
+
+def paired(*choices: Iterable) -> list[tuple]:
+    """Half of the product of three choices or more, of which the last is one of two: any two values
+    of different choices stand together in some case."""
+    *rest, (one, other) = map(list, choices)
+    places = itertools.product(*map(range, map(len, rest)))
+    return [
+        (*(values[i] for values, i in zip(rest, place, strict=True)), (one, other)[sum(place) % 2])
+        for place in places
+    ]
 
 
 def prompts(lengths: Sequence[int] = (9, 3, 14, 8), seed: int = 0) -> list[list[int]]:
@@ -81,9 +95,7 @@ def alone(target: Target, rows: list[list[int]], config: GenerationConfig, seeds
     A target of `tiny` is everybody's and does not change: of it, the same is made once.
     """
     seeds = range(len(rows)) if seeds is None else seeds
-    everybodys = target in _known and not more and "forward" not in vars(target)
-    known = _known[target] if everybodys else {}
-    settings = config.to_json_string() if everybodys else ""
+    known, settings = _kept(target, more), config.to_json_string()
     texts, finish = [], []
     for row, seed in zip(rows, seeds, strict=True):
         key = (tuple(row), int(seed), settings)
@@ -95,13 +107,23 @@ def alone(target: Target, rows: list[list[int]], config: GenerationConfig, seeds
     return texts, finish
 
 
+def _kept(target: Target, more: dict) -> dict[tuple, Any]:
+    """What is known of a target that is everybody's; of others it is forgotten."""
+    everybodys = target in _known and not more and "forward" not in vars(target)
+    return _known[target] if everybodys else {}
+
+
 def endless(target: Target, rows: list[list[int]], config: GenerationConfig, seeds=None, **more):
-    """Whole texts (prompt included) that do not stop, for a drafter that guesses past the end."""
+    """Whole texts (prompt included) that do not stop, for a drafter that guesses past the end. They
+    are made in one batch: what drafts are right by is `alone`."""
     free = GenerationConfig(**{**config.to_dict(), "eos_token_id": -1, "stop_strings": None})
     if free.max_new_tokens is not None:
         free.max_new_tokens += NEW
-    tokens, _ = alone(target, rows, free, seeds, **more)
-    return [row + text for row, text in zip(rows, tokens, strict=True)]
+    seeds = list(range(len(rows)) if seeds is None else seeds)
+    known, key = _kept(target, more), (str(rows), str(seeds), free.to_json_string())
+    if key not in known:
+        known[key] = plain(target, rows, free, seeds=seeds, **more).tokens
+    return [row + text for row, text in zip(rows, known[key], strict=True)]
 
 
 def replays(texts: list[list[int]], vocab: int = VOCAB, seed: int = 0) -> dict[str, Drafter]:

@@ -278,7 +278,7 @@ def test_commands(tiny_target, tmp_path, capsys):
     assert about["tokenizer"] == own["tokenizer"] and about["counted_on"]["digest"] == ours.digest
 
     speed = ["--target.path", str(tiny_target), "--n_prompts", "2", "--max_new_tokens", "6",
-             "--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--cost_rounds", "2",
+             "--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--cost_rounds", "1",
              "--methods"]  # fmt: skip
     assert speed_cli.main([*speed, "bigram:1x2,plain,bigram:2x2", "--bigrams", out]) == 0
     shown = capsys.readouterr().out

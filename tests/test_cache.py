@@ -58,7 +58,10 @@ def test_one_forward_per_step_for_the_whole_batch(family, caches):
         with_kwargs=True,
     )
     try:
-        for drafter in (None, *replays(texts).values()):
+        drafters = replays(texts)
+        if family not in ("llama", "gemma3_text"):
+            drafters = {"half": drafters["half"]}
+        for drafter in (None, *drafters.values()):
             calls.clear()
             got = speculative(target, rows, settings(), drafter=drafter)
             # The prefill, then one forward over every row's nodes until the last row is done.

@@ -1,12 +1,12 @@
 """`redrafter chat`, as a user runs it: lines in, answers and what they took out."""
 
-import os
+import io
 import re
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from launching import ROOT
 from models import tiny
 from test_text import TEMPLATE, sentencepiece_like
 
@@ -14,8 +14,6 @@ from redrafter import generate, load_target
 from redrafter.cli.chat import check_drafter, converse, main, shown
 from redrafter.config import ChatConfig, TargetConfig
 from redrafter.contracts import Generation, InputError, StepStats
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -29,33 +27,32 @@ def folder(tmp_path_factory) -> str:
     return str(place)
 
 
-def command(folder: str, said: str, *options: str) -> subprocess.CompletedProcess:
-    argv = [sys.executable, str(ROOT / "scripts/chat.py"), "--target.path", folder, *options]
-    return subprocess.run(
-        argv, input=said, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 def asked(*texts: str) -> list[dict]:
     """Messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def test_a_conversation_through_the_command(folder):
+def test_a_conversation_through_the_command(folder, monkeypatch, capsys):
     said = "a b c\n\nb\n/rest\n" + "a " * 80 + "\n/reset\na b c"  # no newline: Ctrl-D ends it
-    done = command(folder, said, "--drafter", "mix(lookup:6x2,suffix:6x1)", "--target.dtype",
-                   "float64", "--max_new_tokens", "8")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the launcher puts its clone there
+    monkeypatch.setattr(sys, "argv", [
+        "chat.py", "--target.path", folder, "--drafter", "mix(lookup:6x2,suffix:6x1)",
+        "--target.dtype", "float64", "--max_new_tokens", "8",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/chat.py"), run_name="__main__")
+    assert not ended.value.code
+    out, err = capsys.readouterr()
     target = load_target(TargetConfig(path=folder, dtype="float64"))
     one = generate(target, messages=asked("a b c"), max_new_tokens=8).extra["texts"][0]
     two = generate(target, messages=asked("a b c", one, "b"), max_new_tokens=8).extra["texts"][0]
     assert two != one, "the second depends on what was said before"
-    answers = re.findall(r"(.*?)\n\[(\d tokens?, .*?)\]\n", done.stdout, re.DOTALL)
-    assert [text for text, _ in answers] == [one, two, one], done.stdout
+    answers = re.findall(r"(.*?)\n\[(\d tokens?, .*?)\]\n", out, re.DOTALL)
+    assert [text for text, _ in answers] == [one, two, one], out
     assert all(" per step" in took for _, took in answers)
-    assert "levels accepted" in done.stdout
-    errors = [line for line in done.stderr.splitlines() if "Loading weights" not in line and line]
+    assert "levels accepted" in out
+    errors = [line for line in err.splitlines() if "Loading weights" not in line and line]
     assert len(errors) == 2, "one line each"
     assert errors[0].startswith("error: no command /rest")
     assert "leaves no room in the context of 64" in errors[1] and "/reset" in errors[1]

@@ -52,7 +52,7 @@ def argv(base, tiny_target, tmp_path):
             "n_prompts": 3, "max_new_tokens": 8, "text_prompt_tokens": 4,
             "tree": '{"width": 2, "depth": 2}',
             "methods": '["plain", "bigram:2x2", "replay:2x2"]', "bigram_prompts": 3,
-            "cost_rounds": 2, "threads": 1, "out": tmp_path / out, **changes,
+            "cost_rounds": 1, "threads": 1, "out": tmp_path / out, **changes,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in given.items()]
 

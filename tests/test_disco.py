@@ -91,14 +91,27 @@ def no_prices(records):
 
 
 def counted(target, drafter, rows, config, lookahead):
-    """Steps, tokens, drafted levels and nodes of every prompt by itself; its text is plain's."""
-    found, texts = [], alone(target, rows, config)[0]
-    for i, row in enumerate(rows):
-        made = speculative(target, [row], config, seeds=[i], drafter=drafter, lookahead=lookahead())
-        assert made.tokens == [texts[i]]
-        stats = made.stats
-        found.append((stats.steps[0], stats.emitted[0], sum(stats.drafted_at)))
-    return found
+    """Steps, tokens and drafted levels of every prompt, whose text is plain's. All in one batch;
+    one of them by itself does the same."""
+    look, drafted = lookahead(), [[0] * len(rows)]
+    observe = look.observe
+
+    def noted(levels, accepted, truth):
+        drafted.append(levels.tolist())
+        observe(levels, accepted, truth)
+
+    look.observe = noted
+    seeds = range(len(rows))
+    made = speculative(target, rows, config, seeds=seeds, drafter=drafter, lookahead=look)
+    assert made.tokens == alone(target, rows, config)[0]
+    levels = [sum(row) for row in zip(*drafted, strict=True)]
+    assert sum(levels) == sum(made.stats.drafted_at)
+    one = speculative(
+        target, rows[-1:], config, seeds=seeds[-1:], drafter=drafter, lookahead=lookahead()
+    )
+    assert one.tokens == made.tokens[-1:] and one.stats.steps == made.stats.steps[-1:]
+    assert sum(one.stats.drafted_at) == levels[-1]
+    return list(zip(made.stats.steps, made.stats.emitted, levels, strict=True))
 
 
 def simulated(records, policy, **more):
@@ -133,7 +146,7 @@ def network_for(drafter, target, hidden=8, seed=0, names=None, **more) -> Disco:
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["model", "head", "suffix"])
 def test_simulated_decisions_are_those_of_the_loop(kind, mode, how):
-    """Also: the text is plain's (in `counted`), and in a batch every row decides by itself."""
+    """Also, in `counted`: the text is plain's, and in a batch every row decides by itself."""
     target, drafter, rows, config, texts = walked(kind, mode)
     names = drafter.feature_names
     if how == "few":  # in an order of its own, and those that cost nothing
@@ -164,12 +177,6 @@ def test_simulated_decisions_are_those_of_the_loop(kind, mode, how):
     assert made == said
     if kind != "head":  # random weights: nothing of it is accepted
         assert len({drafted for _, _, drafted in made}) > 1, "the classifier decides something"
-    together = speculative(
-        target, rows, config, seeds=range(len(rows)), drafter=drafter,
-        lookahead=look(),
-    )  # fmt: skip
-    assert together.tokens == alone(target, rows, config)[0]
-    assert together.stats.steps == [steps for steps, _, _ in made]
 
 
 @pytest.mark.parametrize("kind", ["model", "suffix"])

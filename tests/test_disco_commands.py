@@ -57,7 +57,7 @@ def test_head_and_classifier_load_from_one_folder(made, tiny_target, capsys):
     out = folder / "speed.json"
     assert speed_cli.main([
         *head, "--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--n_prompts", "2",
-        "--max_new_tokens", "12", "--cost_rounds", "2", "--methods", ",".join(["plain", *names]),
+        "--max_new_tokens", "12", "--cost_rounds", "1", "--methods", ",".join(["plain", *names]),
         "--out", str(out),
     ]) == 0  # fmt: skip
     body = json.loads(out.read_text())

@@ -82,7 +82,7 @@ def asked(tiny_target, tmp_path_factory):
     return folder / "out", [
         f"--target.path={tiny_target}", f"--draft={folder / 'draft'}", f"--out={folder / 'out'}",
         *(f"--{key}={json.dumps(value)}" for key, value in given.items()),
-        "--n_prompts=3", "--max_new_tokens=12", "--cost_rounds=2", "--threads=1",
+        "--n_prompts=3", "--max_new_tokens=12", "--cost_rounds=1", "--threads=1",
     ]  # fmt: skip
 
 

@@ -409,7 +409,7 @@ def test_speed_command(files, tmp_path, capsys, monkeypatch):
 def test_speed_command_sampled_in_batches(files, tmp_path, capsys):
     out = tmp_path / "speed.json"
     more = ["--methods", "plain,lookup,replay,lookup:rule=ratio", "--temperature", "1",
-            "--batch_size", "2", "--max_new_tokens", "12", "--cost_rounds", "2",
+            "--batch_size", "2", "--max_new_tokens", "12", "--cost_rounds", "1",
             "--ignore_eos", "true"]  # fmt: skip
     assert speed_cli.main([*files["prompts"], *more, "--out", str(out)]) == 0
     body = json.loads(out.read_text())
@@ -524,7 +524,7 @@ def test_speed_takes_own_columns_and_goes_on_past_a_long_row(files, tmp_path, ca
     rows = [{"ask": text, "id": 1} for text in ("def f(x):", "x " * 2000, "import os")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--prompts", str(file), "--n_prompts", "3", "--methods", "plain,suffix",
-            "--max_new_tokens", "6", "--cost_rounds", "2", "--out", str(out)]  # fmt: skip
+            "--max_new_tokens", "6", "--cost_rounds", "1", "--out", str(out)]  # fmt: skip
     with pytest.raises(SystemExit):
         speed_cli.main([*files["target"], *more])
     assert "prompt_column" in capsys.readouterr().err

@@ -64,7 +64,10 @@ def test_every_family_ragged_and_alone(family, name):
     target, rows = tiny(family), prompts()
     config = SAMPLED.get(name, GREEDY)
     texts = endless(target, rows, config)
-    check(target, rows, config, some_drafters(target, rows, config))
+    drafters = some_drafters(target, rows, config)
+    if family not in ("llama", "gemma3_text"):  # what never hits, or always, is the loop's alone
+        drafters = {k: d for k, d in drafters.items() if k in ("half", "often", "chain", "none")}
+    check(target, rows, config, drafters)
     one = {k: d for k, d in replays(texts[:1]).items() if k in ("half", "always")}
     check(target, rows[:1], config, {**one, "none": None})  # alone, a root needs no mask
 
@@ -95,10 +98,10 @@ def test_sampling_grid(temperature, warp):
 def test_greedy_is_generate(family):
     """Row by row. transformers warps in float32, which no gap between two logits here notices."""
     target, rows = tiny(family), prompts()
-    for changes in ({}, {"repetition_penalty": 1.3, "min_new_tokens": 6}):
+    for changes, n in (({}, 4), ({"repetition_penalty": 1.3, "min_new_tokens": 6}, 2)):
         config = settings(**changes, pad_token_id=0)
-        want, _ = alone(target, rows, config)
-        for row, text in zip(rows, want, strict=True):
+        want, _ = alone(target, rows[:n], config)
+        for row, text in zip(rows[:n], want, strict=True):
             ids = torch.tensor([row])
             out = target.model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=config

@@ -4,6 +4,7 @@ checkpoints, a loss that is not finite."""
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -110,7 +111,7 @@ def wait_for(processes, folder: Path, above: int = -1) -> int:
 
 
 def test_of_two_processes_one_is_told_to_stop_and_then_one_is_killed(argv, run, folder):
-    steps = {"optim.steps": 240, "save_steps": 20}
+    steps = {"optim.steps": 160, "save_steps": 16}
     run("long", **steps).train()
     given = argv("pair", **steps, resume="auto")
     checkpoints = folder / "pair/checkpoints"
@@ -119,7 +120,7 @@ def test_of_two_processes_one_is_told_to_stop_and_then_one_is_killed(argv, run, 
     both[1].send_signal(signal.SIGTERM)
     assert [p.wait(60) for p in both] == [75, 75], "they disagree"
     stopped = checkpoint.all_steps(checkpoints)[-1]
-    assert first <= stopped < 240
+    assert first <= stopped < 160
     state = json.loads((checkpoints / f"step-{stopped}/state.json").read_text())
     assert state["processes"] == 2
     assert f"step-{stopped} is written" in (folder / "stopped/rank-0.txt").read_text()
@@ -132,7 +133,7 @@ def test_of_two_processes_one_is_told_to_stop_and_then_one_is_killed(argv, run, 
     finally:
         both[0].kill()
     left = checkpoint.all_steps(checkpoints)[-1]
-    assert stopped < left < 240
+    assert stopped < left < 160
     told = (folder / "killed/rank-0.txt").read_text()
     assert "another of the 2 processes is gone" in told and f"goes on from step {left}" in told
     run("pair", **steps, resume="auto").train()
@@ -167,7 +168,7 @@ def test_a_checkpoint_cut_short_is_named_and_the_one_before_taken(
     run, straight, folder, capsys, name
 ):
     out = f"cut-{name}"
-    run(out).train()
+    shutil.copytree(straight / "checkpoints", folder / out / "checkpoints")
     file = folder / out / f"checkpoints/step-{STEPS}" / name
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(InputError, match=name):  # given by its path it is not replaced
@@ -218,17 +219,17 @@ def spoiled(tiny_target, folder):
     prompts = build_rows(source, target.tokenizer, "prompts", **where)
     answers = build_answers(target, prompts, AnswersConfig(max_new_tokens=24), **where)
 
-    def make(value, rows):
+    def make(rows):
         def columns(maker, given, bar=None, inner=StateMaker.columns):
             made = inner(maker, given, bar)
-            for row in rows:
-                made["states"][given.offsets[row + 1] - 3] = value
+            for i, row in enumerate(rows):
+                made["states"][given.offsets[row + 1] - 3] = (-1) ** i * 3e38
             return made
 
         patch = pytest.MonkeyPatch()
         patch.setattr(StateMaker, "columns", columns)
         try:
-            store = folder / f"states-{value}-{len(rows)}"
+            store = folder / f"states-{len(rows)}"
             build_states(target, answers, StatesConfig(), store, progress=False)
             return store
         finally:
@@ -237,11 +238,10 @@ def spoiled(tiny_target, folder):
     return make
 
 
-@pytest.mark.parametrize("value", [3e38, -3e38])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, folder, value):
-    store = spoiled(value, [3])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, folder):
+    store = spoiled([3, 9])
     more = {"data.stores": f"[{store}]", "save_steps": 1, "log_steps": 4}
-    out = f"spoiled-{value}"
+    out = "not-finite"
     trained = run(out, **more)
     bad = [
         step for step in range(STEPS)
@@ -270,7 +270,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(run, spoiled, 
 
 
 def test_too_many_of_them_end_the_run(run, spoiled, folder):
-    store = spoiled(3e38, list(range(24)))
+    store = spoiled(list(range(24)))
     more = {"data.stores": f"[{store}]", "optim.batch_positions": 128}
     with pytest.raises(InputError, match="not finite in 3 optimiser steps in a row before step 4"):
         run("bad", **more, **{"optim.max_bad_steps": 3}).train()
@@ -278,7 +278,7 @@ def test_too_many_of_them_end_the_run(run, spoiled, folder):
 
 
 def test_one_process_of_two_meets_them_and_both_skip(argv, run, spoiled, folder):
-    store = spoiled(3e38, [3])
+    store = spoiled([3])
     more = {"data.stores": f"[{store}]"}
     both = ranks(2, "train/redrafter.py", argv("two-spoiled", **more), folder / "two-spoiled-logs")
     assert [p.wait(120) for p in both] == [0, 0]

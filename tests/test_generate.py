@@ -3,12 +3,10 @@
 import ast
 import copy
 import inspect
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import run_copy
 from models import alone, prompts, settings, tiny
 from test_build import EXAMPLES
 from test_build import resources as resources  # the fixture
@@ -31,7 +29,6 @@ from redrafter.heads.recurrent import RecurrentHead
 from redrafter.lookahead.static import StaticLookahead
 from redrafter.targets.model import Target
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOKS = {
     "static": "static(depth=2)", "exit": "exit(threshold=0.4)", "heuristic": "heuristic",
     "confidence": "confidence", "roc": "roc", "oracle": "oracle",
@@ -385,7 +382,7 @@ def test_a_stream_of_transformers_will_do(told, capsys):
 # ---------------------------------------------------------------- a program of its own
 
 
-def test_a_program_decodes_by_name(tiny_target):
+def test_a_program_decodes_by_name(tiny_target, tmp_path):
     code = (
         "from redrafter import generate, load_target\n"
         f"target = load_target({str(tiny_target)!r})\n"
@@ -393,6 +390,8 @@ def test_a_program_decodes_by_name(tiny_target):
         "print(*{generate(target, 'the ', draft=d, max_new_tokens=12).extra['texts'][0]\n"
         "        for d in drafts}, sep='|')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() and "|" not in done.stdout, "one text by all names"
+    (tmp_path / "program.py").write_text(code)
+    status, said = run_copy(tmp_path / "program.py", [], tmp_path / "said.txt")
+    assert status == 0, said
+    text = said.strip().splitlines()[-1]
+    assert text and "|" not in text, "one text by all names"

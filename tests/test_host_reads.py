@@ -3,7 +3,7 @@ loop has already read. And it asks for no more operations than it did."""
 
 import pytest
 from head_kinds import make_head
-from models import Recorder, endless, prompts, replays, settings, tiny
+from models import Recorder, endless, paired, prompts, replays, settings, tiny
 from test_prefix import make_head as reading
 
 from redrafter.config import TreeConfig
@@ -29,9 +29,9 @@ def drafters(target):
     }
 
 
-@pytest.mark.parametrize("n_rows", [1, 4])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["head", "medusa", "prefix", "suffix"])
+@pytest.mark.parametrize(
+    ("name", "mode", "n_rows"), paired(("head", "medusa", "prefix", "suffix"), MODES, (1, 4))
+)
 def test_a_step_reads_the_host_once(name, mode, n_rows):
     target = tiny("llama")
     drafter, rows = drafters(target)[name], prompts()[:n_rows]
@@ -42,7 +42,7 @@ def test_a_step_reads_the_host_once(name, mode, n_rows):
     def wanted(n):
         return settings(max_new_tokens=n, eos_token_id=-1, **MODES[mode])
 
-    found = per_step(decode, wanted, (6, 18))
+    found = per_step(decode, wanted, (4, 14))
     assert found["steps"] > 2 and found["host_reads"] == 1.0
 
 
@@ -60,7 +60,7 @@ def test_a_drafter_that_must_know_more_reads_once_more(name, mode):
     def wanted(n):
         return settings(max_new_tokens=n, eos_token_id=-1, **MODES[mode])
 
-    found = per_step(decode, wanted, (6, 18))
+    found = per_step(decode, wanted, (4, 14))
     assert found["steps"] > 2 and found["host_reads"] == 2.0
 
 

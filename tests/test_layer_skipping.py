@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from models import NEW, Recorder, alone, prompts, settings, tiny
+from models import NEW, Recorder, alone, paired, prompts, settings, tiny
 from transformers import DynamicCache
 
 from redrafter.contracts import InputError
@@ -166,9 +166,7 @@ class Told:
 # -------------------------------------------------------------------------------- exact drafts
 
 
-@pytest.mark.parametrize("exits", [False, True])
-@pytest.mark.parametrize("options", SETS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "options", "exits"), paired(MODES, SETS, (False, True)))
 def test_text_is_plain_decoding(mode, options, exits):
     target, rows = tiny("llama", **DEEP), prompts()
     drafter = LayerSkipping(target, DEPTH, **SETS[options])

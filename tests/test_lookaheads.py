@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from chi_square import DISTANCE, follows, n_draws
-from models import VOCAB, alone, endless, prompts, settings, tiny
+from models import VOCAB, alone, endless, paired, prompts, settings, tiny
 from test_draft_model import SMALL, close_draft
 from test_recurrent_drafter import make_head
 
@@ -154,35 +154,33 @@ def test_every_kind_is_here():
     assert set(LOOKS) == set(LOOKAHEADS) - {"disco"}, "disco needs a file: see its own tests"
 
 
-@pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_is_plain_decoding(kind, look):
+@pytest.mark.parametrize(("kind", "look", "mode"), paired(KINDS, LOOKS, MODES))
+def test_text_is_plain_decoding(kind, look, mode):
     base, options = kind.split(":")[0], LOOKS[look]
-    for mode in MODES:
-        target, texts, config, want, longer, bigrams = case(mode)
-        drafter = KINDS[kind](target, longer, bigrams)
-        unsaid = {"exit": base != "skip", "confidence": base not in SAY_Q, "roc": base not in SAY_Q}
-        if unsaid.get(look):
-            with pytest.raises(InputError, match="publishes"):
-                LOOKAHEADS[look](drafter, **options)
-            return
-        decode = functools.partial(speculative, target, texts, config, seeds=range(4))
-        lookahead = LOOKAHEADS[look](drafter, **options)
-        if look == "oracle":
-            lookahead.strict = base not in MOODY
-            first = []
-            strategy = foreseen(
-                Strategy(drafter, lookahead=lookahead),
-                lambda full, d=drafter, f=first, go=decode: f.append(go(drafter=d, lookahead=full)),
-            )
-            lookahead = strategy.lookahead
-        noted = Noted(lookahead)
-        got = decode(drafter=drafter, lookahead=noted)
-        assert (got.tokens, got.finish) == want
-        if look == "oracle" and base not in MOODY:
-            assert all(n == m for step in noted.steps for n, m in step), "nothing in vain"
-            assert got.stats.steps == first[0].stats.steps
-            assert got.stats.accepted_at == first[0].stats.accepted_at
+    target, texts, config, want, longer, bigrams = case(mode)
+    drafter = KINDS[kind](target, longer, bigrams)
+    unsaid = {"exit": base != "skip", "confidence": base not in SAY_Q, "roc": base not in SAY_Q}
+    if unsaid.get(look):
+        with pytest.raises(InputError, match="publishes"):
+            LOOKAHEADS[look](drafter, **options)
+        return
+    decode = functools.partial(speculative, target, texts, config, seeds=range(4), drafter=drafter)
+    lookahead = LOOKAHEADS[look](drafter, **options)
+    if look == "oracle":
+        lookahead.strict = base not in MOODY
+        first = []
+        strategy = foreseen(
+            Strategy(drafter, lookahead=lookahead),
+            lambda full: first.append(decode(lookahead=full)),
+        )
+        lookahead = strategy.lookahead
+    noted = Noted(lookahead)
+    got = decode(lookahead=noted)
+    assert (got.tokens, got.finish) == want
+    if look == "oracle" and base not in MOODY:
+        assert all(n == m for step in noted.steps for n, m in step), "nothing in vain"
+        assert got.stats.steps == first[0].stats.steps
+        assert got.stats.accepted_at == first[0].stats.accepted_at
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])

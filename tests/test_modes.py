@@ -300,7 +300,7 @@ def same_weights(one, two, atol=0.0):
 
 @pytest.mark.parametrize("labels", ["tokens", "local"])
 def test_trajectories_are_equal_offline_online_and_hybrid(config, tmp_path, labels):
-    options = {"data.labels": labels}
+    options = {"data.labels": labels, "save_steps": 12}
     run, offline = trained(config("offline", **options))
     assert run.feed.steps_per_epoch < 12, "fewer than two epochs: the store was not read again"
     _, online = trained(config("online", **options, **{"data.mode": "online"}))
@@ -310,7 +310,8 @@ def test_trajectories_are_equal_offline_online_and_hybrid(config, tmp_path, labe
     same_weights(offline, straight, 1e-5)
     # Killed at the third buffer of the first epoch, and resumed from its checkpoint
     own = {**hybrid, "data.states.forward_tokens": 700}  # its states are not those found above
-    again = config("killed", **own, **{"data.folder": tmp_path / "data", "save_steps": 1})
+    own |= {"data.folder": tmp_path / "data", "save_steps": 1}
+    again = config("killed", **own)
     patch = dying(3)
     with pytest.raises(Killed):
         trained(again)

@@ -269,7 +269,8 @@ def test_drafting_changes_nothing(family, sampled):
     target, rows, config, (want, finish), table = setting(family, sampled)
     assert len(set(map(len, want))) > 1 or "eos" not in finish
     accepted = 0
-    for options in OPTIONS.values():
+    # To a drafter that reads tokens alone all families are one.
+    for options in OPTIONS.values() if family == "llama" else [OPTIONS["all"]]:
         drafter = NGrammys(table, **options)
         recorder = Recorder(drafter)
         made = speculative(target, rows, config, seeds=range(len(rows)), drafter=recorder)

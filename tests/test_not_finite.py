@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from chi_square import follows, n_draws
-from models import VOCAB, Recorder, alone, make_tree, prompts, replays, settings, tiny
+from models import VOCAB, Recorder, alone, make_tree, paired, prompts, replays, settings, tiny
 from test_multi import Fixed
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -80,9 +80,9 @@ def test_rows_end_where_plain_decoding_of_each_alone_would(family, mode):
 
 
 @pytest.mark.filterwarnings("ignore:.*not finite")
-@pytest.mark.parametrize("slots", [1, 2, 3, 8])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("slots", "mode", "family"), paired((1, 2, 3, 8), MODES, ("llama", "gpt2"))
+)
 def test_rows_that_come_and_go_leave_nothing_behind(family, mode, slots):
     """Numbers that are not finite in a row's keys and values reach neither the row that takes its
     place, nor the shorter ones beside either. Token 0, which rows are filled up with, is such a

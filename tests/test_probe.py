@@ -234,7 +234,7 @@ def test_commands(tiny_target, tmp_path, capsys):
     assert sorted(load_file(out)) == ["log_p", "tokens", "unigram"]
     assert json.dumps(about)
     speed = ["--target.path", str(tiny_target), "--n_prompts", "2", "--max_new_tokens", "6",
-             "--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--cost_rounds", "2",
+             "--prompts", str(tiny_target / "prompts_heldout.jsonl"), "--cost_rounds", "1",
              "--methods", "bigram:2x2,plain", "--bigrams", out]  # fmt: skip
     assert speed_cli.main(speed) == 0
     assert "exact: yes" in capsys.readouterr().out

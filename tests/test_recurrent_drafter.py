@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from models import path_to, prompts, settings, tiny
+from models import alone, path_to, prompts, settings, tiny
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.noise import gumbel
-from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.recurrent import RecurrentHead
@@ -126,20 +125,23 @@ def test_shapes_are_parts_of_the_whole_tree():
     assert set(best) == set(sorted(whole, key=lambda path: -whole[path])[:7])
 
 
-@pytest.mark.parametrize("shape", ["levels", "beams", "best"])
-@pytest.mark.parametrize("name", HEADS)
-def test_text_is_plain_decoding(name, shape):
+SHAPES = ("levels", "beams", "best")
+WAYS = ({}, dict(do_sample=True, temperature=1.3), dict(do_sample=True, top_k=6))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "way"),
+    [(name, shape, (i + j) % 3) for i, name in enumerate(HEADS) for j, shape in enumerate(SHAPES)],
+)
+def test_text_is_plain_decoding(name, shape, way):
+    """Every head with every shape, and either in every way to choose."""
     target, rows, seeds = tiny("llama"), prompts(), [3, 4, 5, 6]
     drafter = RecurrentDrafter(
         make_head(target, name), target, TreeConfig(WIDTH, DEPTH, shape, nodes=8)
     )
-    for options in ({}, dict(do_sample=True, temperature=1.3), dict(do_sample=True, top_k=6)):
-        config = settings(**options)
-        alone = [
-            plain(target, [row], config, seeds=seed).tokens[0]
-            for row, seed in zip(rows, seeds, strict=True)
-        ]
-        assert speculative(target, rows, config, seeds=seeds, drafter=drafter).tokens == alone
+    config = settings(**WAYS[way])
+    made = speculative(target, rows, config, seeds=seeds, drafter=drafter)
+    assert (made.tokens, made.finish) == alone(target, rows, config, seeds)
 
 
 @pytest.mark.parametrize(

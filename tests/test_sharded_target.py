@@ -19,11 +19,11 @@ from redrafter.training.loop import Training
 
 SETTINGS = {
     "data.mode": "online", "data.source.format": "text", "data.source.n_rows": 20,
-    "data.source.holdout_rows": 6, "data.answers.max_new_tokens": 16,
+    "data.source.holdout_rows": 6, "data.answers.max_new_tokens": 8,
     "data.answers.shard_prompts": 7, "data.buffer_rows": 7, "data.states.forward_tokens": 64,
-    "optim.steps": 8, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2,
-    "optim.lr": 5e-3, "eval.prompts": 5, "eval.batch_size": 1, "eval.max_new_tokens": 10,
-    "eval.every_steps": 4, "eval.tree.width": 2, "eval.tree.depth": 2, "log_steps": 1,
+    "optim.steps": 4, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 1,
+    "optim.lr": 5e-3, "eval.prompts": 3, "eval.batch_size": 1, "eval.max_new_tokens": 6,
+    "eval.every_steps": 2, "eval.tree.width": 2, "eval.tree.depth": 2, "log_steps": 1,
     "loss.kl": 0.5, "loss.teacher": "states",
 }  # fmt: skip
 

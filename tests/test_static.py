@@ -57,7 +57,7 @@ def test_simulated_steps_are_those_of_decoding(make, width, mode):
     assert [len(text) for text in accepted] == [n - 1 for n in lengths] and min(lengths) == 2
     if make is model:
         assert {a for text in accepted for a in text} == set(range(DEPTH + 1))
-    for depth in range(1, DEPTH + 1):
+    for depth in (1, 3, DEPTH):
         drafter = make(target, depth, width)
         stats = speculative(target, rows, config, seeds=seeds, drafter=drafter).stats
         assert [n_steps(text, depth) for text in accepted] == stats.steps

@@ -1,16 +1,13 @@
 """What a training step holds in memory, measured in a process of its own by the shipped script."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launching import ROOT, run_copy
 
 from redrafter.config import LossConfig
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts/dev"
 DEPTH = 5
 #: tensors of logits that live at once: (cross-entropy, any other loss)
 LOGITS = (4, 7)
@@ -20,8 +17,8 @@ SLACK = 40_000_000  # bytes: scratch memory of the matrix products, the allocato
 
 VOCAB = 32_000
 CHUNK = 384  # 49 MB of logits: above 32 MB, glibc gives freed memory back at once
-POSITIONS = 500  # all logits at once: 0.32 GB; of a loss that holds more of a chunk, more
-POSITIONS_KL = 700
+POSITIONS = 400  # all logits at once: 0.26 GB; of a loss that holds more of a chunk, more
+POSITIONS_KL = 640
 HUGE, POSITIONS_HUGE = 1600, 320  # rows of a chunk, and just as many in all
 ROWS = ["--hidden", "32", "--vocab", f"{VOCAB}", "--chunk_rows", f"{CHUNK}"]
 HIDDEN = 512
@@ -36,6 +33,7 @@ CASES = {
 }
 RUN = """
 import json, sys
+sys.path.insert(0, sys.argv[2])
 import measure_step_memory as script
 cases = json.loads(sys.argv[1])
 print(json.dumps({name: script.measure(script.parse_args(args)) for name, args in cases.items()}))
@@ -43,17 +41,16 @@ print(json.dumps({name: script.measure(script.parse_args(args)) for name, args i
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("the resident set is read from /proc")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(CASES)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)},
-        capture_output=True,
-        text=True,
+    folder = tmp_path_factory.mktemp("memory")
+    (folder / "run.py").write_text(RUN)
+    status, said = run_copy(
+        folder / "run.py", [json.dumps(CASES), ROOT / "scripts/dev"], folder / "said.txt"
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert status == 0, said
+    return json.loads(said.splitlines()[-1])
 
 
 def bound(positions: int, hidden: int, vocab: int, chunk_rows: int, logits: int) -> int:

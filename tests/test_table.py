@@ -40,7 +40,7 @@ def test_a_table_is_made_once(tiny_target, rows, tmp_path, capsys, monkeypatch):
         f"--target.path={tiny_target}", f"--out={tmp_path / 'out'}", "--n_prompts=2",
         f"--sets={json.dumps({'a': str(rows / 'a.jsonl'), 'b': str(rows / 'b.jsonl')})}",
         '--methods=["plain", "suffix:4x1", "mix(suffix:4x1,lookup:4x2):nodes=5"]',
-        "--max_new_tokens=6", "--cost_rounds=2", "--text_prompt_tokens=4",
+        "--max_new_tokens=6", "--cost_rounds=1", "--text_prompt_tokens=4",
     ]  # fmt: skip
     assert table.main(args) == 0
     out = tmp_path / "out"
@@ -177,7 +177,7 @@ def test_what_drafters_are_made_from_is_loaded(tiny_target, rows, tmp_path, monk
     names = ["plain", "suffix:4x1:reference=true", "ngrammys:3x2", "model:2x3:budget=true"]
     args = [
         f"--target.path={tiny_target}", f"--prompts={rows / 'a.jsonl'}", "--n_prompts=2",
-        "--max_new_tokens=8", "--text_prompt_tokens=4", "--cost_rounds=2",
+        "--max_new_tokens=8", "--text_prompt_tokens=4", "--cost_rounds=1",
         f"--methods={','.join(names)}", f"--draft={tiny_target}", f"--out={tmp_path / 's.json'}",
     ]  # fmt: skip
     with pytest.raises(SystemExit):

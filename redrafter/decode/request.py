@@ -142,8 +142,9 @@ class Request:
         """Prompts on the device, with room for every row's limit and `slack` more tokens."""
         device = self.target.device
         ids = torch.zeros(self.n_rows, max(self.limit) + slack, dtype=torch.long)
-        for b, prompt in enumerate(self.prompts):
-            ids[b, : len(prompt)] = torch.tensor(prompt)
+        width = max(map(len, self.prompts))  # one tensor, as thousands of rows may be given
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in self.prompts]
+        ids[:, :width] = torch.tensor(padded)
         length = torch.tensor([len(p) for p in self.prompts], device=device)
         warpers = self.warp.processors if self.sampled else ()
         temperature = math.prod(
