@@ -36,7 +36,7 @@ def method(name):
             raise RuntimeError("needs a GPU")
         if name == "hangs":
             time.sleep(60)
-        print("libraries print")
+        print("libraries print", flush=True)
         return [ids[0], len(asked) if name == "fickle" else 5]
     return decode
 

@@ -277,6 +277,9 @@ def environment(engine: str, python: str, threads: int, flashspec: str | None) -
         # Bound to cores, its threads would share one with whatever else the system put there.
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         env.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # What 0.32 keeps of a compilation it cannot load again on a CPU, and compiles anew at
+        # every start ("no attribute 'finalize_loading'"); torch's own cache below it can.
+        env.setdefault("VLLM_USE_AOT_COMPILE", "0")
     return env
 
 
