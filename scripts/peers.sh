@@ -25,11 +25,7 @@ if (($# != 1)); then
 fi
 rows=$1 work=peers-work engines=${ENGINES:-redrafter,transformers,flashspec,vllm}
 mkdir -p "$work"
-# Each engine waits as it does by itself, unless somebody has said how.
-waiting=${OMP_WAIT_POLICY:-}
 source scripts/setup.sh >&2
-unset OMP_WAIT_POLICY
-[[ -z $waiting ]] || export OMP_WAIT_POLICY=$waiting
 
 wanted() { [[ ",$engines," == *",$1,"* ]]; }
 

@@ -265,9 +265,12 @@ def groups_of(args: argparse.Namespace, threads: int, longest: int) -> list[Grou
 
 
 def environment(engine: str, python: str, threads: int, flashspec: str | None) -> dict[str, str]:
-    """Of an engine's process: so many threads, and all else as its user would find it."""
+    """Of an engine's process: so many threads, and all else as its user would find it, except that
+    threads which wait give up their core: beside other work a spinning engine took ten times as
+    long with two threads as with one, which says nothing about it."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
            "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    env.setdefault("OMP_WAIT_POLICY", "passive")
     root = str(Path(__file__).resolve().parent.parent.parent)
     paths = [root, *([flashspec] if flashspec and engine == "flashspec" else [])]
     env["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -92,16 +92,18 @@ def ahead(records: Records) -> tuple[str | None, dict[str, Interval]]:
 def show(body: Mapping[str, Any]) -> str:
     """Markdown: what was asked, one table and one sentence for each number of threads."""
     asked = body["asked"]
-    with_ = [
-        f"{engine} with " + " ".join(f"{name} {version}" for name, version in of.items())
-        for engine, of in body["versions"].items()
-    ]
+    used: dict[str, list[str]] = {}  # engines by what they stand on
+    for engine, of in body["versions"].items():
+        on = ", ".join(f"{name} {version}" for name, version in of.items())
+        used.setdefault(on, []).append(engine)
+    compiled = "eager" if asked["eager"] else "compiled"
     parts = [
         f"{asked['n_prompts']} prompts x {asked['new_tokens']} tokens, {asked['rounds']} "
         f"round{'s' * (asked['rounds'] != 1)}, {asked['model']} in float32, greedy, batch 1, past "
-        f"every EOS; {body['device']}, {body['machine']}; vLLM "
-        f"{'eager' if asked['eager'] else 'compiled'}; commit {body['git_commit']}; "
-        f"{'; '.join(with_)}."
+        f"every EOS; {body['device']}, {body['machine']}; commit {body['git_commit']}; "
+        + "; ".join(f"{' and '.join(engines)} with {on}" for on, engines in used.items())
+        + f" ({compiled})" * ("vllm" in body["versions"])
+        + "."
     ]
     for threads, records in body["runs"].items():
         parts.append(f"{threads} thread{'s' * (threads != '1')}:")
