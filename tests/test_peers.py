@@ -3,13 +3,15 @@ fails, and the figures and tables of the result. The engines themselves are not 
 
 import gzip
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts/dev"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts/dev"
 sys.path.insert(0, str(SCRIPTS))
 import peers  # noqa: E402
 import peers_figures  # noqa: E402
@@ -151,3 +153,10 @@ def test_tables_name_what_failed_and_who_is_ahead(records, tmp_path, capsys):
     assert "None of our loops was measured." in shown
     with pytest.raises(SystemExit):
         peers.main(["table", str(tmp_path / "none.json")])
+
+
+def test_the_committed_tables_are_of_the_committed_result():
+    text = (ROOT / "docs/results/speed.md").read_text(encoding="utf-8")
+    named = re.search(r"<!-- python scripts/dev/peers.py table (\S+) -->\n", text)
+    body = json.loads(gzip.decompress((ROOT / named[1]).read_bytes()))
+    assert text[named.end() :].startswith(peers_figures.show(body) + "\n")
