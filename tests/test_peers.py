@@ -96,6 +96,16 @@ def test_peers_take_turns_and_one_that_fails_is_left_out(fake, tmp_path, capsys)
     assert "the raises is left out" in capsys.readouterr().err
 
 
+def test_every_engine_gets_so_many_threads(monkeypatch):
+    """numba's default is every core, and its pool makes that OpenMP's number for the process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for engine in peers.GROUPS:
+        env = peers.environment(engine, sys.executable, 2, "elsewhere")
+        assert env["OMP_NUM_THREADS"] == env["NUMBA_NUM_THREADS"] == "2"
+        assert env["OMP_WAIT_POLICY"]
+        assert ("elsewhere" in env["PYTHONPATH"]) == (engine == "flashspec")
+
+
 def record(tokens, seconds, error=None, cpu=None):
     return {"engine": "fake", "tokens": tokens, "seconds": seconds,
             "cpu_seconds": cpu or seconds, "error": error}  # fmt: skip

@@ -270,6 +270,8 @@ def environment(engine: str, python: str, threads: int, flashspec: str | None) -
     long with two threads as with one, which says nothing about it."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
            "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    # numba, by which vLLM's ngram drafts, sets the number of OpenMP's threads for all to its own.
+    env["NUMBA_NUM_THREADS"] = str(threads)
     env.setdefault("OMP_WAIT_POLICY", "passive")
     root = str(Path(__file__).resolve().parent.parent.parent)
     paths = [root, *([flashspec] if flashspec and engine == "flashspec" else [])]
