@@ -10,9 +10,11 @@ a Hugging Face folder with the tokenizer beside it, for eval/speed.py --methods 
   '["runs/heldout-answers"]' --output_dir runs/draft --loss '{"kl": 0.9, "cross_entropy": 0.1}'
 
 One forward of the draft model is paid per drafted token: a fifth of the target's or less is a good
-start; the last line says what it came to. Held-out answers should be of prompts that no store in
---stores has. Two numbers tell what the draft is worth: `greedy`, how often both models find the
-same token likeliest, and `overlap`, sum_v min(p, q), which is one minus the total variation.
+start; the last line says what it came to. With --loss '{"cross_entropy": 1}' the target does not
+run along: a step is cheap, and learns less of each token. Held-out answers should be of prompts
+that no store in --stores has. Two numbers tell what the draft is worth: `greedy`, how often both
+models find the same token likeliest, and `overlap`, sum_v min(p, q), which is one minus the total
+variation.
 """
 
 from __future__ import annotations
@@ -162,17 +164,22 @@ def batches(rows: Rows, batch_tokens: int, seed: int) -> Iterator[list[int]]:
 
 
 def both_logits(
-    model: LlamaForCausalLM, target: Target, rows: Rows, chosen: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: LlamaForCausalLM, target: Target, rows: Rows, chosen: list[int], taught: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """At each position of a batch whose next token is supervised: the draft model's logits and
-    log p of the target, both (S, V), and that next token (S,)."""
+    log p of the target, both (S, V), and that next token (S,).
+
+    taught: False leaves log p out, which is all that the target computes
+    """
     tokens, _ = right_padded(rows, chosen)
     masks = [rows.supervised[rows.offsets[r] : rows.offsets[r + 1]] for r in chosen]
     learned = pad_sequence(masks, batch_first=True)[:, 1:]  # padding is never supervised
     tokens, learned = tokens.to(target.device), learned.to(target.device)
-    with torch.no_grad():
-        states = target.states(tokens[:, :-1])[learned]
-        log_p = target.project(states).float().log_softmax(-1)
+    log_p = None
+    if taught:
+        with torch.no_grad():
+            states = target.states(tokens[:, :-1])[learned]
+            log_p = target.project(states).float().log_softmax(-1)
     hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[learned]
     return model.lm_head(hidden), log_p, tokens[:, 1:][learned]
 
@@ -203,10 +210,11 @@ def train(config: DraftModelConfig) -> dict[str, Any]:
         weight_decay=config.weight_decay,
     )  # fmt: skip
     optimizer, order = make_optimizer(model, optim), batches(rows, config.batch_tokens, config.seed)
+    taught = any(weight for name, weight in config.loss.items() if name in SOFT)
     found: dict[str, Any] = {}
     with Bar(total=config.steps, desc="draft model", unit="step") as bar:
         for step in range(config.steps):
-            logits, log_p, labels = both_logits(model, target, rows, next(order))
+            logits, log_p, labels = both_logits(model, target, rows, next(order), taught)
             loss = mixed(config.loss, logits, labels, log_p).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)

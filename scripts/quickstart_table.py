@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What eval/speed.py measured, one file a temperature, in one small table with a legend.
 
-  python scripts/quickstart_table.py quickstart/head/speed.json quickstart/head/speed-t1.json
+python scripts/quickstart_table.py quickstart/head/speed.json quickstart/head/speed-t1.json
 """
 
 from __future__ import annotations

@@ -90,6 +90,29 @@ def test_the_folder_is_a_draft_model(trained, tiny_target, target):
     assert got.stats.accepted_at[0] > 0
 
 
+def test_for_the_cross_entropy_alone_the_target_does_not_run(
+    script, tiny_target, stores, tmp_path, monkeypatch
+):
+    def asleep(config):
+        target = load_target(config)
+        monkeypatch.setattr(target, "states", None)
+        return target
+
+    monkeypatch.setattr(script, "load_target", asleep)
+    argv = [
+        f"--target.path={tiny_target}", f'--stores=["{stores / "train"}"]', "--steps=2",
+        f"--output_dir={tmp_path / 'draft'}", *SMALL,
+    ]  # fmt: skip
+    for loss in ('{"cross_entropy": 1}', '{"cross_entropy": 1, "kl": 0}'):
+        config = script.parse(script.DraftModelConfig, [*argv, f"--loss={loss}"], "test")
+        assert script.train(config) == {}
+    assert (
+        load_target(str(tmp_path / "draft")).vocab_size == load_target(str(tiny_target)).vocab_size
+    )
+    with pytest.raises(TypeError):
+        script.train(script.parse(script.DraftModelConfig, argv, "test"))
+
+
 def test_measure_means_over_the_supervised_tokens(script, target, stores):
     """Against whole forwards, row by row."""
     held = script.read_rows(str(stores / "held"), target, 3)
