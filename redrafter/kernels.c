@@ -1,5 +1,5 @@
 /* The forward of a decoder for few rows in float32 on a CPU: products, attention, norms, rotations,
- * gated activations.
+ * gated activations; and the best children of a beam.
  *
  * Two aims. Few rows multiply matrices that lie in no cache, so memory decides: a row more should
  * cost nothing until arithmetic takes as long as reading does. And a row's numbers depend on no
@@ -9,6 +9,7 @@
  * Source: ours; the register tile is that of Goto and van de Geijn's GEBP (ACM TOMS 34(3), 2008),
  * exp that of Moshier's Cephes.
  */
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,6 +27,7 @@
 #define QUERIES 48     /* whose scores are kept at once */
 #define LINE 64        /* bytes of a cache line */
 #define AHEAD 48       /* steps of k ahead that what is read once is fetched */
+#define SKIPPED (4 * WIDTH) /* scores that are passed over together */
 #define SHIFT 16
 #define MASKED -1e30f  /* what a mask adds at least where nothing may be seen: the dtype's minimum */
 #define INLINE static inline __attribute__((always_inline))
@@ -44,102 +46,7 @@ int has_threads(void) {
 #endif
 }
 
-/* ------------------------------------------------------------------------------------ products */
-
-/* Two vectors of W, of `bytes` an entry. A bfloat16 is the upper half of a float; the two halves of
- * each 32 bits are entries WIDTH apart, so that a shift and a mask give them. */
-INLINE void load(const char *w, const int bytes, vec *w0, vec *w1) {
-  if (bytes == 4) {
-    *w0 = *(const vec *)w, *w1 = *(const vec *)(w + WIDTH * 4);
-  } else {
-    const bits pairs = *(const bits *)w;
-    *w0 = (vec)(pairs << 16), *w1 = (vec)(pairs & 0xffff0000u);
-  }
-}
-
-struct job { /* rows times one panel: PANEL entries at each of `in` steps */
-  const char *panel, *next; /* next: what is to be fetched while k goes on, */
-  size_t rate, step;        /* at `rate` / 2^SHIFT times its speed; step: bytes from k to k + 1 */
-  size_t in, x_stride, out, cols; /* out: floats between rows of y; cols: written, at most PANEL */
-  const float *add;               /* the first row's first addend, or NULL */
-  size_t add_stride;
-};
-
-/* `rows`, a constant, of at most ROWS. */
-INLINE void block(const int rows, const int bytes, const float *restrict x, float *restrict y,
-                  const struct job *restrict job) {
-  const size_t in = job->in, step = job->step, rate = job->rate, stride = job->x_stride;
-  vec sum[ROWS][2];
-  for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
-  for (size_t k = 0; k < in; k++) {
-    for (int line = 0; line < PANEL * bytes; line += LINE)
-      __builtin_prefetch(job->next + (k * rate >> SHIFT) * step + line, 0, 3);
-    vec w0, w1;
-    load(job->panel + k * step, bytes, &w0, &w1);
-    for (int r = 0; r < rows; r++) {
-      const vec b = x[r * stride + k] - (vec){0}; /* in every place */
-      sum[r][0] += b * w0;
-      sum[r][1] += b * w1;
-    }
-  }
-  for (int r = 0; r < rows; r++) {
-    float row[PANEL];
-    memcpy(row, sum[r], sizeof row);
-    if (job->add)
-      for (size_t c = 0; c < job->cols; c++) row[c] += job->add[r * job->add_stride + c];
-    memcpy(y + r * job->out, row, job->cols * sizeof(float));
-  }
-}
-
-typedef void multiply_t(long n, const float *x, float *y, const struct job *job);
-
-#define BLOCKS(NAME, BYTES)                                                                       \
-  static void NAME(long n, const float *x, float *y, const struct job *job) {                     \
-    switch (n) {                                                                                  \
-      case 1: block(1, BYTES, x, y, job); break;                                                  \
-      case 2: block(2, BYTES, x, y, job); break;                                                  \
-      case 3: block(3, BYTES, x, y, job); break;                                                  \
-      case 4: block(4, BYTES, x, y, job); break;                                                  \
-      case 5: block(5, BYTES, x, y, job); break;                                                  \
-      case 6: block(6, BYTES, x, y, job); break;                                                  \
-    }                                                                                             \
-  }
-BLOCKS(of_floats, 4)
-BLOCKS(of_bfloat16, 2)
-
-/* Any number of rows times one panel, in even shares; fetches what lies behind it meanwhile. */
-static void times_panel(multiply_t *multiply, long rows, const float *x, float *y, struct job job) {
-  const long blocks = (rows + ROWS - 1) / ROWS;
-  const float *add = job.add;
-  job.rate = ((size_t)1 << SHIFT) / (size_t)blocks;
-  for (long b = 0, r = 0; b < blocks; b++) {
-    const long n = (rows - r + blocks - b - 1) / (blocks - b);
-    job.next = job.panel + (blocks == 1 ? AHEAD : job.in + b * job.in / blocks) * job.step;
-    job.add = add ? add + r * job.add_stride : NULL;
-    multiply(n, x + r * job.x_stride, y + r * job.out, &job);
-    r += n;
-  }
-}
-
-/* y = x W^T (+ what is added). x (rows, in), w (panels, in, PANEL) of `bytes` an entry, the last
- * panel filled up with zeros, y (rows, out), each contiguous; add: NULL, or added to row r from
- * add + r * add_stride (0: the same for all). */
-void product(const float *x, const char *w, int bytes, const float *add, long add_stride, float *y,
-             long rows, long in, long out, int threads) {
-  const long panels = rows > 0 ? (out + PANEL - 1) / PANEL : 0;
-  const size_t step = (size_t)PANEL * bytes;
-  multiply_t *const multiply = bytes == 4 ? of_floats : of_bfloat16;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (long p = 0; p < panels; p++) {
-    const size_t first = p * PANEL;
-    struct job job = {.panel = w + p * in * step, .step = step, .in = in, .x_stride = in};
-    job.out = out, job.cols = out - first < PANEL ? out - first : PANEL;
-    job.add = add ? add + first : NULL, job.add_stride = add_stride;
-    times_panel(multiply, rows, x, y + first, job);
-  }
-}
-
-/* ----------------------------------------------------------------------------------- attention */
+/* ------------------------------------------------------------------------------ whole vectors */
 
 INLINE vec larger(vec a, vec b) { /* b where it is not a number */
   const ints keep = a >= b;
@@ -164,6 +71,155 @@ INLINE vec exponential(vec x) {
   p = p * (r * r) + (r + 1.0f);
   return p * (vec)((__builtin_convertvector(n, ints) + 127) << 23);
 }
+
+INLINE vec silu(vec x) { return x / (exponential(-x) + 1.0f); }
+
+/* ------------------------------------------------------------------------------------ products */
+
+/* Two vectors of W, of `bytes` an entry. A bfloat16 is the upper half of a float; the two halves of
+ * each 32 bits are entries WIDTH apart, so that a shift and a mask give them. */
+INLINE void load(const char *w, const int bytes, vec *w0, vec *w1) {
+  if (bytes == 4) {
+    *w0 = *(const vec *)w, *w1 = *(const vec *)(w + WIDTH * 4);
+  } else {
+    const bits pairs = *(const bits *)w;
+    *w0 = (vec)(pairs << 16), *w1 = (vec)(pairs & 0xffff0000u);
+  }
+}
+
+struct step { /* y = onto + silu(x W^T + add), for some rows */
+  const float *x;
+  const char *w;           /* (panels, in, PANEL) of `bytes` an entry, the last filled up with zeros */
+  const float *add, *onto; /* NULL: none */
+  const int64_t *at;       /* which row of add is for each of x; NULL: one for `each` of x in turn */
+  float *y;
+  long in, out, x_stride, y_stride; /* floats between rows; those of add and onto lie together */
+  long known, each;                 /* known: rows of add */
+  int bytes, silu, threads;         /* silu: or x W^T + add itself */
+};
+
+struct job { /* rows times one panel: PANEL entries at each of `in` steps */
+  const char *panel, *next; /* next: what is to be fetched while k goes on, */
+  size_t rate, step;        /* at `rate` / 2^SHIFT times its speed; step: bytes from k to k + 1 */
+  size_t in, x_stride, out, cols; /* out: floats between rows of y; cols: written, at most PANEL */
+  const struct step *around;      /* what stands around the product; NULL: nothing */
+  size_t row, column;             /* the first ones */
+};
+
+/* `cols` floats, mostly a whole panel: a number that is known needs no call. */
+INLINE void copy(void *to, const void *from, size_t cols) {
+  if (cols == PANEL)
+    memcpy(to, from, PANEL * sizeof(float));
+  else
+    memcpy(to, from, cols * sizeof(float));
+}
+
+/* Of row r of a block; its own function, as blocks are many. */
+static __attribute__((noinline)) void surround(vec *sum, int r, const struct job *job) {
+  const struct step *around = job->around;
+  const size_t row = job->row + r, cols = job->cols;
+  vec part[2] = {{0}, {0}};
+  if (around->add) {
+    const size_t which = around->at ? (size_t)around->at[row] : row / around->each;
+    copy(part, around->add + which * around->out + job->column, cols);
+    sum[0] += part[0], sum[1] += part[1];
+  }
+  if (around->silu) sum[0] = silu(sum[0]), sum[1] = silu(sum[1]);
+  if (around->onto) {
+    copy(part, around->onto + row * around->out + job->column, cols);
+    sum[0] += part[0], sum[1] += part[1];
+  }
+}
+
+/* `rows`, a constant, of at most ROWS. */
+INLINE void block(const int rows, const int bytes, const float *restrict x, float *restrict y,
+                  const struct job *restrict job) {
+  const size_t in = job->in, step = job->step, rate = job->rate, stride = job->x_stride;
+  vec sum[ROWS][2];
+  for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
+  for (size_t k = 0; k < in; k++) {
+    for (int line = 0; line < PANEL * bytes; line += LINE)
+      __builtin_prefetch(job->next + (k * rate >> SHIFT) * step + line, 0, 3);
+    vec w0, w1;
+    load(job->panel + k * step, bytes, &w0, &w1);
+    for (int r = 0; r < rows; r++) {
+      const vec b = x[r * stride + k] - (vec){0}; /* in every place */
+      sum[r][0] += b * w0;
+      sum[r][1] += b * w1;
+    }
+  }
+  vec made[ROWS][2];
+  for (int r = 0; r < rows; r++) {
+    made[r][0] = sum[r][0], made[r][1] = sum[r][1];
+    if (job->around) surround(made[r], r, job);
+    copy(y + r * job->out, made[r], job->cols);
+  }
+}
+
+typedef void multiply_t(long n, const float *x, float *y, const struct job *job);
+
+#define BLOCKS(NAME, BYTES)                                                                       \
+  static void NAME(long n, const float *x, float *y, const struct job *job) {                     \
+    switch (n) {                                                                                  \
+      case 1: block(1, BYTES, x, y, job); break;                                                  \
+      case 2: block(2, BYTES, x, y, job); break;                                                  \
+      case 3: block(3, BYTES, x, y, job); break;                                                  \
+      case 4: block(4, BYTES, x, y, job); break;                                                  \
+      case 5: block(5, BYTES, x, y, job); break;                                                  \
+      case 6: block(6, BYTES, x, y, job); break;                                                  \
+    }                                                                                             \
+  }
+BLOCKS(of_floats, 4)
+BLOCKS(of_bfloat16, 2)
+
+/* Any number of rows times one panel, in even shares; fetches what lies behind it meanwhile. */
+static void times_panel(multiply_t *multiply, long rows, const float *x, float *y, struct job job) {
+  const long blocks = (rows + ROWS - 1) / ROWS;
+  job.rate = ((size_t)1 << SHIFT) / (size_t)blocks;
+  for (long b = 0, r = 0; b < blocks; b++) {
+    const long n = (rows - r + blocks - b - 1) / (blocks - b);
+    job.next = job.panel + (blocks == 1 ? AHEAD : job.in + b * job.in / blocks) * job.step;
+    job.row = r;
+    multiply(n, x + r * job.x_stride, y + r * job.out, &job);
+    r += n;
+  }
+}
+
+static void take(const struct step *s, long rows) {
+  const long panels = rows > 0 ? (s->out + PANEL - 1) / PANEL : 0;
+  const size_t step = (size_t)PANEL * s->bytes;
+  multiply_t *const multiply = s->bytes == 4 ? of_floats : of_bfloat16;
+#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1)
+  for (long p = 0; p < panels; p++) {
+    const size_t first = p * PANEL;
+    struct job job = {.panel = s->w + p * s->in * step, .step = step, .in = s->in};
+    job.x_stride = s->x_stride, job.out = s->y_stride;
+    job.cols = s->out - first < PANEL ? s->out - first : PANEL;
+    job.around = s->add || s->onto || s->silu ? s : NULL, job.column = first;
+    times_panel(multiply, rows, s->x, s->y + first, job);
+  }
+}
+
+/* One after the other, for as many rows. Where `in` is 0 the product is 0: what is added is copied.
+ * Returns 0, or, before anything is written, 1 where a row is to be added that is not known. */
+int take_steps(const struct step *steps, long n, long rows) {
+  for (long i = 0; i < n; i++)
+    for (long r = 0; steps[i].at && r < rows; r++)
+      if (steps[i].at[r] < 0 || steps[i].at[r] >= steps[i].known) return 1;
+  for (long i = 0; i < n; i++) take(steps + i, rows);
+  return 0;
+}
+
+/* A step alone; all contiguous. each: rows of x that one of add is for */
+void product(const float *x, const char *w, int bytes, const float *add, long each,
+             const float *onto, int silu, float *y, long rows, long in, long out, int threads) {
+  struct step step = {.x = x, .w = w, .add = add, .onto = onto, .y = y, .in = in, .out = out};
+  step.x_stride = in, step.y_stride = out, step.each = each;
+  step.bytes = bytes, step.silu = silu, step.threads = threads;
+  take(&step, rows);
+}
+
+/* ----------------------------------------------------------------------------------- attention */
 
 /* Scores of one query to weights: masked, exp(score - the largest); returns 1 / their sum, or 0
  * where nothing may be seen. `keys` of them, filled up to whole vectors. */
@@ -290,8 +346,6 @@ void rms_norm(const float *x, const float *w, float eps, float *y, long rows, lo
   }
 }
 
-INLINE vec gate(vec g, vec u) { return g / (exponential(-g) + 1.0f) * u; }
-
 /* y = silu(g) * u of x = [g ; u]; x (rows, 2 width), y (rows, width). */
 void silu_gated(const float *x, float *y, long rows, long width, int threads) {
   const long whole = width / WIDTH * WIDTH;
@@ -300,11 +354,11 @@ void silu_gated(const float *x, float *y, long rows, long width, int threads) {
     const float *g = x + 2 * r * width, *u = g + width;
     float *to = y + r * width;
     for (long i = 0; i < whole; i += WIDTH)
-      *(vec *)(to + i) = gate(*(const vec *)(g + i), *(const vec *)(u + i));
+      *(vec *)(to + i) = silu(*(const vec *)(g + i)) * *(const vec *)(u + i);
     vec last[2] = {{0}, {0}};
     const size_t rest = (width - whole) * sizeof(float);
     memcpy(last, g + whole, rest), memcpy(last + 1, u + whole, rest);
-    last[0] = gate(last[0], last[1]);
+    last[0] = silu(last[0]) * last[1];
     memcpy(to + whole, last, rest);
   }
 }
@@ -328,4 +382,79 @@ int rotate(const float *restrict x, long x_stride, const int64_t *position, long
     }
   }
   return 0;
+}
+
+/* --------------------------------------------------------------------------- children of a beam */
+
+struct best { /* the first `kept` of `most` places are taken, the best in front */
+  float *value;
+  int64_t *token, *place;
+  long kept, most;
+};
+
+/* Behind what is as good. */
+static void insert(struct best *best, float value, int64_t token, int64_t place) {
+  if (best->kept == best->most && !(value > best->value[best->most - 1])) return;
+  long j = best->kept < best->most ? best->kept++ : best->most - 1;
+  for (; j > 0 && best->value[j - 1] < value; j--) {
+    best->value[j] = best->value[j - 1];
+    best->token[j] = best->token[j - 1], best->place[j] = best->place[j - 1];
+  }
+  best->value[j] = value, best->token[j] = token, best->place[j] = place;
+}
+
+/* log(sum(exp(x))); not a number where one is not, where one is inf, and where all are -inf. */
+static float log_sum_exp(const float *x, long n) {
+  const long whole = n / WIDTH * WIDTH;
+  vec last = (vec){0} - INFINITY, top = last, sum = {0};
+  memcpy(&last, x + whole, (n - whole) * sizeof(float));
+  for (long i = 0; i < whole; i += WIDTH) top = larger(*(const vec *)(x + i), top);
+  const float most = largest(larger(last, top));
+  for (long i = 0; i < whole; i += WIDTH) sum += exponential(*(const vec *)(x + i) - most);
+  float total = 0;
+  for (int i = 0; i < WIDTH; i++) total += sum[i];
+  sum = exponential(last - most);
+  for (int i = 0; i < n - whole; i++) total += sum[i];
+  return most + logf(total);
+}
+
+/* Whether any of SKIPPED numbers, plus `less` and `more`, is above `least`. */
+INLINE int any_above(const float *x, float less, float more, float least) {
+  ints above = {0};
+  for (int i = 0; i < SKIPPED; i += WIDTH)
+    above |= (*(const vec *)(x + i) - less) + more > (vec){0} + least;
+  int64_t halves[WIDTH / 2], any = 0;
+  memcpy(halves, &above, sizeof above);
+  for (int i = 0; i < WIDTH / 2; i++) any |= halves[i];
+  return any != 0;
+}
+
+/* The best `most` of all children of each of `rows` frontiers of `width` nodes, in order: scores
+ * (rows, width, n) of what follows each node, as log-probabilities up to a constant of its own,
+ * log_q (rows, width) of the paths to them; tokens, places, values (rows, most): their columns,
+ * parents, and log-probabilities along the path. Of equal ones the first parent's first column comes
+ * first; what is not a number, and all below a node that has such a score, counts as -inf.
+ * most: at least 1, at most width * n. */
+void best_children(const float *scores, const float *log_q, int64_t *tokens, int64_t *places,
+                   float *values, long rows, long width, long n, long most, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (long r = 0; r < rows; r++) {
+    struct best best = {values + r * most, tokens + r * most, places + r * most, 0, most};
+    for (long p = 0; p < width; p++) {
+      const float *x = scores + (r * width + p) * n, more = log_q[r * width + p];
+      const float less = log_sum_exp(x, n);
+      for (long i = 0; i < n;) {
+        const long end = i + SKIPPED < n ? i + SKIPPED : n;
+        if (best.kept == most && end - i == SKIPPED &&
+            !any_above(x + i, less, more, best.value[most - 1])) {
+          i = end;
+          continue;
+        }
+        for (; i < end; i++) {
+          const float value = (x[i] - less) + more;
+          insert(&best, value == value ? value : -INFINITY, i, p);
+        }
+      }
+    }
+  }
 }

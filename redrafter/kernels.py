@@ -1,4 +1,5 @@
-"""What a forward of few rows is made of, by kernels of our own in float32 on a CPU (kernels.c).
+"""What a forward of few rows is made of, and a draft, by kernels of our own in float32 on a CPU
+(kernels.c).
 
 Why of our own: a step verifies one to some dozens of tokens, and the libraries that torch brings
 take two to three times a single row's time for four (docs/results/costs.md), although memory,
@@ -22,7 +23,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redrafter.files import cache_folder, digest_file, write_bytes, write_text
+from redrafter.kernel_trial import is_right
 
 #: environment variable that leaves the kernels out where it is `off`
 SWITCH = "REDRAFTER_KERNELS"
@@ -39,6 +41,7 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC")
 _TUNED = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_S = 60
 _CHECKED = 1 << 10  # rows of a matrix that are looked at together: it may be as large as memory
+_FLOAT = 4  # bytes
 _DIGEST = ".sha256"
 #: multiplications below which one thread is enough
 _SMALL = 1 << 18
@@ -55,26 +58,44 @@ class Sizes(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Step(ctypes.Structure):
+    """One of several maps in one call, as kernels.c has it; see `Kernels.take`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "add", "onto", "at", "y")),
+        *((name, ctypes.c_long) for name in (
+            "inputs", "out", "x_stride", "y_stride", "known", "each",
+        )), *((name, ctypes.c_int) for name in ("bytes", "silu", "threads")),
+    ]  # fmt: skip
+
+
 class Kernels:
     """The compiled functions, for contiguous float32 tensors on the CPU where nothing else is said.
 
     panel: outputs of a product that lie together; threads: whether they can use several
     """
 
+    sizes = Sizes
+
     def __init__(self, library: ctypes.CDLL):
         place, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
         takes = {
-            "product": [place, place, number, place, size, place, size, size, size, number],
+            "product": [
+                place, place, number, place, size, place, number, place, size, size, size, number,
+            ],
+            "take_steps": [place, size, size],
             "attention": [place, place, place, place, place, place, number],
             "rms_norm": [place, place, ctypes.c_float, place, size, size, number],
             "silu_gated": [place, place, size, size, number],
             "rotate": [place, size, place, size, place, place, place, size, size, size],
+            "best_children": [place, place, place, place, place, size, size, size, size, number],
         }
         for name, arguments in takes.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
-        self._attention.restype = self._rotate.restype = number
+        for function in (self._take_steps, self._attention, self._rotate):
+            function.restype = number
         library.panel_width.restype = size
         self.panel, self.threads = library.panel_width(), bool(library.has_threads())
 
@@ -143,6 +164,58 @@ class Kernels:
             raise MemoryError(f"no memory for the scores of {s.queries} queries and {s.keys} keys")
         return out
 
+    def step(
+        self, rows: int, y: int, panels: Panels | None = None, x: int = 0, *, out: int = 0,
+        add: int | None = None, onto: int | None = None, silu: bool = False, each: int = 0,
+        at: int | None = None, known: int = 0, x_stride: int = 0, y_stride: int = 0,
+    ) -> Step:  # fmt: skip
+        """For `take`: y = onto + silu(x W^T + add), or without `silu`; those are addresses.
+
+        panels: W; None: there is no product, of `out` columns
+        each: rows of x that one of add is for, 0: all; at: of int64, which of the `known` rows of
+            add is for each of x; x_stride, y_stride: floats from row to row, 0: they lie together
+        """
+        inputs, place, size, threads = 0, y, _FLOAT, 1
+        if panels is not None:
+            inputs, out, place, size = panels.width, panels.out, panels.place, panels.bytes
+            threads = panels.threads_for(rows)
+        return Step(
+            x or y, place, add, onto, at, y, inputs, out, x_stride or inputs, y_stride or out,
+            known, each or rows, size, silu, threads,
+        )  # fmt: skip
+
+    def steps(self, steps: list[Step]) -> ctypes.Array:
+        """For `take`; each may be changed there."""
+        return (Step * len(steps))(*steps)
+
+    def take(self, steps: ctypes.Array, rows: int) -> None:
+        """Steps one after the other, each for as many rows. Whoever lays them out answers for what
+        they read and write. Raises IndexError where a row is to be added that is not known."""
+        if self._take_steps(ctypes.addressof(steps), len(steps), rows):
+            raise IndexError(f"a token is none of {max(step.known for step in steps)}")
+
+    def best_children(
+        self, scores: Tensor, log_q: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best W children of each of B frontiers, in order: columns and parents (B, W) int64,
+        and log-probabilities along the paths (B, W).
+
+        scores: (B, w, V), of what follows each node, in any scale; log_q: (B, w), of the paths to
+        them. Of equal ones the first parent's first column comes first; what is not a number, and
+        whatever follows a node with such a score (or inf, or -inf alone), counts as -inf
+        """
+        batch, parents, columns = scores.shape
+        scores, log_q = scores.contiguous(), log_q.contiguous()
+        if log_q.numel() != batch * parents or not 1 <= width <= parents * columns:
+            raise ValueError(f"{width} children of {parents} x {columns}, paths {log_q.shape}")
+        tokens = torch.empty((batch, width), dtype=torch.int64, device=scores.device)
+        places, values = torch.empty_like(tokens), scores.new_empty((batch, width))
+        self._best_children(
+            scores.data_ptr(), log_q.data_ptr(), tokens.data_ptr(), places.data_ptr(),
+            values.data_ptr(), batch, parents, columns, width, self.threads_for(scores.numel()),
+        )  # fmt: skip
+        return tokens, places, values
+
 
 class Panels:
     """A matrix W (out, in) of float32 on the CPU, as `product` reads it: a copy, of half the size
@@ -165,23 +238,42 @@ class Panels:
         #: rows from which on several threads are worth waking, if there are any
         self.shared = _SMALL / (out * width) if kernels.threads else math.inf
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """x W^T (+ add): x (..., in), float32 on the CPU as add is, which is (out,), or has the
-        result's size, (..., out). What has other sizes is not seen here: whoever calls it knows."""
+    def __call__(
+        self,
+        x: Tensor,
+        add: Tensor | None = None,
+        silu: bool = False,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """x W^T (+ add), its SiLU if wanted (+ onto); x (..., in) -> (..., out), all float32 on the
+        CPU.
+
+        add: (..., out), one row for as many of x in turn: for all, for some, or for its own
+        onto: of the result's size
+        Raises ValueError where a kernel would read what is not there.
+        """
         x, out, width = x.contiguous(), self.out, self.width
         rows = x.numel() // width
         result = x.new_empty((rows, out) if x.dim() == 2 else (*x.shape[:-1], out))
-        if add is None:
-            place, stride = None, 0
-        else:
-            add = add.contiguous()
-            place, stride = add.data_ptr(), 0 if add.dim() == 1 else out
-        threads = torch.get_num_threads() if rows > self.shared else 1
+        place, each, onto_place = None, 1, None
+        if add is not None:
+            add, wanted, given = add.contiguous(), rows * out, add.numel()
+            place, each = add.data_ptr(), wanted // (given or 1)
+            if each * given != wanted or given % out:
+                raise ValueError(f"{tuple(add.shape)} to be added to {rows} rows of {out}")
+        if onto is not None:
+            onto = onto.contiguous()
+            onto_place = onto.data_ptr()
+            if onto.numel() != rows * out:
+                raise ValueError(f"{tuple(onto.shape)} to be added to {rows} rows of {out}")
         self.product(
-            x.data_ptr(), self.place, self.bytes, place, stride, result.data_ptr(), rows, width,
-            out, threads,
+            x.data_ptr(), self.place, self.bytes, place, each, onto_place, silu, result.data_ptr(),
+            rows, width, out, torch.get_num_threads() if rows > self.shared else 1,
         )  # fmt: skip
         return result
+
+    def threads_for(self, rows: int) -> int:
+        return torch.get_num_threads() if rows > self.shared else 1
 
 
 @functools.cache
@@ -259,7 +351,7 @@ def _commands(compiler: list[str], folder: Path) -> Iterator[tuple[Path, list[li
         for openmp in ways:
             made = folder / f"{i}{len(openmp[0])}.so"  # what is loaded once is not loaded anew
             compiling = [*compiler, *_FLAGS, *tuned, *openmp[0], "-c", str(SOURCE), "-o", part]
-            linking = [*compiler, "-shared", part, *map(str, openmp[1]), "-o", str(made)]
+            linking = [*compiler, "-shared", part, *map(str, openmp[1]), "-lm", "-o", str(made)]
             yield made, [compiling, linking]
 
 
@@ -269,60 +361,4 @@ def _tried(path: Path) -> Kernels | None:
         kernels = Kernels(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):
         return None
-    return kernels if _is_right(kernels) else None
-
-
-def _is_right(kernels: Kernels) -> bool:
-    """All of them against float64, and in products each number of rows that has code of its own
-    against the rows of many."""
-    drawn = torch.Generator("cpu").manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=drawn, dtype=torch.float32, device="cpu")
-
-    products = (_multiplies(kernels, draw, small) for small in (True, False))
-    return all(products) and _attends(kernels, draw) and _goes_by_rows(kernels, draw)
-
-
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-4)
-
-
-def _multiplies(kernels: Kernels, draw: Callable[..., Tensor], small: bool) -> bool:
-    """small: of bfloat16 numbers"""
-    x, matrix, add = draw(17, 64), draw(3 * kernels.panel - 1, 64), draw(17, 3 * kernels.panel - 1)
-    matrix = matrix.bfloat16().float() if small else matrix
-    panels = Panels(kernels, matrix)
-    every = panels(x, add)
-    few = (panels(x[:n], add[:n]).equal(every[:n]) for n in range(1, 8))
-    return _near(every, x.double() @ matrix.double().t() + add) and all(few)
-
-
-def _attends(kernels: Kernels, draw: Callable[..., Tensor]) -> bool:
-    rows, queries, heads, key_heads, dim, keys = 2, 3, 4, 2, kernels.panel + 8, kernels.panel + 3
-    q, k, v = draw(rows, queries, heads, dim), *(draw(rows, key_heads, keys, dim) for _ in "kv")
-    mask = draw(rows, 1, queries, keys).relu() * torch.finfo(torch.float32).min
-    mask[..., 0] = 0
-    sizes = Sizes(
-        rows, queries, heads, key_heads, dim, keys, heads * dim, *k.stride()[:3], *v.stride()[:3],
-        queries * keys, keys, dim**-0.5,
-    )  # fmt: skip
-    found = kernels.attention(q, k, v, mask, sizes).view(q.shape)
-    k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
-    scores = q.double().transpose(1, 2) @ k.transpose(2, 3) * sizes.scale + mask
-    return _near(found, (scores.softmax(-1) @ v).transpose(1, 2))
-
-
-def _goes_by_rows(kernels: Kernels, draw: Callable[..., Tensor]) -> bool:
-    rows, dim = 3, kernels.panel + 6
-    x, weight, cos, sin = draw(rows, 2 * dim), draw(2 * dim), draw(rows, dim), draw(rows, dim)
-    norm = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
-    gate, up = x.double().chunk(2, -1)
-    place = torch.tensor([2, 0, 1], device="cpu")
-    heads = x.double().view(rows, 2, dim)
-    turned = heads * cos[place, None] + heads.roll(dim // 2, -1) * sin[place, None]
-    return (
-        _near(kernels.rms_norm(x, weight, 1e-5), norm)
-        and _near(kernels.silu_gated(x), F.silu(gate) * up)
-        and _near(kernels.rotate(x, place, cos, sin, 2, dim), turned.flatten(1))
-    )
+    return kernels if is_right(kernels) else None

@@ -79,17 +79,10 @@ class PackedProduct:
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out). bias: (out,), or to be added to every row its own, (..., out)"""
         matrix, width = self.matrix, x.shape[-1]
-        if not (self.large and torch.is_inference_mode_enabled()):
-            return F.linear(x, matrix, bias)
-        state = [state_of(part) for part in self.parts]
-        if self._state != state:
-            self._look_anew(state)
-        if not (self._plain and x.is_cpu and x.dtype is torch.float32 and width == self.width):
+        if not self._multiplies(x):
             return F.linear(x, matrix, bias)  # of another width it says so
         if self.kernels is not None:
-            if self.panels is None:
-                self.panels = self.kernels.panels(matrix)
-            return self.panels(x, bias)
+            return (self.panels or self._lay_out())(x, bias)
         if x.numel() >= self.least_rows * width:
             if self._packed is None:
                 self._packed = _pack(matrix)
@@ -103,6 +96,38 @@ class PackedProduct:
             torch.mm(row, self._columns) if bias is None else torch.addmm(bias, row, self._columns)
         )
         return out.view(*x.shape[:-1], -1)
+
+    def silu(self, x: Tensor, bias: Tensor, onto: Tensor | None = None) -> Tensor:
+        """SiLU(x W^T + b) (+ onto), by kernels in one go. bias: (out,); onto: (..., out)"""
+        if self.kernels is not None and self._multiplies(x):
+            return (self.panels or self._lay_out())(x, bias, True, onto)
+        y = F.silu(self(x, bias))
+        return y if onto is None else onto + y
+
+    def _multiplies(self, x: Tensor) -> bool:
+        """Whether x is multiplied by a copy, or as another order of W has it."""
+        if not self._has_copies():
+            return False
+        return x.is_cpu and x.dtype is torch.float32 and x.shape[-1] == self.width
+
+    def _has_copies(self) -> bool:
+        """Whether there may be copies now; those of other values are dropped."""
+        if not (self.large and torch.is_inference_mode_enabled()):
+            return False
+        state = [state_of(part) for part in self.parts]
+        if self._state != state:
+            self._look_anew(state)
+        return self._plain
+
+    def ready(self) -> Panels | None:
+        """W for the kernels, of its values now; None where they do not multiply by it now."""
+        if self.kernels is None or not self._has_copies():
+            return None
+        return self.panels or self._lay_out()
+
+    def _lay_out(self) -> Panels:
+        self.panels = self.kernels.panels(self.matrix)
+        return self.panels
 
     def _look_anew(self, state: list[tuple[int, int]]) -> None:
         """What was copied is of values, or of a place or dtype, that are no more."""
@@ -228,17 +253,31 @@ class Linear(nn.Linear):
     _product: PackedProduct | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_features * self.out_features < _least(has_kernels()) or not gains(self.weight):
-            return super().forward(x)
-        product = self._product
-        if product is None or product.matrix is not self.weight:
-            product = self._product = PackedProduct(self.weight)
-        return product(x, self.bias)
+        product = self.product()
+        return super().forward(x) if product is None else product(x, self.bias)
+
+    def product(self) -> PackedProduct | None:
+        """What multiplies by its weight, without the bias; None where that gains nothing."""
+        entries, least = self.in_features * self.out_features, _least(has_kernels(), always=True)
+        if entries < least or not gains(self.weight):
+            return None
+        if self._product is None or self._product.matrix is not self.weight:
+            self._product = PackedProduct(self.weight, always=True)
+        return self._product
 
     def train(self, mode: bool = True) -> Linear:
         """Copies are made anew: fused optimisers change weights without a trace."""
         self._product = None
         return super().train(mode)
+
+
+def silu_of(linear: nn.Module, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    """SiLU(linear(x)) (+ onto) of any linear map; in one go where kernels multiply a `Linear`."""
+    product = linear.product() if type(linear) is Linear else None
+    if product is not None and linear.bias is not None:
+        return product.silu(x, linear.bias, onto)
+    y = F.silu(linear(x))
+    return y if onto is None else onto + y
 
 
 class SplitProduct:
@@ -252,7 +291,7 @@ class SplitProduct:
         whole = linear.weight
         self.linear, self.place = linear, whole.data_ptr()
         matrices = whole.detach().tensor_split([width], 1)
-        self.of_c, self.of_s = (PackedProduct(m, parts=[whole]) for m in matrices)
+        self.of_c, self.of_s = (PackedProduct(m, True, [whole], always=True) for m in matrices)
         self._last: tuple[Tensor, Tensor] | None = None
 
     def is_of(self, linear: Linear) -> bool:
@@ -261,7 +300,11 @@ class SplitProduct:
     def __call__(self, c: Tensor, s: Tensor, again: bool) -> Tensor:
         """c, s: (..., width of each), c broadcast against s. again: where c is the last call's, its
         product is, too. Returns (..., out)"""
+        return self.of_s(s) + self.of_context(c, s.dtype, again)
+
+    def of_context(self, c: Tensor, dtype: torch.dtype, again: bool) -> Tensor:
+        """W c + b, (..., out). dtype: of s"""
         last = self._last
         if not again or last is None or last[0] is not c:
-            last = self._last = c, self.of_c(c.to(s.dtype), self.linear.bias)
-        return self.of_s(s) + last[1]
+            last = self._last = c, self.of_c(c.to(dtype), self.linear.bias)
+        return last[1]

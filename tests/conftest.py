@@ -18,7 +18,7 @@ from filelock import FileLock
 from launching import run_copy
 from published import make_run
 
-from redrafter import products
+from redrafter import kernels, products
 from redrafter.products import use_kernels
 
 torch.set_num_threads(1)
@@ -38,6 +38,15 @@ def _own_cache(tmp_path_factory) -> None:
     os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     # As loading a target does, so that no test's numbers depend on one before it.
     use_kernels(torch.device("cpu"))
+
+
+@pytest.fixture
+def made() -> kernels.Kernels:
+    """The kernels of this machine."""
+    found = kernels.load()
+    if found is None:
+        pytest.skip("no kernels could be made on this machine")
+    return found
 
 
 @pytest.fixture

@@ -78,11 +78,17 @@ def test_what_the_host_is_told_is_what_the_device_has(mode):
     assert {0, 1, 2, 3} <= counts
 
 
-#: Launches per step on two fused layers, as docs/results/costs.md says; fewer is better
-LAUNCHES = {"plain": 62, "suffix:4": 124, "head:1x4": 230, "head:4x4": 240}
+#: Launches per step on two fused layers, as docs/results/costs.md says, by torch's operations and
+#: where kernels do what they can; fewer is better
+LAUNCHES = {
+    "torch": {"plain": 63, "suffix:4": 123, "head:1x4": 227, "head:4x4": 234},
+    "kernels": {"plain": 29, "suffix:4": 86, "head:1x4": 129, "head:4x4": 132},
+}
 
 
-def test_a_step_asks_for_no_more_operations_than_it_did():
+@pytest.mark.parametrize("way", LAUNCHES)
+def test_a_step_asks_for_no_more_operations_than_it_did(way, request):
+    request.getfixturevalue("made" if way == "kernels" else "no_kernels")
     target = Target(tiny.__wrapped__("llama").model.float())
     target.fused = FusedForward(target.backbone, target.config)
     head = make_head(target, "recurrent").float()
@@ -93,4 +99,4 @@ def test_a_step_asks_for_no_more_operations_than_it_did():
     }
     found = of_decoding(target, prompts()[0], drafters)
     found = {name: counts["launches"] for name, counts in found.items()}
-    assert all(found[name] <= most for name, most in LAUNCHES.items()), found
+    assert all(found[name] <= most for name, most in LAUNCHES[way].items()), found

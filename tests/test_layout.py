@@ -132,14 +132,15 @@ MAY_IMPORT = {
     "threads": {"contracts"},
     "bars": set(),
     "launcher": {"processes"},
-    "kernels": {"files"},
+    "kernel_trial": set(),
+    "kernels": {"files", "kernel_trial"},
     "products": {"kernels"},
     "targets": BASE
     | {"processes", "kernels", "products"},  # of several processes each has its own device
     "heads": BASE | {"fetch", "products"},  # where a head lies, here or there, is one question
     "lookahead": BASE,
     "decode": BASE | {"targets"},
-    "drafters": BASE | {"targets", "heads"} | DECODE_PARTS,
+    "drafters": BASE | {"products", "targets", "heads"} | DECODE_PARTS,
     "drafting": BASE | {"fetch", "targets", "decode", "drafters", "lookahead"},
     "data": BASE | {"bars", "processes", "targets", "decode"},
     "tables": MAKING | {"drafters"},

@@ -19,14 +19,11 @@ def bucket(n: int) -> int:
 def ancestors(tree: TokenTree, max_depth: int) -> Tensor:
     """(B, N, N) bool: [b, i, j] is true iff j lies on the path from the root to i, i included."""
     n = tree.n_nodes
-    seen = torch.eye(n, dtype=torch.bool, device=tree.tokens.device).expand(len(tree.tokens), n, n)
-    seen = seen.clone()
-    up = tree.parent
-    for depth in range(1, max_depth + 1):
-        seen.scatter_(2, up[:, :, None], True)
-        if depth < max_depth:
-            up = tree.parent.gather(1, up)
-    return seen
+    seen = torch.eye(n, dtype=torch.bool, device=tree.tokens.device).repeat(len(tree.tokens), 1, 1)
+    up = [tree.parent]
+    for _ in range(1, max_depth):
+        up.append(tree.parent.gather(1, up[-1]))
+    return seen.scatter_(2, torch.stack(up[:max_depth], 2), True) if max_depth > 0 else seen
 
 
 def level_start(level: int, width: int) -> int:

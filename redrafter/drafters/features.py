@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from redrafter.decode.warp import score_dtype
+
 TOP = 10
 #: `p_1` .. `p_10`: the likeliest guesses of the level, in order; `margin`: p_1 - p_2;
 #: `entropy_nats`: of the level's distribution; `p_level`: that the level's nodes hold the right
@@ -28,7 +30,7 @@ _NEVER = -1e4  # a score so far below all others that its probability is 0 in an
 
 
 def model_features(
-    log_p: Tensor,
+    scores: Tensor,
     log_q: Sequence[Tensor],
     tokens: Tensor | None = None,
     noise: Tensor | None = None,
@@ -37,24 +39,25 @@ def model_features(
     """(B, F) `MODEL_FEATURES` of the last level, or some; the last three are made of what is
     there already, without another look at the V scores.
 
-    log_p: (B, w, V) log-probabilities of what follows each of the w nodes above, as the drafter
-        read them: with the verifier's noise where it used that
+    scores: (B, w, V), in any scale, of what follows each of the w nodes above, as the drafter read
+        them: with the verifier's noise where it used that
     log_q: per level (B, w_level) cumulative log-scores of the nodes, the last level's own last;
         the root's 0
-    tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `log_p` holds it
+    tokens: (B, >= 1) int64, the level's, the best one first; noise: (B, V), where `scores` hold it
     The level's distribution is the one over all (node above, token) pairs, each node weighted by
     its own probability; for a chain it is q. Below the first level of a tree of width W only
     p_1 .. p_W are given, the others are 0. Features: DISCO (arXiv 2405.04304); for trees, ours.
     """
+    dtype = score_dtype(scores.dtype)
 
     def path(of: Tensor) -> Tensor:
         whole = of if of.shape[1] == 1 else of.logsumexp(-1, keepdim=True)
-        return whole.to(log_p.dtype).clamp(LEAST, 0.0)
+        return whole.to(dtype).clamp(LEAST, 0.0)
 
     def own_noise() -> Tensor:
         if noise is None:
-            return log_p.new_zeros(len(log_p), 1)
-        return noise.gather(1, tokens[:, :1]).to(log_p.dtype)
+            return scores.new_zeros(len(scores), 1, dtype=dtype)
+        return noise.gather(1, tokens[:, :1]).to(dtype)
 
     def p_level() -> Tensor:
         return (path(log_q[-1]) - path(log_q[-2])).exp().clamp(max=1.0)
@@ -63,7 +66,8 @@ def model_features(
     if names is not None and cheap.keys() >= set(names):
         found = [cheap[name]() for name in names]
         return found[0] if len(found) == 1 else torch.cat(found, 1)
-    above, level = log_q[-2].to(log_p.dtype), log_q[-1].to(log_p.dtype)
+    log_p = scores.log_softmax(-1, dtype=dtype)
+    above, level = log_q[-2].to(dtype), log_q[-1].to(dtype)
     entropy = -torch.linalg.vecdot(log_p.exp(), log_p.clamp(min=_NEVER))  # (B, w)
     if log_p.shape[1] == 1:
         top = log_p[:, 0].topk(min(TOP, log_p.shape[-1]), dim=-1).values.exp()

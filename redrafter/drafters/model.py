@@ -108,7 +108,7 @@ class DraftModel(Drafter):
         if self.noise is not None:
             scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
         found = best_children(scores, self.log_q[-1], self.width)
-        self._log_p, self._place = found.log_p, found.place
+        self._scores, self._place = scores, found.place
         self.tokens.append(found.tokens)
         self.parents.append(level_start(level - 1, self.width) + found.place)
         self.log_q.append(found.log_q.masked_fill((level > self._room)[:, None], float("-inf")))
@@ -119,7 +119,7 @@ class DraftModel(Drafter):
         if len(self.log_q) == 1:
             return None
         noise = None if self.noise is None else self.noise[:, len(self.log_q) - 2]
-        return model_features(self._log_p, self.log_q, self.tokens[-1], noise, names)
+        return model_features(self._scores, self.log_q, self.tokens[-1], noise, names)
 
     def tree(self) -> TokenTree:
         tokens, log_q = torch.cat(self.tokens, 1), torch.cat(self.log_q, 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
-from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
+from redrafter.decode.tree import best_nodes, final_beams, level_depths
 from redrafter.drafters.beams import best_children
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.context import HeadContext
@@ -64,7 +64,8 @@ class RecurrentDrafter(Drafter):
         self.one_path = self.width == 1
         self.max_depth = tree.depth
         self.max_nodes = 1 + self.width * tree.depth
-        self._known: tuple[Tensor, Tensor] | None = None  # depth and validity of a whole tree
+        #: depth and validity of a whole tree, and where the level above each node begins
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
         self.budget = budget
         if budget is not None:
             self.max_nodes = min(self.max_nodes, budget.max_nodes, tree.nodes or self.max_nodes)
@@ -92,9 +93,9 @@ class RecurrentDrafter(Drafter):
 
     def start(self) -> None:
         root = self.seqs.root[:, None]
-        self.tokens, self.parents = [root], [self._zeros]
+        self.tokens, self.places = [root], [self._zeros]  # places: of parents, in their level
         self.log_q = [torch.zeros(root.shape, dtype=self.context.dtype, device=root.device)]
-        self.states: Tensor | None = None  # (B, w, S), of the parents of the frontier
+        self.states: Tensor | None = None  # (B, w, S), of the level that was read last
         noise = self.seqs.noise if self.shape.seeded else None
         if noise is not None and self.head.config.draft_vocab_size is not None:
             noise = noise[..., self.head.draft_ids]
@@ -107,40 +108,45 @@ class RecurrentDrafter(Drafter):
         """The head reads the frontier (B, w), of whose children the best W are kept."""
         if self._ended:
             return
-        frontier = self.tokens[-1]
         states, scores = self.head.read(  # (B, w, S) and (B, w, Vd)
-            self.target, frontier, self.context, self.states, level
+            self.target, self.tokens[-1], self.context, self._states_before(), level
         )
         if self.noise is not None:
-            scores = scores / self.seqs.temperature
-            scores = scores + self.noise[:, level - 1 : level].to(scores.dtype)
+            noise = self.noise[:, level - 1 : level].to(scores.dtype)
+            scores = torch.add(noise, scores, alpha=1 / self.seqs.temperature)
         found = best_children(scores, self.log_q[-1], self.width)
-        self._log_p = found.log_p
-        if frontier.shape[1] > 1:
-            beam = found.place[:, :, None].expand(-1, -1, states.shape[-1])
-            self.states = states.gather(1, beam)
-        else:
-            self.states = states.expand(-1, self.width, -1)
+        self.states, self._scores = states, scores
         self.tokens.append(self.head.to_vocab_ids(found.tokens))
-        self.parents.append(level_start(level - 1, self.width) + found.place)
+        self.places.append(found.place)
         self.log_q.append(found.log_q)
         if self.budget:
             self._ended = not self.budget.go_on(found.log_q)
+
+    def _states_before(self) -> Tensor | None:
+        """(B, w, S), of the frontier's parents."""
+        states = self.states
+        if states is None or self.width == 1:
+            return states
+        if states.shape[1] == 1:
+            return states.expand(-1, self.width, -1)
+        return states.gather(1, self.places[-1][:, :, None].expand(-1, -1, states.shape[-1]))
 
     def features(self, names: Sequence[str] | None = None) -> Tensor | None:
         if len(self.log_q) == 1:
             return None
         noise = None if self.noise is None else self.seqs.noise[:, len(self.log_q) - 2]
-        return model_features(self._log_p, self.log_q, self.tokens[-1], noise, names)
+        return model_features(self._scores, self.log_q, self.tokens[-1], noise, names)
 
     def tree(self) -> TokenTree:
         tokens = torch.cat(self.tokens, 1)
         levels = len(self.tokens) - 1
         if self._known is None or self._known[0].shape != tokens.shape:
             depth = level_depths(tokens.shape[1], self.width, tokens.device)
-            self._known = depth.expand_as(tokens), torch.ones_like(tokens, dtype=torch.bool)
-        depth, valid = self._known
-        tree = TokenTree(tokens, torch.cat(self.parents, 1), depth, valid, torch.cat(self.log_q, 1))
+            above = torch.where(depth > 1, 1 + (depth - 2) * self.width, 0)
+            self._known = depth.expand_as(tokens), torch.ones_like(tokens, dtype=torch.bool), above
+        depth, valid, above = self._known
+        parents = torch.cat(self.places, 1) + above
+        tree = TokenTree(tokens, parents, depth, valid, torch.cat(self.log_q, 1))
         if self.budget:
             return self.budget.prune(tree)
         if self.shape.shape == "best":

@@ -42,7 +42,7 @@ from redrafter.heads.lora import effective_weight
 from redrafter.heads.owner import describe
 from redrafter.heads.prefix import PrefixLayer, heads_for
 from redrafter.heads.reading import read_config, with_weights
-from redrafter.products import Linear, PackedProduct
+from redrafter.products import Linear, PackedProduct, silu_of
 
 
 class DraftHeadConfig(PreTrainedConfig):
@@ -324,11 +324,15 @@ class DraftHead(PreTrainedModel):
         features = self.features(context, states, level).to(matrix.dtype)
         if not isinstance(matrix, nn.Parameter) and matrix is not self._frozen_matrix:
             return F.linear(features, matrix)  # made anew in every call
+        return self._product(matrix)(features)
+
+    def _product(self, matrix: Tensor) -> PackedProduct:
+        """What multiplies by a vocabulary's matrix."""
         place = matrix.data_ptr()
         product = self._products.get(place)
         if product is None or not product.is_of(matrix):
-            product = self._products[place] = PackedProduct(matrix)
-        return product(features)
+            product = self._products[place] = PackedProduct(matrix, always=True)
+        return product
 
     def train(self, mode: bool = True) -> Self:
         """Also where it is told what it is already, matrices are packed anew: fused optimisers
@@ -380,7 +384,7 @@ class ResidualBlock(nn.Module):
         self.linear = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.silu(self.linear(x))
+        return silu_of(self.linear, x, x)
 
 
 def embedding_rms(target: Any, rows: int = 8192) -> float:

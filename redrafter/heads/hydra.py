@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from redrafter.heads.base import DraftHead, DraftHeadConfig, ResidualBlock, embedding_rms
-from redrafter.products import Linear
+from redrafter.products import Linear, silu_of
 
 
 class HydraHeadConfig(DraftHeadConfig):
@@ -57,7 +56,7 @@ class FirstBlock(nn.Module):
         self.res_connection = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.res_connection(x) + F.silu(self.linear(x))
+        return silu_of(self.linear, x, self.res_connection(x))
 
 
 class HydraHead(DraftHead):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from redrafter.heads.base import DraftHead, DraftHeadConfig, ResidualBlock, embedding_rms
+from redrafter.heads.recurrent_level import ReadyLevels
 from redrafter.products import Linear, SplitProduct, gains, state_of
 
 #: entries above which no table of W e of all tokens is made: 8 MiB
@@ -81,6 +82,9 @@ class RecurrentHead(DraftHead):
         self._n_blocks, self._norms = config.num_draft_layers, config.input_norm
         self._projects, self._scales = width != 2 * hidden, config.embedding_scale == "rms"
         self._norms_state = config.state_norm
+        #: whether the maps of a level are those that `ReadyLevels` knows
+        self._in_one = (config.cell, config.first_state) == ("simple", "code")
+        self._in_one &= not (config.input_norm or config.state_norm)
         self._tabulates = config.cell == "simple" and config.vocab_size * hidden <= _TABLE
         if config.cell == "simple":
             self.rnn_w = Linear(hidden, hidden, bias=False)
@@ -144,7 +148,7 @@ class RecurrentHead(DraftHead):
         return e * self.inverse_rms if self._scales else e
 
     def _next(self, read: Tensor, s: Tensor | None) -> Tensor:
-        """SiLU(W e + U s + b), of an e that is read now or was looked up. read: W e"""
+        """SiLU(W e + U s + b). read: W e"""
         return F.silu(read + (self.rnn_u.bias if s is None else self.rnn_u(s)))
 
     def advance(
@@ -152,9 +156,29 @@ class RecurrentHead(DraftHead):
     ) -> Tensor:
         known = states is not None or self.config.first_state == "code"
         table = self._read_ahead(target) if known else None
-        if table is not None:
-            return self._normed(self._next(F.embedding(tokens, table), states))
-        return self.step(target.embed(tokens), states)
+        if table is None:
+            return self.step(target.embed(tokens), states)
+        read = F.embedding(tokens, table)
+        return self._normed(F.silu(read if states is None else read + self._of_u(states)))
+
+    def _of_u(self, s: Tensor) -> Tensor:
+        """U s, without the bias."""
+        product = self.rnn_u.product()
+        return F.linear(s, self.rnn_u.weight) if product is None else product(s)
+
+    def read(
+        self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
+    ) -> tuple[Tensor, Tensor]:
+        """As every head's; by kernels in one call."""
+        ready = self._ready
+        if states is None or ready is None or ready.context is not context:
+            ready = ReadyLevels.make(self, target, context) if self._in_one else None
+            self._ready = ready
+        made = None
+        if ready is not None:
+            e = None if ready.table is not None else self._scaled(target.embed(tokens))
+            made = ready.read(tokens, states, e)
+        return super().read(target, tokens, context, states, level) if made is None else made
 
     def features(self, c: Tensor, s: Tensor, level: int = 1) -> Tensor:
         """The tensor that multiplies the vocabulary matrix, by the same maps at every level.
@@ -195,22 +219,25 @@ class RecurrentHead(DraftHead):
         return self._first
 
     def _read_ahead(self, target: Any) -> Tensor | None:
-        """(V, H), W e of every token; None where it would be large, where nothing tells whether
+        """(V, H), W e + b of every token; None where it would be large, where nothing tells whether
         the target's embeddings have changed, and in training."""
-        if not self._tabulates or type(self.rnn_w) is not Linear or not gains(self.rnn_w.weight):
+        if not (self._tabulates and type(self.rnn_w) is type(self.rnn_u) is Linear):
             return None
         embeddings = getattr(target, "embedding_weight", None)
-        if embeddings is None:
+        if embeddings is None or not gains(self.rnn_w.weight):
             return None
-        weights = [embeddings, self.rnn_w.weight, *([self.inverse_rms] if self._scales else [])]
+        weights = [embeddings, self.rnn_w.weight, self.rnn_u.bias]
+        weights += [self.inverse_rms] if self._scales else []
         state = weakref.ref(target), *map(state_of, weights)
         if self._table is None or self._table[0] != state:
             every = torch.arange(self.config.vocab_size, device=self.rnn_w.weight.device)
-            self._table = state, self.rnn_w(self._scaled(target.embed(every)))
+            read = self.rnn_w(self._scaled(target.embed(every)))
+            self._table = state, read + self.rnn_u.bias
         return self._table[1]
 
     def _forget(self) -> None:
         self._first: SplitProduct | None = None
+        self._ready: ReadyLevels | None = None  # of the draft that was begun last
         self._table: tuple[tuple, Tensor] | None = None
 
     def train(self, mode: bool = True) -> RecurrentHead:

@@ -1,0 +1,104 @@
+"""Kernels are tried before they are used: against float64, by torch's operations.
+
+A compiler, a processor or a broken file might make something else of them. Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def is_right(kernels: Any) -> bool:
+    """All of them against float64, and in products each number of rows that has code of its own
+    against the rows of many."""
+    drawn = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn, dtype=torch.float32, device="cpu")
+
+    products = (_multiplies(kernels, draw, small) for small in (True, False))
+    others = (_surrounds, _attends, _goes_by_rows, _chooses)
+    return all(products) and all(other(kernels, draw) for other in others)
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def _multiplies(kernels: Any, draw: Callable[..., Tensor], small: bool) -> bool:
+    """small: of bfloat16 numbers"""
+    x, matrix, add = draw(17, 64), draw(3 * kernels.panel - 1, 64), draw(17, 3 * kernels.panel - 1)
+    matrix = matrix.bfloat16().float() if small else matrix
+    panels = kernels.panels(matrix)
+    every = panels(x, add)
+    few = (panels(x[:n], add[:n]).equal(every[:n]) for n in range(1, 8))
+    return _near(every, x.double() @ matrix.double().t() + add) and all(few)
+
+
+def _surrounds(kernels: Any, draw: Callable[..., Tensor]) -> bool:
+    """What stands around a product, alone and among several in one call."""
+    rows, out, width = 9, kernels.panel + 3, 20
+    x, matrix, table, onto = draw(rows, width), draw(out, width), draw(3, out), draw(rows, out)
+    panels, bare = kernels.panels(matrix), x.double() @ matrix.double().t()
+    each = bare + table.repeat_interleave(3, 0)
+    at = torch.arange(rows, device="cpu") * 5 % 3
+    apart, last = draw(rows, 2 * out), draw(rows, out)
+    steps = [
+        kernels.step(
+            rows, apart[:, out:].data_ptr(), panels, x.data_ptr(), add=table.data_ptr(), known=3,
+            at=at.data_ptr(), silu=True, onto=onto.data_ptr(), y_stride=2 * out,
+        ),
+        kernels.step(rows, last.data_ptr(), out=out, add=table.data_ptr(), each=3),
+    ]  # fmt: skip
+    kernels.take(kernels.steps(steps), rows)
+    return (
+        _near(panels(x, table), each)
+        and _near(panels(x, table, True, onto), F.silu(each) + onto)
+        and _near(apart[:, out:], F.silu(bare + table[at]) + onto)
+        and last.equal(table.repeat_interleave(3, 0))
+    )
+
+
+def _attends(kernels: Any, draw: Callable[..., Tensor]) -> bool:
+    rows, queries, heads, key_heads, dim, keys = 2, 3, 4, 2, kernels.panel + 8, kernels.panel + 3
+    q, k, v = draw(rows, queries, heads, dim), *(draw(rows, key_heads, keys, dim) for _ in "kv")
+    mask = draw(rows, 1, queries, keys).relu() * torch.finfo(torch.float32).min
+    mask[..., 0] = 0
+    sizes = kernels.sizes(
+        rows, queries, heads, key_heads, dim, keys, heads * dim, *k.stride()[:3], *v.stride()[:3],
+        queries * keys, keys, dim**-0.5,
+    )  # fmt: skip
+    found = kernels.attention(q, k, v, mask, sizes).view(q.shape)
+    k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
+    scores = q.double().transpose(1, 2) @ k.transpose(2, 3) * sizes.scale + mask
+    return _near(found, (scores.softmax(-1) @ v).transpose(1, 2))
+
+
+def _goes_by_rows(kernels: Any, draw: Callable[..., Tensor]) -> bool:
+    rows, dim = 3, kernels.panel + 6
+    x, weight, cos, sin = draw(rows, 2 * dim), draw(2 * dim), draw(rows, dim), draw(rows, dim)
+    norm = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
+    gate, up = x.double().chunk(2, -1)
+    place = torch.tensor([2, 0, 1], device="cpu")
+    heads = x.double().view(rows, 2, dim)
+    turned = heads * cos[place, None] + heads.roll(dim // 2, -1) * sin[place, None]
+    return (
+        _near(kernels.rms_norm(x, weight, 1e-5), norm)
+        and _near(kernels.silu_gated(x), F.silu(gate) * up)
+        and _near(kernels.rotate(x, place, cos, sin, 2, dim), turned.flatten(1))
+    )
+
+
+def _chooses(kernels: Any, draw: Callable[..., Tensor]) -> bool:
+    rows, parents, width, columns = 2, 3, 5, 11 * kernels.panel + 3
+    scores, log_q = draw(rows, parents, columns), draw(rows, parents)
+    scores[0, 1, 3::7] = -torch.inf
+    tokens, places, values = kernels.best_children(scores, log_q, width)
+    every = (scores.double().log_softmax(-1) + log_q[:, :, None]).flatten(1)
+    best, index = every.topk(width)
+    return (places * columns + tokens).equal(index) and _near(values, best)
