@@ -170,10 +170,12 @@ class RecurrentHead(DraftHead):
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
     ) -> tuple[Tensor, Tensor]:
         """As every head's; by kernels in one call."""
-        ready = self._ready
-        if states is None or ready is None or ready.context is not context:
-            ready = ReadyLevels.make(self, target, context) if self._in_one else None
-            self._ready = ready
+        ready, begins = self._ready, states is None
+        if begins or ready is None or ready.context is not context:
+            # A draft of one level, as the last one was, is over before it pays to get ready.
+            pays = self._in_one and (self._goes_on or not begins)
+            ready = self._ready = ReadyLevels.make(self, target, context) if pays else None
+        self._goes_on = not begins
         made = None
         if ready is not None:
             e = None if ready.table is not None else self._scaled(target.embed(tokens))
@@ -238,6 +240,7 @@ class RecurrentHead(DraftHead):
     def _forget(self) -> None:
         self._first: SplitProduct | None = None
         self._ready: ReadyLevels | None = None  # of the draft that was begun last
+        self._goes_on = True  # whether a level was read behind that draft's first
         self._table: tuple[tuple, Tensor] | None = None
 
     def train(self, mode: bool = True) -> RecurrentHead:
