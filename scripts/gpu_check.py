@@ -72,7 +72,7 @@ from redrafter.processes import hide_bars
 from redrafter.targets.inflation import Shape, inflate
 from redrafter.targets.model import Target, load_model_config, load_target
 from redrafter.training.feed import Batch
-from redrafter.training.step import batch_loss, total_weight
+from redrafter.training.step import StepLoss, total_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 _STATES_ROW_TOKENS = 256
@@ -84,7 +84,7 @@ class StandIn:
     """The part of a target that a training step touches: one random matrix, (V, H)."""
 
     def __init__(self, vocab: int, hidden: int, device: Any, dtype: torch.dtype):
-        self.vocab_size, self.hidden_size = vocab, hidden
+        self.vocab_size, self.hidden_size, self.state_size = vocab, hidden, hidden
         self.device, self.dtype = torch.device(device), dtype
         self.lm_head_weight = torch.empty(vocab, hidden, device=device, dtype=dtype)
         if self.device.type != "meta":
@@ -264,14 +264,14 @@ class Check:
                 backend, init_method=f"file://{folder}/meet", rank=0, world_size=1
             )
             try:
-                alone = self._gradients(lambda head: head)
+                alone = self._gradients(lambda loss: loss)
                 shared = self._gradients(DistributedDataParallel)
             finally:
                 dist.destroy_process_group()
         off = max(float((a - b).abs().max()) for a, b in zip(alone, shared, strict=True))
         return {"backend": backend, "largest_difference": off}
 
-    def _gradients(self, wrap: Callable[[RecurrentHead], Any]) -> list[Tensor]:
+    def _gradients(self, wrap: Callable[[StepLoss], Any]) -> list[Tensor]:
         """Of one step of a new head for the small target's matrix."""
         torch.manual_seed(0)
         small, loss = self.small, LossConfig()
@@ -280,7 +280,7 @@ class Check:
         grid = (2, _POSITIONS, _DEPTH)
         tokens, labels = torch.randint(small.vocab_size, grid, device=small.device)
         batch = Batch(context, tokens, labels, torch.ones_like(tokens, dtype=torch.bool))
-        value, _ = batch_loss(wrap(head), head, small, batch, loss, total_weight(batch, loss))
+        value, _ = wrap(StepLoss(head, small, loss))(batch, total_weight(batch, loss))
         value.backward()
         return [p.grad for p in head.parameters()]
 
