@@ -186,9 +186,9 @@ def test_texts_and_acceptance_are_the_small_models(written, tiny_target, publish
     for folder, heads in ((tiny_target, published_run), (large, head)):
         target = load_target(str(folder))
         drafter = RecurrentDrafter(load_head(heads, target), target, TreeConfig(width=3, depth=3))
-        lines = (tiny_target / "prompts_heldout.jsonl").read_text().splitlines()[:4]
-        ids = [target.tokenizer(json.loads(line)["text"]).input_ids[:16] for line in lines]
-        found.append(speculative(target, ids, settings(max_new_tokens=32), drafter=drafter))
+        lines = (tiny_target / "prompts_heldout.jsonl").read_text().splitlines()[:8]
+        ids = [target.tokenizer(json.loads(line)["text"]).input_ids[:24] for line in lines]
+        found.append(speculative(target, ids, settings(max_new_tokens=48), drafter=drafter))
     small_made, large_made = found
     assert large_made.tokens == small_made.tokens
     assert large_made.stats.accepted_at == small_made.stats.accepted_at
