@@ -268,7 +268,7 @@ class Panels:
                 raise ValueError(f"{tuple(onto.shape)} to be added to {rows} rows of {out}")
         self.product(
             x.data_ptr(), self.place, self.bytes, place, each, onto_place, silu, result.data_ptr(),
-            rows, width, out, torch.get_num_threads() if rows > self.shared else 1,
+            rows, width, out, self.threads_for(rows),
         )  # fmt: skip
         return result
 

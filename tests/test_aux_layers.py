@@ -6,13 +6,12 @@ import itertools
 import pytest
 import torch
 from models import alone, prompts, settings, tiny
-from test_prefix import Watching, counts_of_decoding, counts_of_training, greedy_feed
+from test_prefix import Watching, counts_of_decoding, counts_of_training, overfitted
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redrafter.config import (
     DataConfig,
     HeadConfig,
-    LossConfig,
     StatesConfig,
     TargetConfig,
     TrainConfig,
@@ -35,7 +34,6 @@ from redrafter.targets.aux_layers import picked
 from redrafter.targets.fused import choose_forward
 from redrafter.targets.model import Target
 from redrafter.training.data import check_settings, load_training_data
-from redrafter.training.step import batch_loss, total_weight
 
 LAYERS = 3
 KINDS = {"recurrent": {}, "medusa": {"num_heads": 3}, "hydra": {"num_heads": 3}}
@@ -182,26 +180,10 @@ def test_each_head_reads_its_own_layers_of_those_that_are_shown(target):
 # --------------------------------------------------- what training counts, and what decoding counts
 
 
-@functools.cache
-@torch.enable_grad()
-def overfitted():
-    target = tiny("llama", num_hidden_layers=LAYERS)
-    torch.manual_seed(0)
-    fields = dict(aux_layers=(1, 2), embedding_scale="rms", output="target")
-    head = head_class("recurrent").for_target(target, **fields).double().train()
-    feed = greedy_feed(target, row_starts=None)[2]
-    optimizer, loss = torch.optim.Adam(head.parameters(), lr=0.01), LossConfig()
-    for step in range(25):
-        batch = feed.step(step)
-        batch_loss(head, head, target, batch, loss, total_weight(batch, loss))[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return head.eval()
-
-
 @pytest.fixture
 def learned(target):
-    return overfitted().bind(target)  # it shows them again
+    head = overfitted(target, row_starts=None, aux_layers=(1, 2))
+    return head.bind(target)  # it shows them again
 
 
 def test_decoding_accepts_what_training_counts(learned, target):
@@ -323,7 +305,7 @@ def test_what_it_cannot_do_is_refused_by_name(target, tmp_path):
         with pytest.raises(InputError, match="no place for a context of layers"):
             convert(tmp_path / "head", layout, tmp_path / layout, target)
     made = head_class("recurrent").config_class
-    for layers in ([2, 1], [1, 1], [0], ["1"]):
+    for layers in ([2, 1], [1, 1], [0], ["1"], [1, "2"]):
         with pytest.raises(InputError, match=r"aux_layers = .*ascending"):
             made(vocab_size=9, hidden_size=8, aux_layers=layers).check()
     with pytest.raises(ValueError, match=r"head\.aux_layers is an option of recurrent"):

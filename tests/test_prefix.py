@@ -262,12 +262,13 @@ def greedy_feed(target, **options):
 
 @functools.cache
 @torch.enable_grad()
-def overfitted(target):
-    """A head that knows these texts, so that its drafts are accepted to every depth."""
-    _, _, feed = greedy_feed(target)
+def overfitted(target, row_starts=8, **context):
+    """A head that knows these texts, so that its drafts are accepted to every depth. context: what
+    makes its c; usually the layer over the row"""
+    fields = dict(embedding_scale="rms", output="target", **context or {"prefix": "attention"})
     torch.manual_seed(0)
-    fields = dict(prefix="attention", embedding_scale="rms", output="target")
     head = head_class("recurrent").for_target(target, **fields).double().train()
+    _, _, feed = greedy_feed(target, row_starts=row_starts)
     optimizer, loss = torch.optim.Adam(head.parameters(), lr=0.01), LossConfig()
     for step in range(25):
         batch = feed.step(step)

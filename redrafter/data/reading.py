@@ -74,6 +74,7 @@ class Stored:
 
     columns: those to read; None reads all
     layers: those whose states are wanted beside the last one's; None: all that the store holds
+    Raises InputError where it does not hold those of one of them.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class Stored:
         self.store = store
         self.shown = store.identity.get("aux_layers", [])
         self.layers = self.shown if layers is None else layers
+        if lacking := [a for a in self.layers if a not in self.shown]:
+            raise InputError(
+                f"{store.name} holds no hidden states of layers {lacking}, which head.aux_layers "
+                f"{list(self.layers)} needs: make it with --states.aux_layers '{list(self.layers)}'"
+            )
         self.columns = sorted(store.columns) if columns is None else columns
         self.n_rows, self.starts = store.n_rows, store.starts
         self.left_out = LeftOut(store, "make the store anew, with a wider dtype to keep them")

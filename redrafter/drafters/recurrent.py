@@ -19,7 +19,7 @@ from torch import Tensor
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import Drafter, InputError, RowState, TokenTree, Truth
-from redrafter.decode.tree import best_nodes, final_beams, level_depths
+from redrafter.decode.tree import best_nodes, final_beams, level_depths, level_start
 from redrafter.drafters.beams import best_children
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.context import HeadContext
@@ -142,7 +142,9 @@ class RecurrentDrafter(Drafter):
         levels = len(self.tokens) - 1
         if self._known is None or self._known[0].shape != tokens.shape:
             depth = level_depths(tokens.shape[1], self.width, tokens.device)
-            above = torch.where(depth > 1, 1 + (depth - 2) * self.width, 0)
+            starts = [level_start(k - 1, self.width) for k in range(1, levels + 1)]
+            above = torch.tensor([0, *(start for start in starts for _ in range(self.width))])
+            above = above.to(tokens.device)
             self._known = depth.expand_as(tokens), torch.ones_like(tokens, dtype=torch.bool), above
         depth, valid, above = self._known
         parents = torch.cat(self.places, 1) + above

@@ -116,11 +116,14 @@ def drafted_depth(head: DraftHead) -> int:
     return min(DEPTH, head.max_depth or DEPTH)
 
 
-def hidden_states(target: Target, prompts: Sequence[Sequence[int]], last: int) -> Tensor:
-    """(P, last, (1 + n) H), as the target shows them: at the last positions of every prompt, each
+def hidden_states(
+    head: DraftHead, target: Target, prompts: Sequence[Sequence[int]], last: int
+) -> Tensor:
+    """(P, last, (1 + a) H), what the head reads: at the last positions of every prompt, each
     computed alone."""
     rows = [torch.tensor([prompt], device=target.device) for prompt in prompts]
-    return torch.cat([target.states(ids)[:, -last:] for ids in rows])
+    found = torch.cat([target.states(ids)[:, -last:] for ids in rows])
+    return target.pick(found, head.aux_layers)
 
 
 def draft_context(
@@ -194,7 +197,7 @@ def make_golden(
         how |= {"tokens": made.tokens, "finish": made.finish, "accepted": made.accepted,
                 "texts": text_of(target, made.tokens)}  # fmt: skip
     path = [(row + [row[-1]] * depth)[:depth] for row in found["greedy"].tokens]
-    hidden = target.pick(hidden_states(target, rows, last), head.aux_layers)
+    hidden = hidden_states(head, target, rows, last)
     context = draft_context(head, target, hidden, rows, path)
     tensors = {"hidden": hidden, **_sampled_logits(draft_logits(head, target, context, path))}
     for name, made in found.items():

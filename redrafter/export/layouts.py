@@ -42,7 +42,7 @@ def convert(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} exists; give a folder that does not, or an empty one")
     read = load_trainable(head)
-    if to != "redrafter" and (more := read.reads_more()):
+    if to != "redrafter" and (more := read.reads_more):
         raise InputError(
             f"{head}: the layout {to} has no place for a context of {more}: train a head "
             "without, or keep the layout redrafter"

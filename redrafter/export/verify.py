@@ -174,13 +174,9 @@ def _dtype_check(
 def _hidden_check(head: DraftHead, target: Target, golden: Golden) -> Check:
     prompts, then = golden.facts["prompts"], golden.tensors["hidden"].double()
     last = then.shape[1]
-
-    def own(hidden: Tensor) -> Tensor:
-        return target.pick(hidden, head.aux_layers).double().cpu()
-
-    alone = own(hidden_states(target, prompts, last))
+    alone = hidden_states(head, target, prompts, last).double().cpu()
     batch = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
-    padded = own(target.states(batch.to(target.device)))
+    padded = target.pick(target.states(batch.to(target.device)), head.aux_layers).double().cpu()
     again = torch.stack(
         [row[len(p) - last : len(p)] for row, p in zip(padded, prompts, strict=True)]
     )
@@ -207,7 +203,7 @@ def _draft_check(head: DraftHead, target: Target, golden: Golden) -> tuple[Check
     logits = draft_logits(head, target, context, path)
     rows = zip(context, path, strict=True)
     alone = torch.cat([draft_logits(head, target, c[None], [p]) for c, p in rows])
-    own = target.pick(hidden_states(target, prompts, hidden.shape[1]), head.aux_layers)
+    own = hidden_states(head, target, prompts, hidden.shape[1])
     from_here = draft_logits(head, target, draft_context(head, target, own, prompts, path), path)
     ids = stored["draft_ids"].long().to(logits.device)
     in_full = logits.float()  # as they were kept

@@ -102,7 +102,7 @@ class DraftHeadConfig(PreTrainedConfig):
                 f"{where}: draft_vocab_size = {pruned}; must lie in 1..{self.vocab_size}"
             )
         layers = self.aux_layers or []
-        if layers != sorted({*layers}) or not all(type(a) is int and a > 0 for a in layers):
+        if not all(type(a) is int and a > 0 for a in layers) or layers != sorted({*layers}):
             raise InputError(
                 f"{where}: aux_layers = {layers!r}; must be numbers of layers, from 1 on, "
                 "each once and in ascending order"
@@ -252,6 +252,7 @@ class DraftHead(PreTrainedModel):
         """True if c is made of the hidden states of the whole row."""
         return self.config.prefix != "none"
 
+    @property
     def reads_more(self) -> str | None:
         """What of the target its context is made of beside the last hidden state; None: nothing."""
         read = [f"layers {list(self.aux_layers)} (head.aux_layers)"] * bool(self.aux_layers)

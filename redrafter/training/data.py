@@ -165,13 +165,6 @@ def _from_stores(config: TrainConfig, target: Target) -> TrainingData:
                 f"{path} holds no probable tokens of the target, which loss.teacher top_k needs: "
                 "make it with --states.teacher_top_k, or take loss.teacher states"
             )
-        shown = store.identity.get("aux_layers", [])
-        if lacking := [a for a in target.aux_layers if a not in shown]:
-            raise InputError(
-                f"{path} holds no hidden states of layers {lacking}, which head.aux_layers "
-                f"{list(target.aux_layers)} needs: make it with --states.aux_layers "
-                f"'{list(target.aux_layers)}'"
-            )
         columns = ["tokens", "supervised", "states"]
         columns += ["teacher_ids", "teacher_log_p"] * (teacher == "top_k")
         columns += ["scale"] * ("scale" in store.columns) + ["continuation"] * (n > 0)
