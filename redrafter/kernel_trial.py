@@ -21,23 +21,27 @@ def is_right(kernels: Any) -> bool:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=drawn, dtype=torch.float32, device="cpu")
 
-    products = (_multiplies(kernels, draw, small) for small in (True, False))
-    others = (_surrounds, _attends, _goes_by_rows, _chooses)
-    return all(products) and all(other(kernels, draw) for other in others)
+    kinds = (torch.float32, torch.bfloat16)
+    products = (_multiplies(kernels, draw, kind) for kind in kinds)
+    attentions = (_attends(kernels, draw, kind) for kind in kinds)
+    others = (other(kernels, draw) for other in (_surrounds, _goes_by_rows, _chooses))
+    return all(products) and all(attentions) and all(others)
 
 
 def _near(found: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
-def _multiplies(kernels: Any, draw: Callable[..., Tensor], small: bool) -> bool:
-    """small: of bfloat16 numbers"""
-    x, matrix, add = draw(17, 64), draw(3 * kernels.panel - 1, 64), draw(17, 3 * kernels.panel - 1)
-    matrix = matrix.bfloat16().float() if small else matrix
+def _multiplies(kernels: Any, draw: Callable[..., Tensor], kind: torch.dtype) -> bool:
+    """kind: of the matrix"""
+    out = 9 * kernels.panel - 1  # panels of which few rows take several at once, and one left over
+    x, matrix, add = draw(17, 64), draw(out, 64), draw(17, out)
+    matrix = matrix.to(kind)
     panels = kernels.panels(matrix)
     every = panels(x, add)
     few = (panels(x[:n], add[:n]).equal(every[:n]) for n in range(1, 8))
-    return _near(every, x.double() @ matrix.double().t() + add) and all(few)
+    same = panels.bytes == matrix.itemsize and kernels.panels(matrix.float())(x, add).equal(every)
+    return _near(every, x.double() @ matrix.double().t() + add) and all(few) and same
 
 
 def _surrounds(kernels: Any, draw: Callable[..., Tensor]) -> bool:
@@ -64,9 +68,11 @@ def _surrounds(kernels: Any, draw: Callable[..., Tensor]) -> bool:
     )
 
 
-def _attends(kernels: Any, draw: Callable[..., Tensor]) -> bool:
+def _attends(kernels: Any, draw: Callable[..., Tensor], kind: torch.dtype) -> bool:
+    """kind: of keys and values"""
     rows, queries, heads, key_heads, dim, keys = 2, 3, 4, 2, kernels.panel + 8, kernels.panel + 3
-    q, k, v = draw(rows, queries, heads, dim), *(draw(rows, key_heads, keys, dim) for _ in "kv")
+    q = draw(rows, queries, heads, dim)
+    k, v = (draw(rows, key_heads, keys, dim).to(kind) for _ in "kv")
     mask = draw(rows, 1, queries, keys).relu() * torch.finfo(torch.float32).min
     mask[..., 0] = 0
     sizes = kernels.sizes(

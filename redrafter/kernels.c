@@ -1,5 +1,6 @@
-/* The forward of a decoder for few rows in float32 on a CPU: products, attention, norms, rotations,
- * gated activations; and the best children of a beam.
+/* The forward of a decoder for few rows in float32 on a CPU, by weights and keys of float32 or
+ * bfloat16: products, attention, norms, rotations, gated activations; and the best children of a
+ * beam.
  *
  * Two aims. Few rows multiply matrices that lie in no cache, so memory decides: a row more should
  * cost nothing until arithmetic takes as long as reading does. And a row's numbers depend on no
@@ -24,6 +25,7 @@
 #endif
 #define PANEL (2 * WIDTH)
 #define ROWS 6         /* of a register tile */
+#define PANELS 4       /* of one, at most: of few rows it takes several */
 #define QUERIES 48     /* whose scores are kept at once */
 #define LINE 64        /* bytes of a cache line */
 #define AHEAD 48       /* steps of k ahead that what is read once is fetched */
@@ -131,29 +133,39 @@ static __attribute__((noinline)) void surround(vec *sum, int r, const struct job
   }
 }
 
-/* `rows`, a constant, of at most ROWS. */
-INLINE void block(const int rows, const int bytes, const float *restrict x, float *restrict y,
-                  const struct job *restrict job) {
-  const size_t in = job->in, step = job->step, rate = job->rate, stride = job->x_stride;
-  vec sum[ROWS][2];
-  for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
+/* `rows` times `panels`, constants of at most ROWS and PANELS; several panels are whole and lie
+ * one behind the other. One row keeps two sums going, each of which waits for itself, and memory
+ * is read faster in several places at once. */
+INLINE void block(const int rows, const int panels, const int bytes, const float *restrict x,
+                  float *restrict y, const struct job *restrict job) {
+  const size_t in = job->in, rate = job->rate, stride = job->x_stride;
+  const size_t step = panels > 1 ? (size_t)PANEL * bytes : job->step, apart = in * step;
+  vec sum[ROWS][PANELS][2];
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < panels; p++) sum[r][p][0] = sum[r][p][1] = (vec){0};
   for (size_t k = 0; k < in; k++) {
-    for (int line = 0; line < PANEL * bytes; line += LINE)
-      __builtin_prefetch(job->next + (k * rate >> SHIFT) * step + line, 0, 3);
-    vec w0, w1;
-    load(job->panel + k * step, bytes, &w0, &w1);
-    for (int r = 0; r < rows; r++) {
-      const vec b = x[r * stride + k] - (vec){0}; /* in every place */
-      sum[r][0] += b * w0;
-      sum[r][1] += b * w1;
+    const char *const panel = job->panel + k * step;
+    const char *const next = panels > 1 ? panel + AHEAD * step
+                                        : job->next + (k * rate >> SHIFT) * step;
+    for (int p = 0; p < panels; p++) {
+      for (int line = 0; line < PANEL * bytes; line += LINE)
+        __builtin_prefetch(next + p * apart + line, 0, 3);
+      vec w0, w1;
+      load(panel + p * apart, bytes, &w0, &w1);
+      for (int r = 0; r < rows; r++) {
+        const vec b = x[r * stride + k] - (vec){0}; /* in every place */
+        sum[r][p][0] += b * w0;
+        sum[r][p][1] += b * w1;
+      }
     }
   }
-  vec made[ROWS][2];
-  for (int r = 0; r < rows; r++) {
-    made[r][0] = sum[r][0], made[r][1] = sum[r][1];
-    if (job->around) surround(made[r], r, job);
-    copy(y + r * job->out, made[r], job->cols);
-  }
+  struct job one = *job;
+  for (int p = 0; p < panels; p++, one.column += PANEL)
+    for (int r = 0; r < rows; r++) {
+      vec made[2] = {sum[r][p][0], sum[r][p][1]};
+      if (job->around) surround(made, r, &one);
+      copy(y + r * job->out + p * PANEL, made, job->cols);
+    }
 }
 
 typedef void multiply_t(long n, const float *x, float *y, const struct job *job);
@@ -161,16 +173,30 @@ typedef void multiply_t(long n, const float *x, float *y, const struct job *job)
 #define BLOCKS(NAME, BYTES)                                                                       \
   static void NAME(long n, const float *x, float *y, const struct job *job) {                     \
     switch (n) {                                                                                  \
-      case 1: block(1, BYTES, x, y, job); break;                                                  \
-      case 2: block(2, BYTES, x, y, job); break;                                                  \
-      case 3: block(3, BYTES, x, y, job); break;                                                  \
-      case 4: block(4, BYTES, x, y, job); break;                                                  \
-      case 5: block(5, BYTES, x, y, job); break;                                                  \
-      case 6: block(6, BYTES, x, y, job); break;                                                  \
+      case 1: block(1, 1, BYTES, x, y, job); break;                                               \
+      case 2: block(2, 1, BYTES, x, y, job); break;                                               \
+      case 3: block(3, 1, BYTES, x, y, job); break;                                               \
+      case 4: block(4, 1, BYTES, x, y, job); break;                                               \
+      case 5: block(5, 1, BYTES, x, y, job); break;                                               \
+      case 6: block(6, 1, BYTES, x, y, job); break;                                               \
     }                                                                                             \
   }
 BLOCKS(of_floats, 4)
 BLOCKS(of_bfloat16, 2)
+
+/* Panels of a block of so many rows, and such a block: what 16 registers hold the sums of. */
+INLINE long together(long rows, int bytes) {
+  return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 && bytes == 4 ? 2 : 1;
+}
+
+static void several(long rows, int bytes, const float *x, float *y, const struct job *job) {
+  if (rows == 1)
+    bytes == 4 ? block(1, 4, 4, x, y, job) : block(1, 4, 2, x, y, job);
+  else if (rows == 2)
+    bytes == 4 ? block(2, 3, 4, x, y, job) : block(2, 3, 2, x, y, job);
+  else
+    block(3, 2, 4, x, y, job);
+}
 
 /* Any number of rows times one panel, in even shares; fetches what lies behind it meanwhile. */
 static void times_panel(multiply_t *multiply, long rows, const float *x, float *y, struct job job) {
@@ -189,14 +215,19 @@ static void take(const struct step *s, long rows) {
   const long panels = rows > 0 ? (s->out + PANEL - 1) / PANEL : 0;
   const size_t step = (size_t)PANEL * s->bytes;
   multiply_t *const multiply = s->bytes == 4 ? of_floats : of_bfloat16;
+  const long per = together(rows, s->bytes), groups = per > 1 ? s->out / PANEL / per : 0;
 #pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1)
-  for (long p = 0; p < panels; p++) {
+  for (long g = 0; g < panels - groups * (per - 1); g++) { /* what is left are single ones */
+    const long p = g < groups ? g * per : g + groups * (per - 1);
     const size_t first = p * PANEL;
     struct job job = {.panel = s->w + p * s->in * step, .step = step, .in = s->in};
     job.x_stride = s->x_stride, job.out = s->y_stride;
     job.cols = s->out - first < PANEL ? s->out - first : PANEL;
     job.around = s->add || s->onto || s->silu ? s : NULL, job.column = first;
-    times_panel(multiply, rows, s->x, s->y + first, job);
+    if (g < groups)
+      several(rows, s->bytes, s->x, s->y + first, &job);
+    else
+      times_panel(multiply, rows, s->x, s->y + first, job);
   }
 }
 
@@ -240,20 +271,37 @@ static float weigh(float *scores, const float *mask, long keys) {
   return sum == 0 ? 0 : 1 / sum;
 }
 
-struct sizes { /* of one attention; strides in floats */
+struct sizes { /* of one attention; strides in entries */
   long rows, queries, heads, key_heads, dim, keys;
   long q_stride;                           /* from a query to the next, whose heads lie together */
   long k_row, k_head, k_key, v_row, v_head, v_key;
   long mask_row, mask_query;
   float scale;
+  int bytes;                               /* of an entry of k and v: floats, or bfloat16 */
 };
 
-/* Floats of a value panel's copy, where heads are no whole panels. */
-INLINE long copied(const struct sizes *s) { return s->dim % PANEL ? s->keys * PANEL : 0; }
+/* Floats of a value panel's copy, where heads are no whole panels of floats. */
+INLINE long copied(const struct sizes *s) {
+  return s->dim % PANEL || s->bytes != 4 ? s->keys * PANEL : 0;
+}
+
+/* n floats from as many entries, each `step` floats behind the one before. */
+INLINE void widen(float *restrict to, long step, const char *restrict from, long n, int bytes) {
+  if (bytes == 4) {
+    for (long i = 0; i < n; i++) memcpy(to + i * step, from + i * 4, 4);
+  } else {
+    for (long i = 0; i < n; i++) { /* the upper half of a float */
+      uint16_t half;
+      memcpy(&half, from + i * 2, 2);
+      const uint32_t whole = (uint32_t)half << 16;
+      memcpy(to + i * step, &whole, 4);
+    }
+  }
+}
 
 /* `n` queries of one key head, the first of them `from`, into `out`. room: see `attention` */
 static void attend(const struct sizes *s, long row, long head, long from, long n, const float *q,
-                   const float *k, const float *v, const float *mask, float *out, float *room) {
+                   const char *k, const char *v, const float *mask, float *out, float *room) {
   const long groups = s->heads / s->key_heads, dim = s->dim, keys = s->keys;
   const long filled = (keys + PANEL - 1) / PANEL * PANEL;
   float *scores = room, *scaled = scores + n * filled, *panel = scaled + n * dim;
@@ -265,11 +313,11 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
   }
   struct job job = {.panel = (const char *)panel, .step = PANEL * 4, .in = dim, .x_stride = dim};
   job.out = filled, job.cols = PANEL;
-  const float *first_key = k + row * s->k_row + head * s->k_head;
+  const char *first_key = k + (row * s->k_row + head * s->k_head) * s->bytes;
   for (long j = 0; j < keys; j += PANEL) {
     for (long c = 0; c < PANEL; c++) {
-      const float *key = first_key + (j + c < keys ? j + c : keys - 1) * s->k_key;
-      for (long d = 0; d < dim; d++) panel[d * PANEL + c] = key[d];
+      const long key = j + c < keys ? j + c : keys - 1;
+      widen(panel + c, PANEL, first_key + key * s->k_key * s->bytes, dim, s->bytes);
     }
     times_panel(of_floats, n, scaled, scores + j, job);
   }
@@ -280,13 +328,14 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
   }
   job.in = keys, job.x_stride = filled, job.out = dim;
   for (long d = 0; d < dim; d += PANEL) { /* the scaled queries' place takes their sums */
-    const float *from_v = v + row * s->v_row + head * s->v_head + d;
-    job.panel = (const char *)from_v, job.step = s->v_key * 4;
+    const char *from_v = v + (row * s->v_row + head * s->v_head + d) * s->bytes;
+    job.panel = from_v, job.step = s->v_key * 4;
     job.cols = dim - d < PANEL ? dim - d : PANEL;
-    if (job.cols < PANEL) {
-      for (long j = 0; j < keys; j++)
-        for (size_t c = 0; c < PANEL; c++)
-          value[j * PANEL + c] = c < job.cols ? from_v[j * s->v_key + c] : 0;
+    if (job.cols < PANEL || s->bytes != 4) {
+      for (long j = 0; j < keys; j++) {
+        widen(value + j * PANEL, 1, from_v + j * s->v_key * s->bytes, job.cols, s->bytes);
+        memset(value + j * PANEL + job.cols, 0, (PANEL - job.cols) * sizeof(float));
+      }
       job.panel = (const char *)value, job.step = PANEL * 4;
     }
     times_panel(of_floats, n, scores, scaled + d, job);
@@ -300,9 +349,9 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
 
 /* softmax(scale q k^T + mask) v for every query of every row.
  * q: rows * queries of q_stride floats, heads * dim of them used; k, v: (rows, key_heads, keys, dim)
- * by strides; mask: at [row][query][key] by strides, keys together; out (rows, queries, heads, dim).
- * Returns 0, or 1 where there is no memory. */
-int attention(const float *q, const float *k, const float *v, const float *mask, float *out,
+ * by strides, in floats or bfloat16; mask: at [row][query][key] by strides, keys together; out (rows,
+ * queries, heads, dim). Returns 0, or 1 where there is no memory. */
+int attention(const float *q, const char *k, const char *v, const float *mask, float *out,
               const struct sizes *s, int threads) {
   const long queries = s->heads / s->key_heads * s->queries; /* of each key head */
   const long most = queries < QUERIES ? queries : QUERIES;

@@ -48,13 +48,14 @@ _SMALL = 1 << 18
 
 
 class Sizes(ctypes.Structure):
-    """Of one attention, as kernels.c has it (strides in floats)."""
+    """Of one attention, as kernels.c has it (strides in entries; bytes: of one of keys and values).
+    """
 
     _fields_ = [
         *((name, ctypes.c_long) for name in (
             "rows", "queries", "heads", "key_heads", "dim", "keys", "q_stride", "k_row", "k_head",
             "k_key", "v_row", "v_head", "v_key", "mask_row", "mask_query",
-        )), ("scale", ctypes.c_float),
+        )), ("scale", ctypes.c_float), ("bytes", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -151,10 +152,12 @@ class Kernels:
     ) -> Tensor:
         """softmax(scale q k^T + mask) v; `sizes` has all shapes and strides.
 
-        q: (B * N, q_stride); keys, values: (B, key heads, S, dim), by strides; mask: (B or 1, 1, N
-        or 1, S), the dtype's minimum where nothing may be seen. Returns (B * N, heads * dim)
+        q: (B * N, q_stride); keys, values: (B, key heads, S, dim), by strides, float32 or bfloat16;
+        mask: (B or 1, 1, N or 1, S), the dtype's minimum where nothing may be seen. Returns (B * N,
+        heads * dim)
         """
         n, s = sizes.rows * sizes.queries, sizes
+        s.bytes = keys.itemsize
         out = q.new_empty((n, s.heads * s.dim))
         failed = self._attention(
             q.data_ptr(), keys.data_ptr(), values.data_ptr(), mask.data_ptr(), out.data_ptr(),
@@ -218,14 +221,15 @@ class Kernels:
 
 
 class Panels:
-    """A matrix W (out, in) of float32 on the CPU, as `product` reads it: a copy, of half the size
-    where all entries are bfloat16 numbers, as those of most checkpoints are."""
+    """A matrix W (out, in) of float32 or bfloat16 on the CPU, as `product` reads it: a copy, of two
+    bytes an entry where all of them are bfloat16 numbers, as those of most checkpoints are."""
 
     def __init__(self, kernels: Kernels, matrix: Tensor):
         out, width = matrix.shape
         missing = -out % kernels.panel
-        matrix, half = matrix.detach(), False
-        if all(part.equal(part.bfloat16().float()) for part in matrix.split(_CHECKED)):
+        matrix = matrix.detach()
+        half = matrix.dtype is torch.bfloat16
+        if not half and all(part.equal(part.bfloat16().float()) for part in matrix.split(_CHECKED)):
             matrix, half = matrix.bfloat16(), True
         padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
         panels = padded.view(-1, 2, kernels.panel // 2, width)

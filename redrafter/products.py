@@ -1,4 +1,4 @@
-"""Products with matrices that do not change, as fast as a CPU makes them in float32.
+"""Products with matrices that do not change, as fast as a CPU makes them.
 
 Three orders of a matrix W (out, in) are faster than the one that it comes in:
 
@@ -14,8 +14,10 @@ and where they could not, by what torch brings:
 
 (One thread of an EPYC without AVX-512, W not in its caches; docs/results/costs.md.) Which is taken
 depends on the product's size alone, so that the same product has the same last digits in every run.
-Each is a copy of W, made when it is first needed. Small matrices are left as they are. Source:
-ours; what packs is what inductor's freezing emits.
+Each is a copy of W, made when it is first needed. Small matrices are left as they are. They are for
+float32; panels also for a W in bfloat16, where the CPU has no matrix units for it: torch's own
+products take longer there than in float32, the kernels', which compute in float32, half as long.
+Source: ours; what packs is what inductor's freezing emits.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class PackedProduct:
         self.matrix, self.packs, self.parts = matrix, packs, tuple(parts or (matrix,))
         self.width, self.always = matrix.shape[1], always
         #: what multiplies by panels; None: torch does what it can
-        self.kernels = kernels_for(matrix) if packs else None
+        self.kernels = multiplier_for(matrix) if packs else None
         #: rows from which on it packs
         self.least_rows: float = math.inf
         self.large = matrix.numel() >= _least(self.kernels is not None, always)
@@ -77,12 +79,18 @@ class PackedProduct:
         self._seen: tuple[list[Tensor], Tensor] | None = None  # entries, and what they were
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out). bias: (out,), or to be added to every row its own, (..., out)"""
+        """(..., in) -> (..., out). bias: (out,), or to be added to every row its own, (..., out)
+
+        x: of W's dtype; by panels of bfloat16 also float32, and so is then the result
+        """
         matrix, width = self.matrix, x.shape[-1]
         if not self._multiplies(x):
-            return F.linear(x, matrix, bias)  # of another width it says so
+            return F.linear(x, matrix.to(x.dtype), bias)  # of another width it says so
         if self.kernels is not None:
-            return (self.panels or self._lay_out())(x, bias)
+            panels = self.panels or self._lay_out()
+            if x.dtype is torch.float32:
+                return panels(x, bias)
+            return panels(x.float(), bias if bias is None else bias.float()).to(x.dtype)
         if x.numel() >= self.least_rows * width:
             if self._packed is None:
                 self._packed = _pack(matrix)
@@ -99,7 +107,7 @@ class PackedProduct:
 
     def silu(self, x: Tensor, bias: Tensor, onto: Tensor | None = None) -> Tensor:
         """SiLU(x W^T + b) (+ onto), by kernels in one go. bias: (out,); onto: (..., out)"""
-        if self.kernels is not None and self._multiplies(x):
+        if self.kernels is not None and x.dtype is torch.float32 and self._multiplies(x):
             return (self.panels or self._lay_out())(x, bias, True, onto)
         y = F.silu(self(x, bias))
         return y if onto is None else onto + y
@@ -108,7 +116,8 @@ class PackedProduct:
         """Whether x is multiplied by a copy, or as another order of W has it."""
         if not self._has_copies():
             return False
-        return x.is_cpu and x.dtype is torch.float32 and x.shape[-1] == self.width
+        known = x.dtype in (torch.float32, self.matrix.dtype)
+        return x.is_cpu and known and x.shape[-1] == self.width
 
     def _has_copies(self) -> bool:
         """Whether there may be copies now; those of other values are dropped."""
@@ -132,7 +141,8 @@ class PackedProduct:
     def _look_anew(self, state: list[tuple[int, int]]) -> None:
         """What was copied is of values, or of a place or dtype, that are no more."""
         self.panels, self._packed, self._columns, self._state = None, None, None, state
-        self._plain, self._seen = _is_plain(self.matrix), None
+        halves = self.kernels is not None and _is_plain(self.matrix, torch.bfloat16)
+        self._plain, self._seen = halves or _is_plain(self.matrix), None
         if self._plain:
             entries = [_sample(part) for part in self.parts]
             self._seen = entries, torch.cat(entries)
@@ -150,8 +160,8 @@ class PackedProduct:
 
     @property
     def copied_bytes(self) -> int:
-        """Of the packed copy that it comes to hold on a CPU in float32, for a plan."""
-        return copy_bytes(self.matrix.numel(), self.always)
+        """Of the packed copy that it comes to hold on a CPU, for a plan."""
+        return copy_bytes(self.matrix.numel(), self.matrix.dtype, self.always)
 
     def is_of(self, matrix: Tensor | None) -> bool:
         """Whether it multiplies by this matrix, or a view of all of it."""
@@ -181,6 +191,12 @@ def use_kernels(device: torch.device) -> None:
         kernels = load()
 
 
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 def has_kernels() -> bool:
     """Whether products are made by panels: there are kernels, for as many threads as are set."""
     return kernels is not None and (kernels.threads or torch.get_num_threads() == 1)
@@ -191,15 +207,26 @@ def kernels_for(matrix: Tensor) -> Kernels | None:
     return kernels if has_kernels() and _is_plain(matrix) else None
 
 
+def multiplier_for(matrix: Tensor) -> Kernels | None:
+    """The kernels that products with a matrix may be made by: what they read of it may be bfloat16,
+    where the CPU has no units for such products."""
+    halves = has_kernels() and not has_matrix_units() and _is_plain(matrix, torch.bfloat16)
+    return kernels if halves else kernels_for(matrix)
+
+
 def _least(panels: bool, always: bool = False) -> int:
     return (0 if always else _LEAST_PANELS) if panels else _LEAST
 
 
-def copy_bytes(entries: int, always: bool = False) -> int:
-    """Of the packed copy that a `PackedProduct` makes of a float32 matrix on a CPU, for a plan; of
-    bfloat16 numbers the kernels' is half as large."""
+def copy_bytes(entries: int, dtype: torch.dtype, always: bool = False) -> int:
+    """Of the packed copy that a `PackedProduct` makes of a matrix on a CPU, for a plan; of float32
+    whose entries are all bfloat16 numbers the kernels' is half as large."""
     panels = has_kernels()
-    return 4 * entries if entries >= _least(panels, always) and (panels or _available()) else 0
+    if dtype is torch.bfloat16:
+        packs = panels and not has_matrix_units()
+    else:
+        packs = dtype is torch.float32 and (panels or _available())
+    return dtype.itemsize * entries if packs and entries >= _least(panels, always) else 0
 
 
 def _sample(matrix: Tensor) -> Tensor:
@@ -228,11 +255,11 @@ def state_of(matrix: Tensor) -> tuple[int, int]:
     return matrix.data_ptr(), 0 if matrix.is_inference() else matrix._version
 
 
-def _is_plain(matrix: Tensor) -> bool:
-    """Not traced, sharded or elsewhere, and in float32."""
+def _is_plain(matrix: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Not traced, sharded or elsewhere, and of that dtype."""
     return (
         type(matrix) in (Tensor, nn.Parameter)
-        and matrix.dtype == torch.float32
+        and matrix.dtype == dtype
         and matrix.device.type == "cpu"
     )
 

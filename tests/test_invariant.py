@@ -29,7 +29,7 @@ from redrafter.targets.invariant import Form, KernelForm, difference, find_form,
 from redrafter.targets.model import Target, load_target
 
 #: by kernels where there are any, and in blocks
-WAYS = (("float32", "auto"), ("float32", "model"), ("bfloat16", "auto"))
+WAYS = tuple((dtype, forward) for dtype in ("float32", "bfloat16") for forward in ("auto", "model"))
 
 
 def loaded(folder, dtype: str, **options):
@@ -40,7 +40,7 @@ def loaded(folder, dtype: str, **options):
 def target(request, tiny_target):
     dtype, forward = request.param
     made = loaded(tiny_target, dtype, forward=forward)
-    kernels = request.param == WAYS[0] and products.kernels is not None
+    kernels = forward == "auto" and products.multiplier_for(made.lm_head_weight) is not None
     assert isinstance(made.invariant, KernelForm if kernels else Form)
     return made
 
@@ -301,7 +301,8 @@ def test_logits_in_float32_are_the_product_of_what_the_model_computed(tiny_targe
 def test_both_together_through_the_command(tiny_target, tmp_path, capsys):
     assert lossless([
         f"--target.path={tiny_target}", "--target.dtype=bfloat16", "--target.exact=invariant",
-        "--target.logits=float32", f"--prompts={tiny_target}/prompts_heldout.jsonl",
+        "--target.logits=float32", "--target.forward=model",
+        f"--prompts={tiny_target}/prompts_heldout.jsonl",
         "--n_prompts=3", "--max_new_tokens=8", "--methods=lookup", f"--out={tmp_path / 'x.json'}",
     ]) == 0  # fmt: skip
     assert "0.0e+00" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.kernels import Panels, Sizes
 from redrafter.products import PackedProduct
-from redrafter.targets.fused_steps import KernelSteps
+from redrafter.targets.fused_steps import KernelSteps, Wide
 from redrafter.targets.model import load_target
 
 needs_compiler = pytest.mark.skipif(
@@ -123,7 +123,7 @@ def attended(made, q, keys, values, mask, scale=0.2):
     """q (B, N, heads, d) -> (B, N, heads, d)"""
     b, n, heads, dim = q.shape
     s = Sizes(scale=scale, rows=b, queries=n)
-    steps = KernelSteps(made, None, scale)
+    steps = KernelSteps(made, None, scale, Wide())
     steps.sizes = s
     return steps.attend(q, keys, values, mask).view(b, n, heads, dim)
 
@@ -137,9 +137,10 @@ def wanted_attention(q, keys, values, mask, scale=0.2):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (3, 1, 8), (2, 2, 80)])
 @pytest.mark.parametrize("n", [1, 7, 60])
-def test_attention_is_right(made, heads, kv_heads, dim, n):
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_attention_is_right(made, heads, kv_heads, dim, n, kept):
     keys = 83
-    store = drawn(2, 2, kv_heads, 90, dim, seed=1)  # of which the first keys are used
+    store = drawn(2, 2, kv_heads, 90, dim, seed=1).to(kept)  # of which the first keys are used
     k, v = store[0][:, :, :keys], store[1][:, :, :keys]
     q = drawn(2, n, heads + 1, dim)[:, :, :heads]  # heads of something else lie behind
     seen = torch.rand((2, 1, n, keys), generator=torch.Generator().manual_seed(2)) < 0.6
@@ -149,12 +150,15 @@ def test_attention_is_right(made, heads, kv_heads, dim, n):
     near(attended(made, q, k, v, mask[:1, :, :1]), wanted_attention(q, k, v, mask[:1, :, :1]))
 
 
-def test_keys_that_are_masked_might_lie_anywhere_or_not_at_all(made):
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_keys_that_are_masked_might_lie_anywhere_or_not_at_all(made, kept):
     """Which is why a tree's node has, bit for bit, what its path alone would have."""
     dim, places = made.panel, torch.tensor([0, 2, 3, 7, 20, 33, 34])
-    k, v, q = drawn(1, 2, 7, dim), drawn(1, 2, 7, dim, seed=1), drawn(1, 5, 4, dim, seed=2)
+    q = drawn(1, 5, 4, dim, seed=2)
+    k, v, wide_k, wide_v = (
+        drawn(1, 2, n, dim, seed=i).to(kept) for i, n in enumerate((7, 7, 40, 40))
+    )
     alone = attended(made, q, k, v, torch.zeros(1, 1, 1, 7))
-    wide_k, wide_v = drawn(1, 2, 40, dim, seed=3), drawn(1, 2, 40, dim, seed=4)
     wide_k[:, :, places], wide_v[:, :, places] = k, v
     mask = torch.full((1, 1, 1, 40), MASKED)
     mask[..., places] = 0
@@ -219,16 +223,25 @@ def test_gates_hold_far_from_zero(made, far):
 # ------------------------------------------------------------------------------------ decoding
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+#: a family, of which queries may share all keys, and what its weights are kept in
+WIDE = {
+    "llama": ({}, "float32"),
+    "qwen3": (dict(num_key_value_heads=1), "float32"),
+    "qwen2": (dict(num_key_value_heads=2), "bfloat16"),
+}
+
+
+@pytest.fixture(scope="module", params=WIDE)
 def wide(request, tmp_path_factory):
-    """A float32 target whose every step is a kernel's."""
-    place = tmp_path_factory.mktemp(request.param)
-    alone = dict(num_key_value_heads=1) if request.param == "qwen3" else {}  # for all queries
-    tiny.__wrapped__(request.param, **alone).model.float().save_pretrained(place)
-    target = load_target(TargetConfig(path=str(place), device="cpu", dtype="float32"))
+    """A target whose every step is a kernel's."""
+    place, (changes, dtype) = tmp_path_factory.mktemp(request.param), WIDE[request.param]
+    tiny.__wrapped__(request.param, **changes).model.float().save_pretrained(place)
+    target = load_target(TargetConfig(path=str(place), device="cpu", dtype=dtype))
     if products.kernels is None:
         pytest.skip("no kernels could be made on this machine")
-    assert target.fused.own_steps is not None
+    if dtype == "bfloat16" and products.has_matrix_units():
+        pytest.skip("this CPU multiplies bfloat16 itself")
+    assert target.fused.own_steps is not None and target.fused.widens == (dtype == "bfloat16")
     return target
 
 
@@ -290,7 +303,7 @@ def test_what_does_not_fit_is_an_error_and_forwards_do_not_share_their_sizes(wid
         (place.int(), mask, "positions"),
         (place, mask[..., :2], "3 keys"),
         (place, {"": torch.zeros(3, 1, 3, 3)}, "a mask of"),
-        (place, mask.double(), "not in float32"),
+        (place, mask.double(), "not in float32 or bfloat16"),
         (place, mask.transpose(2, 3), "keys lie apart"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -366,9 +379,12 @@ def test_without_a_place_to_make_them_there_are_none(anew, monkeypatch, tmp_path
 
 @needs_compiler
 @pytest.mark.parametrize(("part", "fault"), [
-    ("sum[r][1] += b * w1;", "sum[r][1] += b * w0;"),
-    ("case 3: block(3, BYTES, x,", "case 3: block(3, BYTES, x + 1,"),  # so many rows alone
-    ("case 4: block(4, BYTES, x,", "case 4: block(4, BYTES, x + 1,"),
+    ("sum[r][p][1] += b * w1;", "sum[r][p][1] += b * w0;"),
+    ("case 4: block(4, 1, BYTES, x,", "case 4: block(4, 1, BYTES, x + 1,"),  # so many rows alone
+    ("block(2, 3, 4, x,", "block(2, 3, 4, x + 1,"),  # several panels of floats,
+    ("block(1, 4, 2, x,", "block(1, 4, 2, x + 1,"),  # and of bfloat16
+    ("g + groups * (per - 1);", "g;"),  # what is left over
+    ("(uint32_t)half << 16", "(uint32_t)half << 15"),  # bfloat16 keys
     ("scores[j] += mask[j];", ";"),
     ("sum / width + eps", "sum + eps"),
     ("exponential(-x) + 1.0f", "exponential(x) + 1.0f"),
@@ -419,11 +435,11 @@ def test_vectors_of_other_processors_compute_the_same(made, tmp_path, monkeypatc
 
 
 def test_sizes_are_the_sources():
-    """The structure that attention reads: fifteen longs and a float, in the order of kernels.c."""
+    """The structure that attention reads: longs, a float and an int, in the order of kernels.c."""
     text = kernels.SOURCE.read_text().split("struct sizes {", 1)[1].split("};", 1)[0]
     lines = [line.split("/*")[0].strip() for line in text.splitlines()]
     names = [
-        name.strip(" ;") for line in lines if line.startswith(("long ", "float "))
+        name.strip(" ;") for line in lines if line.startswith(("long ", "float ", "int "))
         for name in line.split(" ", 1)[1].split(",")
     ]  # fmt: skip
     assert names == [name for name, _ in Sizes._fields_]

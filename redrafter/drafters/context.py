@@ -22,6 +22,8 @@ class HeadContext:
 
     def __init__(self, head: DraftHead, target: Target):
         self.head, self.target = head, target
+        #: a head may compute in more digits than its target
+        self.dtype = torch.promote_types(target.dtype, head.dtype)
         self.needs = frozenset({"hidden"})
         if head.reads_prefix:
             self.needs |= {"prompt_hidden"}
@@ -55,4 +57,4 @@ class HeadContext:
 
     def _own(self, hidden: Tensor) -> Tensor:
         """Of what the target shows, perhaps for other heads too, what this one reads."""
-        return self.target.pick(hidden, self.head.aux_layers)
+        return self.target.pick(hidden, self.head.aux_layers).to(self.dtype)

@@ -20,6 +20,7 @@ from redrafter.heads import apple, hydra_layouts, medusa_layouts, mlp_speculator
 from redrafter.heads.base import DraftHead
 from redrafter.heads.owner import AllowOther, check_target
 from redrafter.heads.reading import read_config
+from redrafter.products import multiplier_for
 
 #: model_type of another project's layout -> its reader; a speculator's is written here, too, but
 #: what others write differs in details
@@ -95,7 +96,9 @@ def given_to(target: Any, head: Any, path: Path, allow_other_target: AllowOther)
     """A head that was read from `path`, ready to draft for a target; see `load_head`."""
     if target is not None:
         check_target(head, target, path, allow_other_target)
-        head = computable(head.to(target.device), target.lm_head_weight.dtype).bind(target)
+        matrix = target.lm_head_weight
+        dtype = matrix.dtype if multiplier_for(matrix) is None else torch.float32
+        head = computable(head.to(target.device), dtype).bind(target)
     head.name_or_path = str(path)  # what was trained for it may lie beside it
     return head.eval()
 

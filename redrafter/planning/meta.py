@@ -71,14 +71,14 @@ class MetaTarget(Target):
     def copied_bytes(self) -> int:
         """Of second copies of weights, in an order that a CPU's products read faster; they are made
         at load, which tries the target."""
-        if self.real_device.type != "cpu" or self.dtype != torch.float32:
+        if self.real_device.type != "cpu":
             return 0
         found = 0 if self.lm_product is None else self.lm_product.copied_bytes
         if self.wanted.forward == "model" or self.wanted.exact != "reported":
             return found
         if cannot_fuse(self.model, self.backbone, self.config) is not None:
             return found
-        return found + packed_bytes(self.backbone)
+        return found + packed_bytes(self.backbone, self.config)
 
     def placed_bytes(self) -> tuple[int, int, int]:
         """With `target.device_map`: (weights on the device, in host memory, and the largest part

@@ -6,7 +6,8 @@ queries and keys together by tables made once, queries that share a key's head a
 attention (nothing is repeated), and residuals are added by the products that make them. The weights
 are not copied: the model's own become views of the joined ones, so it computes what it did before.
 Only what several rows read faster packed (`redrafter/products.py`) is a second copy, of layers of
-up to 2 GiB.
+up to 2 GiB. By kernels a bfloat16 target's layers compute in float32 between the weights and the
+keys and values, which stay bfloat16: what the class rounds after every operation is not rounded.
 
 Equal to the class's own forward up to rounding, which `probe.py` tries at load. A forward in which
 somebody looks into the model or replaces a part of it (hooks, skipped attentions) is left to the
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from redrafter.contracts import InputError
-from redrafter.products import PackedProduct, copy_bytes, kernels_for, prefers_columns
-from redrafter.targets.fused_steps import KernelSteps, Tables, TorchSteps
+from redrafter.products import PackedProduct, copy_bytes, multiplier_for, prefers_columns
+from redrafter.targets.fused_steps import KernelSteps, Tables, TorchSteps, Wide
 
 #: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
 #: rotated halves, RMSNorms in float32 and a gated MLP
@@ -45,12 +46,13 @@ class Joined:
     memory instead of rows, of the model's weights too.
 
     packs: whether there may be a second copy, packed for several rows
+    wide: float32 copies, of a bias that kernels add
     """
 
-    def __init__(self, maps: list[nn.Linear], packs: bool):
-        self.bias = _join([m.bias for m in maps], columns=False)
+    def __init__(self, maps: list[nn.Linear], packs: bool, wide: Wide):
+        self.bias, self.wide = _join([m.bias for m in maps], columns=False), wide
         weights = [m.weight for m in maps]
-        matrix = _join(weights, columns=not (packs and kernels_for(weights[0])))  # (out, in)
+        matrix = _join(weights, columns=not (packs and multiplier_for(weights[0])))  # (out, in)
         if not matrix.is_contiguous():
             for part in maps:
                 part.register_state_dict_post_hook(_in_rows)
@@ -61,9 +63,9 @@ class Joined:
         """(R, in) -> (R, out)"""
         panels = self.product.panels
         if panels is not None and torch.is_inference_mode_enabled():
-            return panels(x, self.bias)
+            return panels(x, self.wide(self.bias))
         if len(x) >= self.product.least_rows:
-            return self.product(x, self.bias)
+            return self.product(x, self.wide(self.bias) if x.dtype is torch.float32 else self.bias)
         if self.bias is None:
             return torch.mm(x, self.columns)
         return torch.addmm(self.bias, x, self.columns)
@@ -125,25 +127,33 @@ class FusedForward:
         self.backbone = backbone
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = attention.head_dim
-        own = kernels_for(backbone.embed_tokens.weight)
+        self.dtype = backbone.embed_tokens.weight.dtype
         kinds = getattr(config, "layer_types", None) or [""] * len(backbone.layers)
         with torch.inference_mode(False):  # the model's weights stay ordinary tensors
             maps = _linear_maps(backbone)
-            packs = _packs(maps)
+            packs, self.wide = _packs(maps, config), Wide()
             pairs = zip(backbone.layers, kinds, strict=True)
-            self.layers = [_layer(layer, kind, packs) for layer, kind in pairs]
+            self.layers = [_layer(layer, kind, packs, self.wide) for layer, kind in pairs]
         self._parts = [vars(part) for part in backbone.modules()]
         self._children = [(part["_modules"], dict(part["_modules"])) for part in self._parts]
         self._children = [pair for pair in self._children if pair[1]]
-        self._joined = [(m._parameters, m.weight.data_ptr()) for m in maps]
+        read = maps if self.dtype.itemsize >= 4 else [*maps, *_norms(backbone)]
+        self._joined = [(m._parameters, m.weight.data_ptr()) for m in read]
         #: how often weights were changed in place, where torch counts it
-        self._changes, self._uncounted = 0, any(m.weight.is_inference() for m in maps)
+        self._changes, self._uncounted = 0, any(m.weight.is_inference() for m in read)
         tables = Tables(backbone, self.head_dim)
         self.steps = TorchSteps(tables, attention.scaling, self.heads // self.kv_heads)
         #: where there are kernels for it, in inference mode
         self.own_steps: KernelSteps | None = None
+        own = multiplier_for(backbone.embed_tokens.weight)
         if own is not None and packs and config.hidden_act in KernelSteps.ACTIVATIONS:
-            self.own_steps = KernelSteps(own, tables, attention.scaling)
+            self.own_steps = KernelSteps(own, tables, attention.scaling, self.wide)
+
+    @property
+    def widens(self) -> bool:
+        """Whether kernels compute in float32 what its class computes in bfloat16, in several times
+        their time."""
+        return self.own_steps is not None and self.dtype.itemsize < 4
 
     @property
     def untouched(self) -> bool:
@@ -169,6 +179,7 @@ class FusedForward:
 
     def renew(self, surely: bool = False) -> None:
         """Before a text begins, or where weights have changed: see `PackedProduct.renew`."""
+        self.wide.forget()
         for layer in self.layers:
             for joined in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 joined.product.renew(surely)
@@ -181,6 +192,8 @@ class FusedForward:
         backbone, heads, kv_heads, dim = self.backbone, self.heads, self.kv_heads, self.head_dim
         x = backbone.embed_tokens(tokens).view(batch * n, -1)
         own = self.own_steps is not None and torch.is_inference_mode_enabled()
+        if own:
+            x = x.float()
         steps = (self.own_steps if own else self.steps).begin(tokens, positions, masks, cache)
         masks = steps.masks
         kept = []
@@ -195,8 +208,8 @@ class FusedForward:
                 qk = torch.cat([steps.norm(layer.q_norm, q), steps.norm(layer.k_norm, k)], 2)
             qk = steps.rotate(qk)
             keys, values = cache.update(
-                qk[:, :, heads:].transpose(1, 2),
-                qkv[:, :, heads + kv_heads :].transpose(1, 2),
+                qk[:, :, heads:].to(self.dtype).transpose(1, 2),
+                qkv[:, :, heads + kv_heads :].to(self.dtype).transpose(1, 2),
                 i,
             )
             seen = steps.attend(qk[:, :, :heads], keys, values, mask)
@@ -204,7 +217,8 @@ class FusedForward:
             act = steps.gated(layer.activation, layer.gate_up(steps.norm(layer.mlp_norm, x)))
             x = layer.down.added_to(x, act)
         last = steps.norm(backbone.norm, x)
-        return (torch.cat([last, *kept], -1) if kept else last).view(batch, n, -1)
+        last = torch.cat([last, *kept], -1) if kept else last
+        return last.to(self.dtype).view(batch, n, -1)
 
 
 def choose_forward(target: Any, wanted: str, check: Callable[[Any], None]) -> None:
@@ -267,8 +281,15 @@ def _linear_maps(backbone: nn.Module) -> list[nn.Linear]:
     return [m for m in backbone.modules() if isinstance(m, nn.Linear)]
 
 
-def _packs(maps: list[nn.Linear]) -> bool:
-    """Whether a second copy of what several rows are multiplied by is worth its memory."""
+def _norms(backbone: nn.Module) -> list[nn.Module]:
+    return [m for m in backbone.modules() if hasattr(m, "variance_epsilon")]
+
+
+def _packs(maps: list[nn.Linear], config: Any) -> bool:
+    """Whether a second copy of what several rows are multiplied by is worth its memory; of
+    bfloat16, only where kernels make every step."""
+    if maps[0].weight.dtype.itemsize < 4 and config.hidden_act not in KernelSteps.ACTIVATIONS:
+        return False
     return sum(m.weight.nbytes for m in maps) <= _PACKED
 
 
@@ -281,18 +302,18 @@ def _together(layer: nn.Module) -> tuple[list[nn.Linear], ...]:
     )  # fmt: skip
 
 
-def packed_bytes(backbone: nn.Module) -> int:
-    """Of the second copies that a `FusedForward` keeps of its layers' weights in float32 on a CPU.
-    backbone: of a model that has one (`cannot_fuse`), with content or without"""
-    if not _packs(_linear_maps(backbone)):
+def packed_bytes(backbone: nn.Module, config: Any) -> int:
+    """Of the second copies that a `FusedForward` keeps of its layers' weights on a CPU.
+    backbone: of a model that has one (`cannot_fuse`), with content or without; config: its own"""
+    if not _packs(_linear_maps(backbone), config):
         return 0
-    groups = [maps for layer in backbone.layers for maps in _together(layer)]
-    return sum(copy_bytes(sum(m.weight.numel() for m in maps), always=True) for maps in groups)
+    groups = [[m.weight for m in maps] for layer in backbone.layers for maps in _together(layer)]
+    return sum(copy_bytes(sum(w.numel() for w in g), g[0].dtype, always=True) for g in groups)
 
 
-def _layer(layer: nn.Module, kind: str, packs: bool) -> _Layer:
+def _layer(layer: nn.Module, kind: str, packs: bool, wide: Wide) -> _Layer:
     a, m = layer.self_attn, layer.mlp
-    qkv, out, gate_up, down = (Joined(maps, packs) for maps in _together(layer))
+    qkv, out, gate_up, down = (Joined(maps, packs, wide) for maps in _together(layer))
     return _Layer(
         norm=layer.input_layernorm,
         qkv=qkv,

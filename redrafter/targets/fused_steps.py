@@ -49,18 +49,40 @@ class Tables:
 
     def __init__(self, backbone: nn.Module, head_dim: int):
         self.backbone, self.head_dim = backbone, head_dim
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._made: dict[torch.dtype | None, tuple[Tensor, Tensor]] = {}
 
-    def up_to(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(at least `positions`, d) each"""
-        if self._made is None or len(self._made[0]) < positions:
+    def up_to(
+        self, positions: int, device: torch.device, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(at least `positions`, d) each, in their own dtype if no other is given"""
+        made = self._made.get(dtype)
+        if made is None or len(made[0]) < positions:
             known = 1 << (positions - 1).bit_length()
             every = torch.arange(known, device=device)[None]
             like = self.backbone.embed_tokens.weight[:1, :1]
             cos, sin = (x[0].clone() for x in self.backbone.rotary_emb(like, every))
             sin[:, : self.head_dim // 2].neg_()
-            self._made = (cos, sin)
-        return self._made
+            made = self._made[dtype] = cos.to(dtype or cos.dtype), sin.to(dtype or sin.dtype)
+        return made
+
+
+class Wide:
+    """float32 copies of vectors of a half dtype, for who adds or multiplies in float32."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor | None) -> Tensor | None:
+        if x is None or x.dtype.itemsize >= 4:
+            return x
+        found = self._made.get(x.data_ptr())
+        if found is None:
+            found = self._made[x.data_ptr()] = x.detach().float()
+        return found
+
+    def forget(self) -> None:
+        """Where they may have changed."""
+        self._made.clear()
 
 
 class TorchSteps:
@@ -113,12 +135,13 @@ class TorchSteps:
 
 
 class KernelSteps:
-    """By our kernels: float32 on a CPU, in inference mode, of the one activation that they have."""
+    """By our kernels: in float32 on a CPU, in inference mode, of the one activation that they have;
+    keys and values may be bfloat16. wide: of the model's vectors"""
 
     ACTIVATIONS = ("silu", "swish")
 
-    def __init__(self, kernels: Kernels, tables: Tables, scale: float):
-        self.kernels, self.tables, self.scale = kernels, tables, scale
+    def __init__(self, kernels: Kernels, tables: Tables, scale: float, wide: Wide):
+        self.kernels, self.tables, self.scale, self.wide = kernels, tables, scale, wide
 
     def begin(self, tokens: Tensor, positions: Tensor, masks: Masks, cache: Cache) -> KernelSteps:
         """Raises ValueError where kernels would read what is not there."""
@@ -126,24 +149,28 @@ class KernelSteps:
         width = cache.get_mask_sizes(queries)[0]
         if positions.shape != tokens.shape or positions.dtype != torch.int64:
             raise ValueError(f"positions {tuple(positions.shape)} of {rows} x {queries} tokens")
-        for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        several = isinstance(masks, dict)
+        for mask in masks.values() if several else (masks,):
             b, _, n, keys = mask.shape
             if b not in (1, rows) or n not in (1, queries) or keys != width:
                 raise ValueError(
                     f"a mask of {tuple(mask.shape)} for {rows} x {queries} tokens, {width} keys"
                 )
-            if mask.dtype != torch.float32 or (keys > 1 and mask.stride(3) != 1):
-                raise ValueError("a mask that is not in float32, or whose keys lie apart")
-        now = KernelSteps(self.kernels, self.tables, self.scale)
-        now.masks = masks
+            known = mask.dtype in (torch.float32, torch.bfloat16)
+            if not known or (keys > 1 and mask.stride(3) != 1):
+                raise ValueError("a mask not in float32 or bfloat16, or whose keys lie apart")
+        now = KernelSteps(self.kernels, self.tables, self.scale, self.wide)
+        now.masks = {k: m.float() for k, m in masks.items()} if several else masks.float()
         now.sizes = Sizes(scale=self.scale, rows=rows, queries=queries)
         now.positions = positions.contiguous()
-        now.cos, now.sin = self.tables.up_to(cache.get_max_cache_shape(), positions.device)
+        now.cos, now.sin = self.tables.up_to(
+            cache.get_max_cache_shape(), positions.device, torch.float32
+        )
         return now
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        return self.kernels.rms_norm(flat, norm.weight, norm.variance_epsilon).view(x.shape)
+        flat, weight = x.reshape(-1, x.shape[-1]), self.wide(norm.weight)
+        return self.kernels.rms_norm(flat, weight, norm.variance_epsilon).view(x.shape)
 
     def rotate(self, qk: Tensor) -> Tensor:
         *_, heads, dim = qk.shape

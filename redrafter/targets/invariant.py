@@ -193,7 +193,7 @@ def make_invariant(target: Any) -> Form | KernelForm:
 def _products(target: Any) -> Iterator[nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
-    for module in [*target.model.modules(), *filter(None, [target.wide_head])]:
+    for module in [*target.model.modules(), target.wide_head]:
         if isinstance(module, (nn.Linear, Conv1D)):
             yield module
 

@@ -118,7 +118,8 @@ class Target:
         granite = getattr(self.config, "logits_scaling", None) or 1.0
         self._logit_scale = cohere / granite
         self._logit_cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2, 3
-        self.wide_head: nn.Linear | None = None
+        #: what gives float32 logits where the dtype's own are narrower (`widen_logits`)
+        self.wide_head: nn.Linear | PackedProduct | None = None
         #: how its products are computed where that is fixed (`redrafter.targets.invariant`)
         self.invariant: Form | KernelForm | None = None
         choose_experts(model, self.dtype)
@@ -287,7 +288,8 @@ class Target:
         """
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
-        if self.by_kernels and self.fused.untouched:  # to the last bit the loop's
+        widens = self.fused is not None and self.fused.widens
+        if (self.by_kernels or widens) and self.fused.untouched:  # to the last bit the loop's
             cache, row = self.new_cache(batch, length), positions[:1]
             cache.prepare(length)
             masks = self.masks(row[:, :, None] >= row[:, None], row, row)

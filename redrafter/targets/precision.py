@@ -19,17 +19,13 @@ from torch.nn import functional as F
 
 from redrafter.contracts import InputError
 from redrafter.processes import launched
+from redrafter.products import has_matrix_units
 
 ROWS = 17  # of a 4x4 tree: what drafting verifies at once
 #: part of float32's time below which bfloat16 is taken: far from 1, so that a noisy clock decides
 #: nothing, and the same machine decides alike every time
 DECISIVE = 0.75
 _MOST = 4096  # rows and columns of the measured matrix
-
-
-def has_matrix_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def auto_dtype(device: torch.device, config: Callable[[], Any]) -> torch.dtype | None:
@@ -83,8 +79,13 @@ def measured_ratio(hidden: int, inner: int) -> float:
 
 def widen_logits(target: Any) -> None:
     """From now on its last product is computed, and its logits are kept, in float32. Does nothing
-    where they are that wide already. Takes 4 x V x H bytes."""
+    where they are that wide already. Takes 4 x V x H bytes; none where the library's kernels
+    multiply, which sum in float32 anyway."""
     if target.dtype.itemsize >= 4:
+        return
+    product = target.lm_product
+    if product is not None and product.kernels is not None:
+        target.wide_head = product
         return
     head = target.lm_head
     if type(head) is not nn.Linear:

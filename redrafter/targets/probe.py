@@ -250,13 +250,17 @@ def tolerance(target: Any, own: Tensor, measured: float | None = None) -> float:
     """What rounding may change a logit by: (4 eps(dtype) + 64 eps(float32)) of the largest, or four
     times the `measured` rounding. At most half of the dtype's digits (the root of its eps) are
     believed to be rounding, times four again: in float32 a wrong soft-cap stays visible however
-    badly conditioned a model is, in bfloat16 it is a quarter of the largest logit."""
+    badly conditioned a model is, in bfloat16 it is a quarter of the largest logit. A forward that
+    leaves out the class's roundings (`FusedForward.widens`) differs by all of them: as many times
+    more as the root of the number of layers, in which they add up like a random walk."""
     largest = float(own.abs().max())
     used = {p.dtype for p in target.model.parameters() if p.is_floating_point()}
     fine = torch.finfo(torch.float32).eps
     # One byte or less: how weights are stored, not what is computed in
     eps = max([fine, *(torch.finfo(t).eps for t in used if t.itemsize > 1)])
-    known = (_ROUNDINGS * eps + _SUMS * fine) * largest
+    left_out = target.fused is not None and target.fused.widens
+    roundings = _ROUNDINGS * (target.n_layers**0.5 if left_out else 1)
+    known = (roundings * eps + _SUMS * fine) * largest
     return known if measured is None else max(known, _FACTOR * min(measured, eps**0.5 * largest))
 
 
