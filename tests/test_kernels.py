@@ -15,9 +15,12 @@ from models import endless, prompts, replays, settings, tiny
 from torch.nn import functional as F
 
 from redrafter import kernels, products
-from redrafter.config import TargetConfig
+from redrafter.config import TargetConfig, TreeConfig
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.heads.load import load_head
+from redrafter.heads.recurrent import RecurrentHead
 from redrafter.kernels import Panels, Sizes
 from redrafter.products import PackedProduct
 from redrafter.targets.fused_steps import KernelSteps, Wide
@@ -114,6 +117,25 @@ def test_copies_multiply_alike(made):
         for other in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
             assert other.matrix is not product.matrix and torch.equal(other(x), wanted)
     assert copy.deepcopy(made) is made
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_bfloat16_is_multiplied_where_the_processor_has_no_units_for_it(made, monkeypatch, units):
+    monkeypatch.setattr(products, "has_matrix_units", lambda: units)
+    matrix, x, bias = drawn(200, 100).bfloat16(), drawn(3, 100, seed=1), drawn(200)
+    product, wide = PackedProduct(matrix, always=True), PackedProduct(matrix.float())
+    assert product.copied_bytes == (0 if units else matrix.nbytes)
+    half = x.bfloat16()
+    with torch.inference_mode():
+        found = product(half, bias.bfloat16())
+        if units:
+            assert torch.equal(found, F.linear(half, matrix, bias.bfloat16()))
+        else:
+            assert torch.equal(product(x, bias), wide(x, bias)) and product.panels.bytes == 2
+            assert torch.equal(found, wide(half.float(), bias.bfloat16().float()).bfloat16())
+            matrix += 1
+            assert torch.equal(product(x), PackedProduct(matrix.float())(x))
+    assert torch.equal(product(half), F.linear(half, matrix)), "where gradients may pass"
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -271,6 +293,16 @@ def test_scores_of_drafted_text_are_plains_bit_for_bit(wide, draft, monkeypatch)
     for key, ((h, logits), *_) in once.items():
         assert any(torch.equal(h, a) and torch.equal(logits, b) for a, b in chosen.get(key, []))
     assert n > 10
+
+
+def test_a_head_in_half_precision_drafts_in_one_call_a_level_whatever_the_target(wide, tmp_path):
+    head = RecurrentHead.for_target(wide, output="target")
+    head.bfloat16().save_pretrained(tmp_path)
+    head, rows, config = load_head(tmp_path, wide), prompts()[:2], settings(max_new_tokens=8)
+    drafter = RecurrentDrafter(head, wide, TreeConfig(width=3, depth=3))
+    made = speculative(wide, rows, config, drafter=drafter)
+    assert head.dtype == torch.float32 and head._ready is not None
+    assert made.tokens == plain(wide, rows, config).tokens
 
 
 def test_weights_that_change_are_packed_anew(wide):
