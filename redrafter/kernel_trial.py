@@ -73,8 +73,10 @@ def _attends(kernels: Any, draw: Callable[..., Tensor], kind: torch.dtype) -> bo
     rows, queries, heads, key_heads, dim, keys = 2, 3, 4, 2, kernels.panel + 8, kernels.panel + 3
     q = draw(rows, queries, heads, dim)
     k, v = (draw(rows, key_heads, keys, dim).to(kind) for _ in "kv")
-    mask = draw(rows, 1, queries, keys).relu() * torch.finfo(torch.float32).min
-    mask[..., 0] = 0
+    least = torch.finfo(torch.float32).min
+    mask = draw(rows, 1, queries, keys).relu() * least
+    mask[0, ..., -9:], mask[1, ..., :9] = least, least  # keys before and behind all that are seen
+    mask[..., kernels.panel // 2 + 2] = 0
     sizes = kernels.sizes(
         rows, queries, heads, key_heads, dim, keys, heads * dim, *k.stride()[:3], *v.stride()[:3],
         queries * keys, keys, dim**-0.5,

@@ -31,6 +31,8 @@
 #define AHEAD 48       /* steps of k ahead that what is read once is fetched */
 #define SKIPPED (4 * WIDTH) /* scores that are passed over together */
 #define SHIFT 16
+#define ONE 1073741824.0f /* 2^30 */
+#define FEW (4096 * WIDTH) /* weights whose halves are summed in 32 bits */
 #define MASKED -1e30f  /* what a mask adds at least where nothing may be seen: the dtype's minimum */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -253,22 +255,32 @@ void product(const float *x, const char *w, int bytes, const float *add, long ea
 /* ----------------------------------------------------------------------------------- attention */
 
 /* Scores of one query to weights: masked, exp(score - the largest); returns 1 / their sum, or 0
- * where nothing may be seen. `keys` of them, filled up to whole vectors. */
+ * where nothing may be seen. `keys` of them, filled up to whole vectors. Weights are summed as whole
+ * numbers of ONE-ths: such a sum does not depend on an order, so it need not go one by one. */
 static float weigh(float *scores, const float *mask, long keys) {
   const long filled = (keys + WIDTH - 1) / WIDTH * WIDTH;
-  for (long j = 0; j < keys; j++) scores[j] += mask[j];
-  for (long j = keys; j < filled; j++) scores[j] = 2 * MASKED;
   vec best = (vec){0} + 2 * MASKED;
-  for (long j = 0; j < filled; j += WIDTH) best = larger(best, *(vec *)(scores + j));
+  for (long j = keys; j < filled; j++) scores[j] = 2 * MASKED;
+  for (long j = 0; j < keys / WIDTH * WIDTH; j += WIDTH)
+    best = larger(best, *(vec *)(scores + j) += *(const vec *)(mask + j));
+  for (long j = keys / WIDTH * WIDTH; j < keys; j++) scores[j] += mask[j];
+  if (keys < filled) best = larger(best, *(vec *)(scores + filled - WIDTH));
   const float top = largest(best);
-  for (long j = 0; j < filled; j += WIDTH) {
-    const vec s = *(vec *)(scores + j);
-    const ints seen = ~(s <= (vec){0} + MASKED); /* what is not a number stays so */
-    *(vec *)(scores + j) = (vec)((ints)exponential(s - top) & seen);
+  int64_t sum = 0;
+  for (long from = 0; from < filled; from += FEW) {
+    const long end = filled - from < FEW ? filled : from + FEW;
+    bits low = {0}, high = {0};
+    for (long j = from; j < end; j += WIDTH) {
+      const vec s = *(vec *)(scores + j);
+      const ints seen = ~(s <= (vec){0} + MASKED); /* what is not a number stays so */
+      const vec weight = (vec)((ints)exponential(s - top) & seen);
+      const bits parts = (bits)__builtin_convertvector(weight * ONE + 0.5f, ints);
+      *(vec *)(scores + j) = weight;
+      low += parts & 0xffff, high += parts >> 16;
+    }
+    for (int i = 0; i < WIDTH; i++) sum += low[i] + ((int64_t)high[i] << 16);
   }
-  float sum = 0;
-  for (long j = 0; j < keys; j++) sum += scores[j];
-  return sum == 0 ? 0 : 1 / sum;
+  return sum == 0 ? 0 : ONE / (float)sum;
 }
 
 struct sizes { /* of one attention; strides in entries */
@@ -299,11 +311,44 @@ INLINE void widen(float *restrict to, long step, const char *restrict from, long
   }
 }
 
+struct range { /* of keys */
+  long begin, end;
+};
+
+/* Whether none of WIDTH keys may be seen. */
+INLINE int hidden(const float *mask) {
+  const ints none = *(const vec *)mask <= (vec){0} + MASKED;
+  int64_t halves[WIDTH / 2], all = -1;
+  memcpy(halves, &none, sizeof none);
+  for (int i = 0; i < WIDTH / 2; i++) all &= halves[i];
+  return all == -1;
+}
+
+/* The keys between which all lie that any of `queries` may see: before a text's own, and beyond a
+ * window, the others weigh 0, and that sums to nothing. */
+static struct range visible(const struct sizes *s, const float *mask, long queries) {
+  struct range seen = {s->keys, 0};
+  for (long i = queries - 1; i >= 0; i--) { /* the last one sees farthest */
+    const float *const own = mask + i * s->mask_query;
+    long begin = 0, end = s->keys;
+    while (end - WIDTH >= seen.end && hidden(own + end - WIDTH)) end -= WIDTH;
+    while (end > seen.end && own[end - 1] <= MASKED) end--;
+    while (begin + WIDTH <= seen.begin && hidden(own + begin)) begin += WIDTH;
+    while (begin < seen.begin && own[begin] <= MASKED) begin++;
+    seen.end = seen.end < end ? end : seen.end;
+    seen.begin = seen.begin > begin ? begin : seen.begin;
+  }
+  return seen.begin < seen.end ? seen : (struct range){0, 0};
+}
+
 /* `n` queries of one key head, the first of them `from`, into `out`. room: see `attention` */
 static void attend(const struct sizes *s, long row, long head, long from, long n, const float *q,
                    const char *k, const char *v, const float *mask, float *out, float *room) {
-  const long groups = s->heads / s->key_heads, dim = s->dim, keys = s->keys;
-  const long filled = (keys + PANEL - 1) / PANEL * PANEL;
+  const long groups = s->heads / s->key_heads, dim = s->dim;
+  const float *const masks = mask + row * s->mask_row + from / groups * s->mask_query;
+  const long places = (from + n - 1) / groups - from / groups + 1;
+  const struct range seen = visible(s, masks, s->mask_query ? places : 1);
+  const long keys = seen.end - seen.begin, filled = (keys + PANEL - 1) / PANEL * PANEL;
   float *scores = room, *scaled = scores + n * filled, *panel = scaled + n * dim;
   float *value = panel + dim * PANEL;
   for (long t = 0; t < n; t++) {
@@ -313,7 +358,8 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
   }
   struct job job = {.panel = (const char *)panel, .step = PANEL * 4, .in = dim, .x_stride = dim};
   job.out = filled, job.cols = PANEL;
-  const char *first_key = k + (row * s->k_row + head * s->k_head) * s->bytes;
+  const char *first_key =
+      k + (row * s->k_row + head * s->k_head + seen.begin * s->k_key) * s->bytes;
   for (long j = 0; j < keys; j += PANEL) {
     for (long c = 0; c < PANEL; c++) {
       const long key = j + c < keys ? j + c : keys - 1;
@@ -323,12 +369,13 @@ static void attend(const struct sizes *s, long row, long head, long from, long n
   }
   float inverse[QUERIES];
   for (long t = 0; t < n; t++) {
-    const float *seen = mask + row * s->mask_row + (from + t) / groups * s->mask_query;
-    inverse[t] = weigh(scores + t * filled, seen, keys);
+    const long i = (from + t) / groups - from / groups;
+    inverse[t] = weigh(scores + t * filled, masks + i * s->mask_query + seen.begin, keys);
   }
   job.in = keys, job.x_stride = filled, job.out = dim;
   for (long d = 0; d < dim; d += PANEL) { /* the scaled queries' place takes their sums */
-    const char *from_v = v + (row * s->v_row + head * s->v_head + d) * s->bytes;
+    const char *from_v =
+        v + (row * s->v_row + head * s->v_head + seen.begin * s->v_key + d) * s->bytes;
     job.panel = from_v, job.step = s->v_key * 4;
     job.cols = dim - d < PANEL ? dim - d : PANEL;
     if (job.cols < PANEL || s->bytes != 4) {

@@ -191,6 +191,31 @@ def test_keys_that_are_masked_might_lie_anywhere_or_not_at_all(made, kept):
         )
 
 
+@pytest.mark.parametrize("window", [9, 83])
+def test_only_keys_between_the_first_and_the_last_that_are_seen_are_read(made, window):
+    """Before a text's own and beyond a window there may be anything: it weighs nothing."""
+    n, keys = 60, 83
+    q, k, v = drawn(2, n, 4, 32), drawn(2, 2, keys, 32, seed=1), drawn(2, 2, keys, 32, seed=2)
+    place, at = torch.arange(n)[:, None] + torch.tensor([20, 3])[:, None, None], torch.arange(keys)
+    seen = ((at <= place) & (at > place - window))[:, None]
+    mask = torch.zeros(seen.shape).masked_fill(~seen, MASKED)
+    found = attended(made, q, k, v, mask)
+    near(found, wanted_attention(q, k, v, mask))
+    for i in (0, 17, 59):
+        one = attended(made, q[:, i : i + 1].contiguous(), k, v, mask[:, :, i : i + 1])
+        assert torch.equal(one[:, 0], found[:, i])
+    if window == 9:
+        k[1, :, 63:], v[1, :, 63:] = float("nan"), float("nan")
+        assert torch.equal(attended(made, q, k, v, mask)[:, :40], found[:, :40])
+
+
+def test_sums_of_many_small_weights_are_right(made):
+    keys = 40_000
+    q, k, v = drawn(1, 2, 2, 8), drawn(1, 1, keys, 8, seed=1), drawn(1, 1, keys, 8, seed=2)
+    mask = torch.zeros(1, 1, 1, keys)
+    near(attended(made, q, k, v, mask, 3.0), wanted_attention(q, k, v, mask, 3.0), 1e-4)
+
+
 def test_a_query_that_may_see_nothing_is_zero_and_what_is_not_a_number_is_seen(made):
     dim = made.panel
     q, k, v = drawn(1, 2, 1, dim), drawn(1, 1, 9, dim), drawn(1, 1, 9, dim)
@@ -417,7 +442,9 @@ def test_without_a_place_to_make_them_there_are_none(anew, monkeypatch, tmp_path
     ("block(1, 4, 2, x,", "block(1, 4, 2, x + 1,"),  # and of bfloat16
     ("g + groups * (per - 1);", "g;"),  # what is left over
     ("(uint32_t)half << 16", "(uint32_t)half << 15"),  # bfloat16 keys
-    ("scores[j] += mask[j];", ";"),
+    ("+= *(const vec *)(mask + j)", "+= 0"),
+    ("long begin = 0, end = s->keys;", "long begin = 0, end = s->keys - 3;"),
+    ("while (begin < seen.begin && own[begin] <= MASKED)", "while (begin < seen.begin)"),
     ("sum / width + eps", "sum + eps"),
     ("exponential(-x) + 1.0f", "exponential(x) + 1.0f"),
     ("row / around->each", "row"),
