@@ -118,7 +118,8 @@ def test_numbers_are_the_models_own_up_to_rounding(folders, case, dtype):
     exact = prefilled(Target(copy.deepcopy(own.model).double()))
     off = [(found - exact).abs().max() for found in logits]
     largest = exact.abs().max()
-    assert off[1] <= 2 * off[0] and off[0] <= torch.finfo(own.dtype).eps ** 0.5 * largest
+    few = 64 * torch.finfo(torch.float32).eps * largest  # of which either may have more by chance
+    assert off[1] <= 2 * off[0] + few and off[0] <= torch.finfo(own.dtype).eps ** 0.5 * largest
 
 
 @torch.inference_mode()
