@@ -29,7 +29,7 @@ from redrafter.targets.invariant import Form, KernelForm, difference, find_form,
 from redrafter.targets.model import Target, load_target
 
 #: by kernels where there are any, and in blocks
-WAYS = tuple((dtype, forward) for dtype in ("float32", "bfloat16") for forward in ("auto", "model"))
+WAYS = (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "model"))
 
 
 def loaded(folder, dtype: str, **options):
