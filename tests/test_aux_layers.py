@@ -210,7 +210,7 @@ def a_layer_late(monkeypatch, target):
     fused = target.fused
 
     class Late:
-        untouched = True
+        untouched, widens = True, False
 
         def renew(self):
             fused.renew()
