@@ -78,6 +78,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _STATES_ROW_TOKENS = 256
 _PROBE_S = 5.0  # of repeated work
 _POSITIONS, _DEPTH = 32, 3  # of the batch whose gradients are compared
+_LOSS = LossConfig(kl=1.0)  # a training's default
 
 
 class StandIn:
@@ -245,7 +246,7 @@ class Check:
         target = StandIn(args.train_vocab, args.train_hidden, device, dtype)
         head = _new_head(args).to(device).train()
         most = min(_PROBE_S, args.seconds / 20)
-        seconds = step_seconds(head, target, LossConfig(), optim, 0, most)
+        seconds = step_seconds(head, target, _LOSS, optim, 0, most)
         measured = torch.cuda.max_memory_allocated(device) - before if cuda else None
         return {
             "step_s": seconds,
@@ -274,7 +275,7 @@ class Check:
     def _gradients(self, wrap: Callable[[StepLoss], Any]) -> list[Tensor]:
         """Of one step of a new head for the small target's matrix."""
         torch.manual_seed(0)
-        small, loss = self.small, LossConfig()
+        small, loss = self.small, LossConfig(cross_entropy=1.0)
         head = RecurrentHead.for_target(small).train()
         context = torch.randn(_POSITIONS, small.hidden_size, device=small.device)
         grid = (2, _POSITIONS, _DEPTH)
@@ -304,7 +305,7 @@ def _planned_bytes(args: argparse.Namespace, optim: OptimConfig) -> int:
         head = _new_head(args)
     weights = sum(p.numel() * p.element_size() for p in head.parameters())
     kept = weights * (1 + averages_per_element(optim)) + target.lm_head_weight.nbytes
-    return kept + step_memory(head, target, LossConfig(), optim).peak
+    return kept + step_memory(head, target, _LOSS, optim).peak
 
 
 def run(check: Check, names: list[str], out: str | None) -> dict[str, Any]:

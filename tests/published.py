@@ -18,7 +18,7 @@ SETTINGS = {
     "data.answers.max_new_tokens": 24, "data.buffer_rows": 10, "optim.steps": 8,
     "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 2, "eval.prompts": 4,
     "eval.max_new_tokens": 12, "eval.every_steps": 4, "eval.tree.width": 2, "eval.tree.depth": 2,
-    "save_steps": 4, "log_steps": 2, "tracker": "null",
+    "save_steps": 4, "log_steps": 2, "tracker": "null", "loss.cross_entropy": 1,
 }  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def taught(case, part):
         head = make_head(target, case).train()
         depth = min(3, head.max_depth or 3)
         feed = feed_of(part, depth, draft_ids=getattr(head, "draft_ids", None))
-        optimizer, loss = torch.optim.Adam(head.parameters(), lr=0.02), LossConfig()
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+        loss = LossConfig(cross_entropy=1.0)
         for step in range(8):
             batch = feed.step(step)
             batch_loss(head, head, target, batch, loss, total_weight(batch, loss))[0].backward()

@@ -58,6 +58,7 @@ def test_figures_in_the_card_are_those_of_the_files(run):
     facts = json.loads((run / "provenance.json").read_text())
     for entry in facts["history"]:
         assert f"| {entry['step']} | {entry['tokens_per_step']['greedy']:.2f} |" in text
+    assert "labels `tokens`, loss `1 cross_entropy`, seed" in text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(pictures) == 3
     for picture in pictures:  # opaque: readable on a light page and on a dark one

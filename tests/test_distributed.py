@@ -202,7 +202,7 @@ def fully_sharded():
 
     def built(shard):
         torch.manual_seed(0)
-        model = StepLoss(RecurrentHead.for_target(target), target, LossConfig())
+        model = StepLoss(RecurrentHead.for_target(target), target, LossConfig(cross_entropy=1.0))
         if shard:
             for block in model.head.lm_head[: model.head.config.num_draft_layers]:
                 fully_shard(block, mesh=mesh)

@@ -23,6 +23,7 @@ from redrafter.cli.push import folded
 from redrafter.cli.speed import main as speed
 from redrafter.cli.train_redrafter import summary
 from redrafter.config import (
+    DataConfig,
     MakeStatesConfig,
     SpeedConfig,
     TableConfig,
@@ -342,7 +343,7 @@ def test_deepspeed_need_not_say_what_it_found(monkeypatch):
 
 
 def test_a_training_ends_with_a_sentence():
-    config = TrainConfig(TargetConfig("x"), data=None, output_dir="runs/head")
+    config = TrainConfig(TargetConfig("x"), DataConfig(), output_dir="runs/head")
     assert summary(config, {"step": 7}) == (
         "runs/head holds the head of step 7; the curves: tensorboard --logdir runs/head/logs"
     )

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from redrafter.config import (
     KINDS,
+    DataConfig,
     HeadConfig,
     LoraSettings,
     LossConfig,
@@ -87,7 +88,7 @@ def test_an_option_of_another_kind_is_refused_naming_both():
 
 
 def test_depths_without_maps_are_refused_before_any_work():
-    given = {"target": TargetConfig("t"), "data": None, "output_dir": "o"}
+    given = {"target": TargetConfig("t"), "data": DataConfig(), "output_dir": "o"}
     config = TrainConfig(**given, optim=OptimConfig(depth=3))
     check_depths(config, None)
     with pytest.raises(InputError, match=r"eval\.tree\.depth 4, .* 3 tokens"):
@@ -230,7 +231,7 @@ def test_gradients_are_those_of_the_whole_logits(case):
     head = make_head(target, case).train()
     depth = depth_of(head)
     batch = random_batch(head, target, depth)
-    loss = LossConfig(chunk_rows=3)
+    loss = LossConfig(cross_entropy=1.0, chunk_rows=3)
     batch_loss(head, head, target, batch, loss, total_weight(batch, loss))[0].backward()
     found = {name: p.grad.clone() for name, p in head.named_parameters()}
     head.zero_grad()
@@ -251,7 +252,7 @@ def test_a_new_head_learns(kind):
     head = head_class(kind).for_target(target, **fields).double().train()
     batch = random_batch(head, target, 3)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
-    loss, values = LossConfig(), []
+    loss, values = LossConfig(cross_entropy=1.0), []
     for _ in range(40):
         value, _ = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))
         optimizer.zero_grad()
@@ -293,7 +294,7 @@ def test_lora_reaches_every_linear_map(case):
     for name, p in head.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p.data, std=0.1)
-    loss = LossConfig()
+    loss = LossConfig(cross_entropy=1.0)
     value, _ = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))
     value.backward()
     assert not [n for n, p in head.named_parameters() if p.requires_grad and p.grad is None]
@@ -397,8 +398,8 @@ def test_no_kind_holds_more_than_one_chunk_of_logits(kind, output, meta):
     chosen = {"output": output} if "output" in KINDS[kind] else {}
     head = meta_head(HeadConfig(kind=kind, **chosen), meta)
     rows, positions = 64, 128
-    loss, optim = LossConfig(chunk_rows=rows), OptimConfig(batch_positions=positions)
-    found = memory.step_memory(head, meta, loss, optim)
+    loss = LossConfig(cross_entropy=1.0, chunk_rows=rows)
+    found = memory.step_memory(head, meta, loss, OptimConfig(batch_positions=positions))
     chunk, features = 4 * rows * 128_000, 4 * positions * 5 * 4096  # at most
     # The chunk, its log-softmax and gradient, and what these are made of; per depth it would be
     # five times as much.
@@ -440,7 +441,7 @@ def test_the_page_says_what_a_plan_gives(row, meta):
     kind, option, value, *said = row
     chosen = {} if not option else {option: {"true": True}.get(value, value)}
     head = meta_head(HeadConfig(kind=kind, **chosen), meta)
-    found = memory.step_memory(head, meta, LossConfig(), OptimConfig())
+    found = memory.step_memory(head, meta, LossConfig(kl=1.0), OptimConfig())
     weights = sum(p.numel() for p in head.parameters())
     figures = [weights / 1e6, *(n / 1e9 for n in (found.gradients, found.loss.logits, found.peak))]
     assert said == [f"{figures[0]:,.0f}", *(f"{figure:.2f}" for figure in figures[1:])]

@@ -31,7 +31,8 @@ CHANGES = {"optim.steps": 6, "save_steps": 3, "eval.every_steps": 3, "eval.promp
 OF_KIND = {
     "recurrent": {
         "head.state_norm": "true", "head.exit_dim": 24, "loss.depth_weights": "chance",
-        "loss.chance_floor": 0.2, "loss.reverse_kl": 0.1, "loss.towards": '{"lk_hybrid": 1}',
+        "loss.chance_floor": 0.2, "loss.cross_entropy": 1, "loss.reverse_kl": 0.1,
+        "loss.towards": '{"lk_hybrid": 1}',
     },
     # what the layer over the prefix needs is the same for all kinds; this one goes its way
     "medusa": {"head.aux_layers": "[1]"},

@@ -11,7 +11,15 @@ from head_kinds import make_head
 from models import alone, prompts, settings, tiny
 
 from redrafter.cli import chat, stream
-from redrafter.config import LearnConfig, LoraSettings, LossConfig, TreeConfig
+from redrafter.cli.args import parse
+from redrafter.config import (
+    ChatConfig,
+    LearnConfig,
+    LoraSettings,
+    LossConfig,
+    StreamConfig,
+    TreeConfig,
+)
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
@@ -25,6 +33,7 @@ from redrafter.learning.learner import Learner
 from redrafter.learning.ring import Ring
 from redrafter.training.feed import gather
 from redrafter.training.sharded import Whole
+from redrafter.training.step import loss_weights
 
 MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8)}
 #: a step as often as there is something to learn from
@@ -335,6 +344,24 @@ def test_a_folder_of_anything_else_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         LearnConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [([], {"cross_entropy": 1.0}), (["--learning.loss.kl=1"], {"kl": 1.0}),
+     (["--learning.lr=0.1", "--learning.loss.depth_decay=0.5"], {"cross_entropy": 1.0})],
+)  # fmt: skip
+def test_it_learns_by_the_losses_given_alone_or_by_cross_entropy(given, weights):
+    target = tiny("llama")
+    config = parse(StreamConfig, ["--target.path=t", "--prompts=p", *given], "test")
+    talk = parse(ChatConfig, ["--target.path=t", *given], "test")
+    assert loss_weights(config.learning.loss) == weights, "a result's file says which"
+    for chosen in (config.learning, talk.learning):
+        loss = Learner(make_head(target, "recurrent"), target, settings=chosen).settings.loss
+        assert loss_weights(loss) == weights
+    assert loss_weights(Learner(make_head(target, "recurrent"), target).settings.loss) == {
+        "cross_entropy": 1.0
+    }
 
 
 # ------------------------------------------------------------------------------------- commands

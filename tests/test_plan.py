@@ -220,13 +220,13 @@ def test_parameters_that_were_there_are_not_counted_and_gradients_are():
 
 
 STEPS = {
-    "cross entropy": (LossConfig(chunk_rows=32), {}, {}),
+    "cross entropy": (LossConfig(cross_entropy=1.0, chunk_rows=32), {}, {}),
     "kl": (LossConfig(kl=1.0, chunk_rows=64), {}, {}),
     "top k": (LossConfig(kl=1.0, teacher="top_k", chunk_rows=64), {}, {}),
-    "accumulation": (LossConfig(chunk_rows=32), {"accumulation": 2}, {}),
+    "accumulation": (LossConfig(cross_entropy=1.0, chunk_rows=32), {"accumulation": 2}, {}),
     "pruned": (LossConfig(minus_log_acceptance=1.0), {}, HEADS["narrow"]),
     "borrowed": (LossConfig(total_variation=1.0), {}, HEADS["borrowed"]),
-    "prefix": (LossConfig(chunk_rows=32), {"accumulation": 2}, {"prefix": "attention"}),
+    "prefix": (LossConfig(kl=1.0, chunk_rows=32), {"accumulation": 2}, {"prefix": "attention"}),
 }
 
 
@@ -290,8 +290,8 @@ def test_more_positions_and_wider_chunks_take_more(both):
     head = meta_head(HeadConfig(), meta)
 
     def peak(positions, chunk):
-        loss, optim = LossConfig(chunk_rows=chunk), OptimConfig(batch_positions=positions)
-        return memory.step_memory(head, meta, loss, optim)
+        loss = LossConfig(cross_entropy=1.0, chunk_rows=chunk)
+        return memory.step_memory(head, meta, loss, OptimConfig(batch_positions=positions))
 
     few, many, wide = peak(64, 32), peak(128, 32), peak(64, 320)
     assert many.loss.activations > 1.9 * few.loss.activations

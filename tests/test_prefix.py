@@ -269,7 +269,7 @@ def overfitted(target, row_starts=8, **context):
     torch.manual_seed(0)
     head = head_class("recurrent").for_target(target, **fields).double().train()
     _, _, feed = greedy_feed(target, row_starts=row_starts)
-    optimizer, loss = torch.optim.Adam(head.parameters(), lr=0.01), LossConfig()
+    optimizer, loss = torch.optim.Adam(head.parameters(), lr=0.01), LossConfig(cross_entropy=1.0)
     for step in range(25):
         batch = feed.step(step)
         batch_loss(head, head, target, batch, loss, total_weight(batch, loss))[0].backward()

@@ -1,5 +1,6 @@
 """Training heads that read the prefix: rows that starts share; and what such heads cannot do."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from head_kinds import make_head as plain_head
 from models import tiny
 from test_prefix import greedy_feed, make_head
 
-from redrafter.config import DataConfig, HeadConfig, LossConfig, TargetConfig, TrainConfig
+from redrafter.config import (
+    LOSSES,
+    DataConfig,
+    HeadConfig,
+    LossConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from redrafter.contracts import InputError
 from redrafter.export.layouts import convert
 from redrafter.files import plain_values
@@ -28,7 +36,7 @@ def test_rows_of_a_batch_give_what_each_start_gives_alone():
     target = tiny("llama")
     head = make_head(target).train()
     _, _, feed = greedy_feed(target, positions=24, row_starts=4, buffer_rows=2)
-    batch, loss = feed.step(0), LossConfig()
+    batch, loss = feed.step(0), LossConfig(cross_entropy=1.0)
     assert len(batch.rows.hidden) < 24, "no row is shared"
     found = contexts_of(head, target, batch)
     for p, (row, place) in enumerate(zip(batch.rows.row, batch.rows.place, strict=True)):
@@ -85,13 +93,14 @@ def test_processes_share_a_step_and_one_may_have_none_of_it():
     assert 0 in sizes
     part = next(p for step in range(6) for f in feeds_ if not len((p := f.step(step)).context))
     head.zero_grad()
-    batch_loss(head, head, target, part, LossConfig(), torch.tensor(1.0))[0].backward()
+    loss = LossConfig(cross_entropy=1.0)
+    batch_loss(head, head, target, part, loss, torch.tensor(1.0))[0].backward()
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
 def trained(target, share=(0, 1), wrap=lambda loss: loss):
     """(weights after a few steps, positions that this process had of each)"""
-    head, config = make_head(target).train(), LossConfig()
+    head, config = make_head(target).train(), LossConfig(cross_entropy=1.0)
     _, _, feed = greedy_feed(target, positions=12, row_starts=6, share=share)
     model = wrap(StepLoss(head, target, config))
     optimizer, sizes = torch.optim.Adam(head.parameters(), lr=0.01), []
@@ -138,6 +147,25 @@ def test_a_checkpoint_from_before_there_was_an_option_is_gone_on_with():
     del stored["head"]["kind"]
     with pytest.raises(InputError, match=r"head\.prefix 'none' -> 'attention'"):
         check_same(stored, plain_values(other), frozenset(), Path("c"))
+
+
+def test_a_checkpoint_whose_default_was_cross_entropy_is_gone_on_with_by_that_alone():
+    given = (TargetConfig("t"), DataConfig(), "o")
+    by_tokens = plain_values(TrainConfig(*given, loss=LossConfig(cross_entropy=1.0)))
+    for known in (set(LOSSES), {"cross_entropy", "kl"}, set()):  # as versions stored them
+        stored = json.loads(json.dumps(by_tokens))
+        for name in set(LOSSES) - known:
+            del stored["loss"][name]
+        check_same(stored, by_tokens, frozenset(), Path("c"))
+        with pytest.raises(InputError) as refused:
+            check_same(stored, plain_values(TrainConfig(*given)), frozenset(), Path("c"))
+        assert "loss.cross_entropy 1.0 -> 0.0; loss.kl 0.0 -> 1.0" in str(refused.value)
+        assert "Set them back (--loss.cross_entropy=1.0 --loss.kl=0.0)" in str(refused.value)
+    layers = plain_values(TrainConfig(*given, head=HeadConfig(aux_layers=(2, 4))))
+    moving = plain_values(TrainConfig(*given, loss=LossConfig(towards={"kl": 2.0})))
+    said = r"\('--head\.aux_layers=\[2, 4\]' no --loss\.towards\.kl\)"
+    with pytest.raises(InputError, match=said):
+        check_same(layers, moving, frozenset(), Path("c"))
 
 
 # -------------------------------------------------------------------------------------- refusals

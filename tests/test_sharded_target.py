@@ -24,7 +24,7 @@ SETTINGS = {
     "optim.steps": 4, "optim.batch_positions": 32, "optim.depth": 3, "optim.warmup_steps": 1,
     "optim.lr": 5e-3, "eval.prompts": 3, "eval.batch_size": 1, "eval.max_new_tokens": 6,
     "eval.every_steps": 2, "eval.tree.width": 2, "eval.tree.depth": 2, "log_steps": 1,
-    "loss.kl": 0.5, "loss.teacher": "states",
+    "loss.cross_entropy": 1, "loss.kl": 0.5, "loss.teacher": "states",
 }  # fmt: skip
 
 

@@ -122,7 +122,8 @@ def test_a_head_learns_from_it_as_from_our_own(target, own, tmp_path):
         torch.manual_seed(0)
         head = RecurrentHead.for_target(target)
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-        feed, loss = Feed(target, [Stored(made)], positions=24, depth=3, seed=0), LossConfig()
+        feed = Feed(target, [Stored(made)], positions=24, depth=3, seed=0)
+        loss = LossConfig(cross_entropy=1.0)
         for step in range(100):
             batch = feed.step(step)
             value, _ = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))

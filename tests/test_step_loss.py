@@ -1,12 +1,16 @@
 """Weights that change: losses by schedule, depths by the chance that what is drafted gets there."""
 
+import json
+
 import pytest
 import torch
 from head_kinds import CASES, KIND_CASES, make_head, written_out
 from models import tiny
 from test_head_kinds import depth_of, random_batch
 
-from redrafter.config import LossConfig
+from redrafter.cli.args import parse
+from redrafter.config import LOSSES, LossConfig, TrainConfig
+from redrafter.files import plain_values
 from redrafter.training import step
 from redrafter.training.step import batch_loss, loss_weights, needed_teacher, total_weight
 
@@ -43,7 +47,7 @@ def test_chance_weights_and_their_gradients_are_the_written_ones(case, chunk_row
     head = make_head(target, case).train()
     depth = depth_of(head)
     batch = batch_of(head, target, depth)
-    loss = LossConfig(kl=0.5, chunk_rows=chunk_rows, **CHANCE)
+    loss = LossConfig(cross_entropy=1.0, kl=0.5, chunk_rows=chunk_rows, **CHANCE)
     value, counts = batch_loss(head, head, target, batch, loss, total_weight(batch, loss))
     value.backward()
     found = {name: p.grad.clone() for name, p in head.named_parameters()}
@@ -70,7 +74,7 @@ def test_chance_weights_and_their_gradients_are_the_written_ones(case, chunk_row
 
 def test_micro_batches_are_the_batch():
     target = tiny("llama")
-    head, loss = make_head(target, "recurrent").train(), LossConfig(**CHANCE)
+    head, loss = make_head(target, "recurrent").train(), LossConfig(kl=1.0, **CHANCE)
     batch = batch_of(head, target, 4)
     grads = []
     for pieces in ([batch], batch.split(5)):
@@ -86,7 +90,8 @@ def test_a_floor_of_one_weighs_as_the_decay_alone():
     target = tiny("llama")
     head = make_head(target, "recurrent").train()
     batch = batch_of(head, target, 4)
-    chance, fixed = LossConfig(**{**CHANCE, "chance_floor": 1.0}), LossConfig(depth_decay=0.9)
+    chance = LossConfig(kl=1.0, **{**CHANCE, "chance_floor": 1.0})
+    fixed = LossConfig(kl=1.0, depth_decay=0.9)
     values = [batch_loss(head, head, target, batch, loss, torch.tensor(1.0))[0].item()
               for loss in (chance, fixed)]  # fmt: skip
     assert values[0] == pytest.approx(values[1], rel=1e-12)
@@ -107,7 +112,55 @@ def test_a_fault_of_the_weights_is_seen(planted, monkeypatch):
         test_chance_weights_and_their_gradients_are_the_written_ones("recurrent", 5)
 
 
-# ------------------------------------------------------------------------------- the schedule
+# ------------------------------------------------------------------ which losses, and the schedule
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        ("", {"kl": 1.0}),
+        ("data.labels=greedy", {"cross_entropy": 1.0}),
+        ("data.labels=local", {"cross_entropy": 1.0}),
+        ("loss.chunk_rows=64 loss.teacher=top_k loss.depth_decay=0.8", {"kl": 1.0}),
+        ("loss.kl=0.5", {"kl": 0.5}),
+        ("loss.cross_entropy=2", {"cross_entropy": 2.0}),
+        ("loss.lk_hybrid=1 data.labels=greedy", {"lk_hybrid": 1.0}),
+        ("loss.cross_entropy=0 loss.kl=1", {"kl": 1.0}),
+        ('loss={"cross_entropy":1,"kl":1}', {"cross_entropy": 1.0, "kl": 1.0}),
+    ],
+)
+def test_the_losses_given_are_all_there_is_and_kl_where_none_is(given, weights):
+    config = parse(TrainConfig, arguments(given), "test")
+    stored = plain_values(config)["loss"]
+    assert {name: stored[name] for name in LOSSES} == dict.fromkeys(LOSSES, 0.0) | weights
+    assert loss_weights(config.loss) == weights
+    assert (needed_teacher(config.loss) is None) == (set(weights) == {"cross_entropy"})
+    again = parse(TrainConfig, [*arguments(""), f"--loss={json.dumps(stored)}"], "test")
+    assert again.loss == config.loss, "what was stored says the same to any later version"
+
+
+def arguments(given):
+    return ["--target.path=t", "--output_dir=o", *(f"--{word}" for word in given.split())]
+
+
+@pytest.mark.parametrize(
+    ("given", "halfway"),
+    [
+        ("", {"kl": 0.5, "lk_hybrid": 0.5}),
+        ("data.labels=greedy", {"cross_entropy": 0.5, "lk_hybrid": 0.5}),
+        ("loss.reverse_kl=1", {"reverse_kl": 0.5, "lk_hybrid": 0.5}),
+    ],
+)
+def test_weights_move_from_those_given_or_the_default_loss(given, halfway):
+    moving = f'loss.towards={{"lk_hybrid":1}} {given}'
+    loss = parse(TrainConfig, arguments(moving), "test").loss
+    assert loss_weights(loss, 0.5) == halfway
+    assert loss_weights(loss, 1.0) == {"lk_hybrid": 1.0} and needed_teacher(loss) == "states"
+
+
+def test_a_step_takes_no_loss_that_nobody_has_chosen():
+    with pytest.raises(ValueError, match="no loss has a weight"):
+        loss_weights(LossConfig())
 
 
 def test_weights_move_on_a_line():
@@ -117,14 +170,14 @@ def test_weights_move_on_a_line():
         "cross_entropy": 0.75, "kl": 0.5, "minus_log_acceptance": 0.5,
     }  # fmt: skip
     assert loss_weights(config, 1.0) == {"kl": 0.5, "minus_log_acceptance": 2.0}
-    still = LossConfig(kl=0.5)
+    still = LossConfig(cross_entropy=1.0, kl=0.5)
     assert loss_weights(still, 0.7) == loss_weights(still) == {"cross_entropy": 1.0, "kl": 0.5}
 
 
 def test_a_loss_of_the_end_needs_its_teacher_from_the_beginning():
-    assert needed_teacher(LossConfig(towards={"lk_hybrid": 1.0})) == "states"
+    assert needed_teacher(LossConfig(cross_entropy=1.0, towards={"lk_hybrid": 1.0})) == "states"
     assert needed_teacher(LossConfig(kl=1.0, towards={"cross_entropy": 1.0})) == "states"
-    assert needed_teacher(LossConfig(towards={"cross_entropy": 2.0})) is None
+    assert needed_teacher(LossConfig(cross_entropy=1.0, towards={"cross_entropy": 2.0})) is None
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c in ("recurrent", "medusa")])
@@ -132,7 +185,7 @@ def test_a_step_takes_the_weights_of_its_time(case):
     target = tiny("llama")
     head = make_head(target, case).train()
     batch = random_batch(head, target, depth_of(head))
-    moving = LossConfig(towards={"reverse_kl": 1.0})
+    moving = LossConfig(cross_entropy=1.0, towards={"reverse_kl": 1.0})
     fixed = LossConfig(cross_entropy=0.25, reverse_kl=0.75)
     weight = total_weight(batch, moving)
     found = batch_loss(head, head, target, batch, moving, weight, 0.75)[0]
@@ -145,6 +198,7 @@ def test_a_step_takes_the_weights_of_its_time(case):
         ({"towards": {"k_l": 1.0}}, "towards: k_l is no loss .*; name some of cross_entropy, kl"),
         ({"towards": {"kl": 0.0}}, "towards: give one of the losses a weight"),
         ({"cross_entropy": 0.0, "towards": {"kl": 1.0}}, "give one of cross_entropy, kl"),
+        ({"kl": 0.0}, "give one of cross_entropy, kl.* a weight, or leave all of them out"),
         ({"chance_floor": 1.5}, r"chance_floor: 1.5 must lie in 0\.\.1"),
     ],
 )

@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from accelerate import PartialState
 from launching import ROOT, Copy, quiet
 
 from redrafter.cli.args import parse
 from redrafter.cli.train_redrafter import main
-from redrafter.config import AnswersConfig, LossConfig, SourceConfig, StatesConfig, TrainConfig
+from redrafter.config import (
+    LOSSES,
+    AnswersConfig,
+    LossConfig,
+    SourceConfig,
+    StatesConfig,
+    TrainConfig,
+)
 from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
@@ -121,7 +129,7 @@ def test_the_loss_is_the_mean_written_out(target, part, draft_vocab_size):
 
 def test_padding_and_the_split_do_not_matter(target, part):
     """Gradients of 8 micro-batches are those of one, though their counts differ."""
-    loss = LossConfig()
+    loss = LossConfig(cross_entropy=1.0)
     batch = feed_of(target, part, positions=64).step(0)
     parts = batch.split(8)
     assert len({int(part.mask.sum()) for part in parts}) > 1, "equal counts would test nothing"
@@ -242,12 +250,23 @@ def test_resume_refuses_what_would_not_be_the_same_run(config, tmp_path):
         del before["config"][section][field]
     state.write_text(json.dumps(before))
     assert Training(config("r", **same)).done == 4
+    kl_alone = dict.fromkeys(LOSSES, 0.0) | {"kl": 1.0}
+    assert before["config"]["loss"].items() >= kl_alone.items(), "what it was trained by"
+    resolved = yaml.safe_load((tmp_path / "r/config.yaml").read_text())
+    assert resolved["loss"].items() >= kl_alone.items()
+    before["config"]["loss"] |= {"cross_entropy": 1.0, "kl": 0.0}  # the default once
+    state.write_text(json.dumps(before))
+    with pytest.raises(InputError, match=r"loss\.cross_entropy 1\.0 -> 0\.0") as refused:
+        Training(config("r", **same))
+    back = re.search(r"Set them back \((.*)\)", str(refused.value))[1].replace("--", "")
+    by_tokens = dict(word.split("=") for word in back.split())
+    assert Training(config("r", **same, **by_tokens)).done == 4
     with pytest.raises(InputError, match="not a checkpoint"):
         Training(config("r2", resume=tmp_path))
     file = tmp_path / "r" / "checkpoints" / "step-4" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(InputError, match=re.escape(str(file))):
-        Training(config("r", **same))
+        Training(config("r", **same, **by_tokens))
 
 
 # ------------------------------------------------------------------ what a run leaves behind
@@ -275,7 +294,9 @@ def test_what_a_run_leaves_and_that_it_learned(argv, target, capsys):
         assert facts[name] or name == "git_commit"
     assert parse(TrainConfig, ["--config", str(out / "config.yaml")], "test") == config
     steps = checkpoint.all_steps(out / "checkpoints")
-    assert set(steps) == {50, 60, best["step"]}
+    states = [checkpoint.read_state(out / "checkpoints" / f"step-{step}") for step in (50, 60)]
+    assert set(steps) == {50, 60, *(state["best"]["step"] for state in states)}
+    assert best["step"] in steps
     head = load_head(out, target)
     assert head.config.trained_depth == 3 and "/" not in head.config.target_name
     stored = weights_of(out / "checkpoints" / f"step-{best['step']}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redrafter.config.common import PromptFileConfig, ResourcesConfig, at_least
 from redrafter.config.heads import LoraSettings
@@ -28,7 +28,8 @@ class LearnConfig:
     lora: LoraSettings | None = None
     """Learn a LoRA of the head; none learns all of it."""
     loss: LossConfig = LossConfig()
-    """The loss, as in training; its `teacher` is the target's own states, which are there."""
+    """The loss, as in training; none given is cross-entropy alone, by which this was measured. Its
+    `teacher` is the target's own states, which are there."""
     save_steps: int = 200
     """Optimiser steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
@@ -54,6 +55,10 @@ class LearnConfig:
             raise ValueError("loss.teacher: learning while decoding has the target's states alone")
         if self.loss.towards is not None:
             raise ValueError("loss.towards: learning while decoding has no last step; leave it out")
+
+    def resolved(self) -> LearnConfig:
+        """The same, with the weights of all losses written out."""
+        return replace(self, loss=self.loss.resolved("cross_entropy"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,8 @@ class StreamConfig(ResourcesConfig, PromptFileConfig):
     def __post_init__(self) -> None:
         at_least(1, self, "n_prompts", "max_new_tokens", "batch_size", "window")
         at_least(0, self, "held_out", "temperature")
+        # Here, not in LearnConfig: of a field's default the parser would take values for given.
+        object.__setattr__(self, "learning", self.learning.resolved())
         if self.window % self.batch_size:
             raise ValueError(
                 f"window: {self.window} is no multiple of batch_size {self.batch_size}"

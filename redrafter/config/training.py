@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from redrafter.config.common import (
@@ -23,23 +23,30 @@ LOSSES = (
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses; see `redrafter/training/losses.py` for what each one serves."""
+    """Weights of the losses; see `redrafter/training/losses.py` for what each one serves.
 
-    cross_entropy: float = 1.0
-    """Weight of -log q(label)."""
-    kl: float = 0.0
-    """Weight of KL(p || q)."""
-    reverse_kl: float = 0.0
+    Where one is given a weight, those given are all there is. Where none is, a training takes
+    KL(p || q) alone, or cross-entropy alone for labels that only it reads (`data.labels` greedy,
+    local); learning while drafting takes cross-entropy alone.
+    """
+
+    cross_entropy: float | None = None
+    """Weight of -log q(label). Losses that are given a weight are all there is; where none is, this
+    one is 1 for data.labels greedy and local, and while drafting, else kl is."""
+    kl: float | None = None
+    """Weight of KL(p || q), p the target's distribution, q the head's: 1 where no loss is given a
+    weight and data.labels are tokens."""
+    reverse_kl: float | None = None
     """Weight of KL(q || p)."""
-    total_variation: float = 0.0
+    total_variation: float | None = None
     """Weight of the total variation between p and q."""
-    minus_log_acceptance: float = 0.0
+    minus_log_acceptance: float | None = None
     """Weight of -log sum min(p, q)."""
-    lk_hybrid: float = 0.0
+    lk_hybrid: float | None = None
     """Weight of KL(p || q) where little would be accepted, of the total variation where much."""
     towards: dict[str, float] | None = None
     """Weights at the last step, by the names above (0 for one not named); those of the steps before
-    lie on a line from the weights above to these. none keeps the weights above."""
+    lie on a line from those above, given or not, to these. none keeps those above."""
     teacher: Literal["states", "top_k"] = "states"
     """Where p comes from: exactly, from the stored hidden states and the target's lm_head; or from
     the stored most probable tokens (data.states.teacher_top_k), without that matrix product."""
@@ -55,8 +62,11 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "chunk_rows")
-        if not any(getattr(self, name) for name in LOSSES):
-            raise ValueError(f"give one of {', '.join(LOSSES)} a weight (LossConfig)")
+        given = [w for name in LOSSES if (w := getattr(self, name)) is not None]
+        if given and not any(given):
+            raise ValueError(
+                f"give one of {', '.join(LOSSES)} a weight, or leave all of them out (LossConfig)"
+            )
         if unknown := sorted(set(self.towards or ()) - set(LOSSES)):
             raise ValueError(
                 f"towards: {', '.join(unknown)} is no loss (LossConfig); name some of "
@@ -66,6 +76,14 @@ class LossConfig:
             raise ValueError("towards: give one of the losses a weight, or none (LossConfig)")
         if not 0 <= self.chance_floor <= 1:
             raise ValueError(f"chance_floor: {self.chance_floor} must lie in 0..1 (LossConfig)")
+
+    def resolved(self, unsaid: str) -> LossConfig:
+        """The same, with the weights of all losses written out. unsaid: the one of LOSSES that is
+        taken alone where none is given a weight"""
+        weights = {name: getattr(self, name) for name in LOSSES}
+        if all(weight is None for weight in weights.values()):
+            weights[unsaid] = 1.0
+        return replace(self, **{name: weight or 0.0 for name, weight in weights.items()})
 
 
 @dataclass(frozen=True)
@@ -144,7 +162,8 @@ class TrainConfig:
     head: HeadConfig = HeadConfig()
     """The draft head."""
     loss: LossConfig = LossConfig()
-    """The loss."""
+    """The loss; none given is KL(p || q) alone, or cross-entropy alone where data.labels are greedy
+    or local."""
     optim: OptimConfig = OptimConfig()
     """The optimiser and its schedule."""
     eval: TrainEvalConfig = TrainEvalConfig()
@@ -165,5 +184,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "save_steps", "log_steps")
-        # Here, not in HeadConfig: of a field's default the parser would take values for given ones.
+        # Here, not in the sections: of a field's default the parser would take values for given.
         object.__setattr__(self, "head", self.head.resolved())
+        # Other labels than the text's own tokens are read by cross-entropy alone.
+        unsaid = "kl" if self.data.labels == "tokens" else "cross_entropy"
+        object.__setattr__(self, "loss", self.loss.resolved(unsaid))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from redrafter.config import LOSSES
 from redrafter.evaluation.report import markdown_table
 from redrafter.hub.release import without_folders
 from redrafter.hub.run import Run
@@ -28,7 +29,8 @@ def training(run: Run, pictures: Mapping[str, str]) -> str:
     parts = [f"```bash\n{launch_line(facts)}\n```"]
     parts.append(
         f"{optim['steps']} steps of {optim['batch_positions']} positions, drafts of "
-        f"{optim['depth']} tokens, learning rate {optim['lr']:g}, labels `{data['labels']}`, seed "
+        f"{optim['depth']} tokens, learning rate {optim['lr']:g}, labels `{data['labels']}`, "
+        f"{_losses(settings['loss'])}, seed "
         f"{settings['seed']}; the published head is that of step {facts.get('step')}"
         + (", the one with the most tokens per step on held-out prompts" * bool(facts.get("best")))
         + ". Every setting stands in [config.yaml](config.yaml). Folders of the machine are left "
@@ -53,6 +55,16 @@ def training(run: Run, pictures: Mapping[str, str]) -> str:
             + markdown_table(["step", *names], shown)
         )  # fmt: skip
     return "\n\n".join(part for part in parts if part)
+
+
+def _losses(loss: Mapping[str, Any]) -> str:
+    """Their weights, at the beginning and at the end."""
+
+    def said(weights: Mapping[str, float]) -> str:
+        return " + ".join(f"{weights[name]:g} {name}" for name in LOSSES if weights.get(name))
+
+    end = f" moving to `{said(loss['towards'])}`" if loss.get("towards") else ""
+    return f"loss `{said(loss)}`{end}"
 
 
 def launch_line(facts: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ class Learner:
                 "newest tokens are kept: take a head trained with head.prefix none, or retrain it"
             )
         self.head, self.target, self.clock, self.tell = head, target, clock, tell
-        self.settings = settings = settings or LearnConfig()
+        self.settings = settings = (settings or LearnConfig()).resolved()
         self.folder = None if folder is None else Path(folder)
         self.facts = {
             "start": head.fingerprint(), "target": target.fingerprint(),

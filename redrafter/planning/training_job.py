@@ -178,7 +178,8 @@ class TrainingPlan:
         measured = self.config.eval
         if measured.prompts:
             positions = -(-measured.prompts // self.world.processes) * measured.max_new_tokens
-            held = meta_batch(self.target, LossConfig(), positions, self.config.optim.depth)
+            tokens_alone = LossConfig(cross_entropy=1.0)  # measuring compares with no distribution
+            held = meta_batch(self.target, tokens_alone, positions, self.config.optim.depth)
             if self.head.reads_prefix:
                 new, longest = measured.max_new_tokens, self.texts.longest
                 held.rows = meta_rows(self.target, positions, new, longest)

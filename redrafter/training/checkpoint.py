@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redrafter.config import DataConfig, HeadConfig, TargetConfig, TrainConfig
+from redrafter.config import DataConfig, HeadConfig, LossConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
 from redrafter.data.store import disk_errors
 from redrafter.files import new_folder, plain_values, write_json
@@ -200,14 +201,15 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def settings_of(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration of a training, `flat`, and the defaults of what it does not name."""
     kind = stored["head"].get("kind", "recurrent")  # from when there was no other
-    unsaid = TrainConfig(TargetConfig(""), DataConfig(), "", head=HeadConfig(kind=kind))
+    loss = LossConfig(cross_entropy=1.0)  # the default of versions that did not store all weights
+    unsaid = TrainConfig(TargetConfig(""), DataConfig(), "", HeadConfig(kind=kind), loss)
     return {**flat(plain_values(unsaid)), **flat(stored)}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], free: Collection[str]) -> list[str]:
     """Dotted keys whose values differ between two configurations of a training, as in files.
 
-    old: perhaps of an earlier version: what it does not name had, then as now, its default
+    old: perhaps of an earlier version: what it does not name is as `settings_of` says
     free: dotted keys, or sections ending in a dot, that may differ
     """
     old, new = settings_of(old), flat(new)
@@ -225,7 +227,14 @@ def check_same(old: dict[str, Any], new: dict[str, Any], free: Collection[str], 
     if found := changes(old, new, free):
         old, new = settings_of(old), flat(new)
         said = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in found[:5]]
+        back = [_given(f"--{key}", old[key]) if key in old else f"no --{key}" for key in found[:5]]
         raise InputError(
             f"{path} was made with other settings ({'; '.join(said)}): resuming would not "
-            "give the same run. Set them back, or start anew in another --output_dir"
+            f"give the same run. Set them back ({' '.join(back)}), or start anew in another "
+            "--output_dir"
         )
+
+
+def _given(option: str, value: Any) -> str:
+    """An option with a plain value, as it is typed."""
+    return shlex.quote(f"{option}={value if isinstance(value, str) else json.dumps(value)}")

@@ -16,8 +16,13 @@ from redrafter.training.losses import SOFT, chunked, cross_entropy, mixed, top_k
 
 
 def loss_weights(config: LossConfig, done: float = 0.0) -> dict[str, float]:
-    """Name -> weight of the losses that have one. done: part of the training, 0..1"""
-    weights = {name: getattr(config, name) for name in LOSSES}
+    """Name -> weight of the losses that have one. done: part of the training, 0..1
+
+    Raises ValueError for a configuration that leaves open which losses: see `LossConfig.resolved`.
+    """
+    weights = {name: getattr(config, name) or 0.0 for name in LOSSES}
+    if not any(weights.values()):
+        raise ValueError(f"no loss has a weight: {config}")
     if config.towards is not None:
         ends = {name: config.towards.get(name, 0.0) for name in LOSSES}
         weights = {name: (1 - done) * w + done * ends[name] for name, w in weights.items()}

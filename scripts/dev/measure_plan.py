@@ -113,11 +113,13 @@ def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, list[s
     stored = [f'--data.stores=["{folder}/states"]', "--eval.prompts=0", *_QUIET, *_STEPS]
     found = {
         "wide-train": ("train", [wide, out, *stored, "--optim.batch_positions=48",
-                                 "--loss.chunk_rows=512"]),
+                                 "--loss.cross_entropy=1", "--loss.chunk_rows=512"]),
         "wide-kl": ("train", [wide, out, *stored, "--optim.batch_positions=128", "--loss.kl=1",
-                              "--loss.chunk_rows=640", "--head.output=target"]),
+                              "--loss.cross_entropy=1", "--loss.chunk_rows=640",
+                              "--head.output=target"]),
         "wide-positions": ("train", [wide, out, *stored, "--optim.batch_positions=4096",
-                                     "--head.draft_vocab_size=500", "--head.exit_dim=512"]),
+                                     "--loss.cross_entropy=1", "--head.draft_vocab_size=500",
+                                     "--head.exit_dim=512"]),
         "wide-states": ("states", [wide, out, f"--rows={folder}/texts",
                                    "--states.forward_tokens=32768"]),
         "wide-answers": ("answers", [wide, out, f"--prompts={folder}/prompts",

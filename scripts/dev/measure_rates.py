@@ -71,7 +71,7 @@ def training_share(
     target: Target, store: Store, positions: int, steps: int, piece: int = 20
 ) -> tuple[float, float]:
     """(seconds of the steps on batches in memory, seconds of the steps from the store)."""
-    optim, loss = OptimConfig(), LossConfig()
+    optim, loss = OptimConfig(), LossConfig(cross_entropy=1.0)
     head = RecurrentHead.for_target(target)
     engine = Engine(
         Accelerator(cpu=True), StepLoss(head, target, loss), make_optimizer(head, optim), optim

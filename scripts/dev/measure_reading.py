@@ -98,7 +98,7 @@ def main() -> int:
         )  # fmt: skip
         head = RecurrentHead.for_target(target)
         optimizer = make_optimizer(head, OptimConfig())
-        loss_config, memory, waited, seconds = LossConfig(), [], 0.0, 0.0
+        loss_config, memory, waited, seconds = LossConfig(cross_entropy=1.0), [], 0.0, 0.0
         # The first two buffers are there before anything can be waited for in parallel.
         warm = max(20, given.steps // 10)
         for step in range(given.steps):

@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     torch.manual_seed(0)
     chunk_rows = args.chunk_rows or LossConfig.chunk_rows
-    loss_config = LossConfig(**{"cross_entropy": 0.0, args.loss: 1.0}, chunk_rows=chunk_rows)
+    loss_config = LossConfig(**{args.loss: 1.0}, chunk_rows=chunk_rows)
     target, optim = StandIn(), OptimConfig()
     shape = dict(vocab_size=args.vocab, hidden_size=args.hidden, output=args.output)
     head = RecurrentHead(RecurrentHeadConfig(**shape)).bind(target).train()
