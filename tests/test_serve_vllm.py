@@ -558,7 +558,7 @@ def test_vllm_serve_prints_the_command_and_becomes_it(tmp_path):
     words = ["M", "--head", str(head), "--tokens", "3", "--port", "81"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True,
-        env=os.environ | {"PATH": f"{tmp_path}:/bin"},
+        env=os.environ | {"PATH": f"{tmp_path}:/bin", "PYTHONUNBUFFERED": ""},
     )  # fmt: skip
     assert done.returncode == 7, done.stderr
     shown, checked, *words = done.stdout.splitlines()

@@ -114,4 +114,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if args.dry_run:
         return 0
+    sys.stdout.flush()  # what was said would be lost
     os.execvp(words[0], words)  # it becomes the server: signals reach that, and so does the status
