@@ -63,6 +63,14 @@ INLINE float largest(vec a) {
   return best;
 }
 
+/* Whether one is set, of whole ones. */
+INLINE int any_of(ints set) {
+  int64_t halves[WIDTH / 2], any = 0;
+  memcpy(halves, &set, sizeof set);
+  for (int i = 0; i < WIDTH / 2; i++) any |= halves[i];
+  return any != 0;
+}
+
 INLINE vec exponential(vec x) {
   const vec none = {0}, rounder = none + 12582912.0f; /* 1.5 * 2^23: adding it rounds */
   x = larger(none - 87.0f, x);
@@ -317,11 +325,7 @@ struct range { /* of keys */
 
 /* Whether none of WIDTH keys may be seen. */
 INLINE int hidden(const float *mask) {
-  const ints none = *(const vec *)mask <= (vec){0} + MASKED;
-  int64_t halves[WIDTH / 2], all = -1;
-  memcpy(halves, &none, sizeof none);
-  for (int i = 0; i < WIDTH / 2; i++) all &= halves[i];
-  return all == -1;
+  return !any_of(~(*(const vec *)mask <= (vec){0} + MASKED));
 }
 
 /* The keys between which all lie that any of `queries` may see: before a text's own, and beyond a
@@ -519,10 +523,7 @@ INLINE int any_above(const float *x, float less, float more, float least) {
   ints above = {0};
   for (int i = 0; i < SKIPPED; i += WIDTH)
     above |= (*(const vec *)(x + i) - less) + more > (vec){0} + least;
-  int64_t halves[WIDTH / 2], any = 0;
-  memcpy(halves, &above, sizeof above);
-  for (int i = 0; i < WIDTH / 2; i++) any |= halves[i];
-  return any != 0;
+  return any_of(above);
 }
 
 /* The best `most` of all children of each of `rows` frontiers of `width` nodes, in order: scores
