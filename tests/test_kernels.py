@@ -25,6 +25,7 @@ from redrafter.kernels import Panels, Sizes
 from redrafter.products import PackedProduct
 from redrafter.targets.fused_steps import KernelSteps, Wide
 from redrafter.targets.model import load_target
+from redrafter.targets.probe import prefilled
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
@@ -345,6 +346,21 @@ def test_weights_that_change_are_packed_anew(wide):
     with torch.inference_mode():
         assert torch.equal(layer.down(drawn(3, 48)), before)
     assert x.isfinite().all()
+
+
+@torch.inference_mode()
+def test_vectors_that_change_are_read_anew(wide):
+    """Of a bfloat16 target the kernels read float32 copies of norms and biases."""
+    named, text = dict(wide.model.model.layers[0].named_parameters()), torch.tensor([[5, 6, 7]])
+    before = prefilled(wide, text, [3], 4)[1]
+    biases = [part for part in named if part.endswith("q_proj.bias")]  # of some families
+    for vector in (named[part] for part in ("input_layernorm.weight", *biases)):
+        kept = vector.detach().clone()
+        vector.data += 1  # without a trace
+        changed = prefilled(wide, text, [3], 4)[1]
+        vector.data.copy_(kept)
+        assert not torch.equal(changed, before)
+        assert torch.equal(prefilled(wide, text, [3], 4)[1], before)
 
 
 @torch.inference_mode()
