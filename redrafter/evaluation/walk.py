@@ -1,6 +1,7 @@
-"""A drafter walked over known texts: what greedy decoding would accept, without a target forward.
+"""A drafter walked over known texts: what greedy decoding would accept, and no tree is verified.
 
-Ours. Greedy decoding emits the same text whatever is drafted, so the text can be given.
+Ours. Greedy decoding emits the same text whatever is drafted, so the text can be given; and with it
+the hidden states that a head drafts from, of one forward over the text.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from redrafter.contracts import Drafter, InputError, RowState, StepStats, TokenTree, Truth
 from redrafter.decode.stats import count_step, no_steps
+
+#: what a drafter may need and find in hidden states
+_OF_STATES = frozenset({"hidden", "prompt_hidden"})
 
 
 @torch.inference_mode()
@@ -21,26 +26,36 @@ def walk(
     answers: Sequence[Sequence[int]],
     max_new_tokens: int | None = None,
     device: torch.device | str = "cpu",
+    states: Sequence[Tensor] | None = None,
 ) -> StepStats:
     """The counts of greedy decoding, each prompt by itself.
 
     answers: the target's greedy answers, as `plain` gives them, at least one token each
     max_new_tokens: the limit that they were made with (a tree is not drafted past it); None takes
         each answer's own length
+    states: of each prompt (T, S), the hidden states that the target gives of all tokens of prompt
+        and answer but the last (`Target.states`), for a drafter that reads them
     Returns the stats of `speculative`, `steps` and `emitted` per prompt; of `seconds` only "draft",
     the drafter's calls, means something, and `forwards` is the sum of steps.
-    Raises InputError for a drafter that must see hidden states, logits or the target's cache.
+    Raises InputError for a drafter that must see more: logits, the target's cache, hidden states
+    where none are given.
     """
-    if drafter.needs or drafter.borrows_cache:
-        needs = ", ".join(sorted(drafter.needs | ({"cache"} if drafter.borrows_cache else set())))
-        raise InputError(f"walk: the drafter needs the target's {needs}, texts alone do not do")
+    given = frozenset() if states is None else _OF_STATES
+    lacking = (drafter.needs - given) | ({"cache"} if drafter.borrows_cache else set())
+    if lacking:
+        raise InputError(
+            f"walk: the drafter needs the target's {', '.join(sorted(lacking))}, which "
+            f"{'texts alone do' if states is None else 'hidden states do'} not give"
+        )
     depth = drafter.max_depth
     n = len(prompts)
     stats = no_steps(n, depth)
     stats.seconds = {"draft": 0.0}
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         limit = len(answer) if max_new_tokens is None else max_new_tokens
-        _walk_one(drafter, list(prompt), list(answer), limit, stats, row, torch.device(device))
+        hidden = None if states is None else states[row]
+        text = list(prompt), list(answer)
+        _walk_one(drafter, *text, limit, stats, row, torch.device(device), hidden)
     stats.forwards = sum(stats.steps)
     return stats
 
@@ -53,6 +68,7 @@ def _walk_one(
     stats: StepStats,
     row: int,
     device: torch.device,
+    states: Tensor | None,
 ) -> None:
     depth, text = drafter.max_depth, prompt + answer
     room = len(prompt) + limit + depth + 1
@@ -74,7 +90,13 @@ def _walk_one(
         seqs.length = torch.tensor([len(prompt) + known], device=device)
         seqs.live = torch.tensor([live], device=device)
         count = torch.tensor([len(new) if live else 0], device=device)
-        return Truth(tokens, count)
+        if states is None:
+            return Truth(tokens, count)
+        # The state before a token is the one that led to it; padded as tokens are.
+        hidden = states.new_zeros(1, width, states.shape[-1])
+        hidden[0, : len(new)] = states[at - 1 : at - 1 + len(new)]
+        begun = states[None, : len(prompt)] if at == len(prompt) else None
+        return Truth(tokens, count, hidden=hidden, prompt_hidden=begun)
 
     first = emit(answer[:1], 1)
     drafter.begin(seqs)
