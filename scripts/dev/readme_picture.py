@@ -16,10 +16,13 @@ from redrafter.report.svg import bars
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRACE, PICTURE = (ROOT / "docs/pictures" / name for name in ("trace.json", "first.svg"))
-SPEED = ROOT / "eval/results/gsm-stories-6m/gsm8k-t0.json"
+SPEED = ROOT / "eval/results/speed-smollm2-kernels.json"
 HEAD = "examples/smollm2-135m/head"
 QUESTION = "What is the capital of France, and why is it famous?"
-SHOWN = ("stock", "plain", "suffix:16x1", "head:4x4", "model:1x4", "hf-assistant")
+SHOWN = {
+    "stock": "model.generate", "plain": "plain loop", "suffix:3x1": "suffix:3x1",
+    "head:1x1": "head:1x1", "mix(head:1x2,suffix:3x1):nodes=3": "head + suffix", "head:4x4": "head:4x4",
+}  # fmt: skip
 WIDTH, MARGIN, CHAR, LINE, COLUMNS = 800, 20, 9.0, 34, 84
 # A white ground of its own: it reads alike on a light page and on a dark one.
 STYLE = """
@@ -115,11 +118,11 @@ def draw(found: dict, speed: dict) -> str:
     asked = escape(f"> {found['question']}")
     parts = [f'<text class="h" x="{MARGIN}" y="26">{escape(head)}</text>',
              f'<text class="t" x="{MARGIN}" y="52">{asked}</text>', *parts, *key(end)]  # fmt: skip
-    methods = {name: speed["methods"][name] for name in SHOWN}
+    methods = {label: speed["methods"][name] for name, label in SHOWN.items()}
     top = end + 48
     for i, (key_, label, line) in enumerate((
-        ("tokens_per_step", "gsm-stories-6m, GSM8K: tokens per step", None),
-        ("decode_speedup_plain", "decoding speed / best plain loop", 1.0),
+        ("tokens_per_step", "the same model, GSM8K: tokens per step", None),
+        ("speedup_stock", "speed / model.generate, prompts included", 1.0),
     )):  # fmt: skip
         rows = [(n, m[key_], m["low"].get(key_), m["high"].get(key_)) for n, m in methods.items()]
         parts.append(chart(bars(label, rows, line), MARGIN + 390 * i, top))
