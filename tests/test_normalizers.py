@@ -12,11 +12,16 @@ class Capped:
 
     sharded, dtype, device = False, torch.float64, torch.device("cpu")
     vocab_size, hidden_size = 11, 3
+    _logit_scale, _logit_cap, wide_head = 1.0, 2.0, None
 
-    def __init__(self):
-        torch.manual_seed(0)
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.seed = seed
         self.lm_head = nn.Linear(3, 11, bias=True, dtype=self.dtype)
         self.asked = 0
+
+    def fingerprint(self):
+        return f"weights {self.seed}"
 
     def project(self, hidden):
         self.asked += len(hidden)
@@ -54,6 +59,29 @@ def test_a_row_is_projected_once_and_its_numbers_do_not_depend_on_its_neighbours
     assert target.asked == 3 * normalizers.chunk
     assert torch.equal(again, torch.cat((first[4:], first[:4])))
     assert torch.equal(fresh, first[4:])
+
+
+def test_those_of_a_stores_rows_are_there_for_the_next_training(tmp_path, monkeypatch):
+    """Of the same store and target; whatever else is in the folder, or cannot be put there."""
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    columns, offsets = columns_of([4, 3], [1] * 7)
+    keys = torch.tensor([[0, 7], [1, 7]])
+
+    def asked(stores, seed=0):
+        target = Capped(seed)
+        made = Normalizers(target, stores).of(columns, offsets, keys)
+        assert torch.equal(made, Normalizers(Capped(seed)).of(columns, offsets, keys))
+        return target.asked // Normalizers(target).chunk
+
+    assert asked(["a", "b"]) == 2 and asked(["a", "b"]) == 0
+    assert asked(["d", None]) == 2, "row 7 of another store is another row"
+    assert asked(["a", "c"]) == 1 and asked(["a", "b"], seed=1) == 2
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-4])
+    assert asked(["a", "b"]) == 2 and asked(["a", "b"]) == 0, "cut off, and made anew"
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "file"))
+    assert asked(["a", "b"]) == 2 and asked(["a", "b"]) == 2
 
 
 def test_only_a_plain_matrix_gives_some_of_its_columns(tiny_target):
