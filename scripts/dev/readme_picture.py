@@ -21,7 +21,8 @@ HEAD = "examples/smollm2-135m/head"
 QUESTION = "What is the capital of France, and why is it famous?"
 SHOWN = {
     "stock": "model.generate", "plain": "plain loop", "suffix:3x1": "suffix:3x1",
-    "head:1x1": "head:1x1", "mix(head:1x2,suffix:3x1):nodes=3": "head + suffix", "head:4x4": "head:4x4",
+    "head:1x1": "head:1x1", "mix(head:1x2,suffix:3x1):nodes=3": "head + suffix",
+    "head:4x4": "head:4x4",
 }  # fmt: skip
 WIDTH, MARGIN, CHAR, LINE, COLUMNS = 800, 20, 9.0, 34, 84
 # A white ground of its own: it reads alike on a light page and on a dark one.
