@@ -1,6 +1,7 @@
 """A target's probe is passed once, for as long as nothing changes that it depends on."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -74,7 +75,15 @@ def other_forward(folder, monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: real(self, x))
 
 
-CHANGES = [other_weights, other_configuration, other_version, other_code, other_forward]
+def other_kernels(folder, monkeypatch):
+    sources = shutil.copytree(passed.SOURCES, folder.parent / "csrc")
+    (sources / "vectors.h").write_text("\n" + (sources / "vectors.h").read_text())
+    monkeypatch.setattr(passed, "SOURCES", sources)
+
+
+CHANGES = [
+    other_weights, other_configuration, other_version, other_code, other_forward, other_kernels,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
