@@ -24,7 +24,7 @@ from redrafter.heads.recurrent import RecurrentHead
 from redrafter.kernels import Panels, Sizes
 from redrafter.products import PackedProduct
 from redrafter.targets.fused_steps import KernelSteps, Wide
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.targets.probe import prefilled
 
 needs_compiler = pytest.mark.skipif(

@@ -12,7 +12,8 @@ from transformers.models.llama import modeling_llama
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.targets import passed
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 
 @pytest.fixture
