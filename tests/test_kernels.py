@@ -3,6 +3,7 @@ and torch's own operations where they cannot be had."""
 
 import copy
 import ctypes
+import functools
 import os
 import pickle
 import shutil
@@ -392,9 +393,10 @@ def anew(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "_FLAGS", ("-O0", *kernels._FLAGS[1:]))
     monkeypatch.setattr(kernels, "_TUNED", ((),))
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
-    kernels.load.cache_clear()
-    yield tmp_path / "cache"
-    kernels.load.cache_clear()
+    load = functools.cache(kernels.load.__wrapped__)  # what this process has loaded stays loaded
+    for module in (kernels, products):
+        monkeypatch.setattr(module, "load", load)
+    return tmp_path / "cache"
 
 
 @needs_compiler
