@@ -21,7 +21,7 @@ __version__ = "0.1.0.dev0"
 # Public names are imported on first use, so that `import redrafter` stays instant.
 _PUBLIC = {
     "Target": "redrafter.targets.model",
-    "load_target": "redrafter.targets.model",
+    "load_target": "redrafter.targets.load",
     "DraftHead": "redrafter.heads.base",
     "RecurrentHead": "redrafter.heads.recurrent",
     "RecurrentHeadConfig": "redrafter.heads.recurrent",

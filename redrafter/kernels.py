@@ -1,5 +1,5 @@
 """What a forward of few rows is made of, and a draft, by kernels of our own in float32 on a CPU
-(kernels.c).
+(csrc/).
 
 Why of our own: a step verifies one to some dozens of tokens, and the libraries that torch brings
 take two to three times a single row's time for four (docs/results/costs.md), although memory,
@@ -35,7 +35,8 @@ from redrafter.kernel_trial import is_right
 
 #: environment variable that leaves the kernels out where it is `off`
 SWITCH = "REDRAFTER_KERNELS"
-SOURCE = Path(__file__).with_suffix(".c")
+#: one unit, kernels.c, which includes the others
+SOURCES = Path(__file__).with_name("csrc")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC")
 #: for this processor; the second is how some compilers want it said
 _TUNED = (("-march=native",), ("-mcpu=native",), ())
@@ -48,8 +49,7 @@ _SMALL = 1 << 18
 
 
 class Sizes(ctypes.Structure):
-    """Of one attention, as kernels.c has it (strides in entries; bytes: of one of keys and values).
-    """
+    """Of one attention, as attention.c has it (strides in entries, those of k and v of `bytes`)."""
 
     _fields_ = [
         *((name, ctypes.c_long) for name in (
@@ -60,7 +60,7 @@ class Sizes(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """One of several maps in one call, as kernels.c has it; see `Kernels.take`."""
+    """One of several maps in one call, as products.c has it; see `Kernels.take`."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "w", "add", "onto", "at", "y")),
@@ -233,7 +233,7 @@ class Panels:
             matrix, half = matrix.bfloat16(), True
         padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
         panels = padded.view(-1, 2, kernels.panel // 2, width)
-        # (panels, in, 2, panel / 2), or (panels, in, panel / 2, 2): see `load` in kernels.c
+        # (panels, in, 2, panel / 2), or (panels, in, panel / 2, 2): see `load` in products.c
         order = (0, 3, 2, 1) if half else (0, 3, 1, 2)
         self.values = panels.permute(order).contiguous()
         self.place, self.bytes = self.values.data_ptr(), self.values.itemsize
@@ -297,8 +297,9 @@ def _key() -> str:
     except OSError:
         told = [platform.processor()]
     how = (*_FLAGS, *(word for tuned in _TUNED for word in tuned))
-    source = SOURCE.read_text(encoding="utf-8")
-    parts = (source, platform.machine(), torch.__version__, *how, *told)
+    files = sorted(SOURCES.glob("*.[ch]"))
+    source = [text for file in files for text in (file.name, file.read_text(encoding="utf-8"))]
+    parts = (*source, platform.machine(), torch.__version__, *how, *told)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -349,12 +350,12 @@ def _commands(compiler: list[str], folder: Path) -> Iterator[tuple[Path, list[li
     """Files that may be made, and the commands that compile and link each: with torch's own OpenMP,
     as a second one would bring threads of its own, else for one thread."""
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
-    part = str(folder / "part.o")
+    source, part = str(SOURCES / "kernels.c"), str(folder / "part.o")
     ways = ([["-fopenmp"], libraries], [[], []])[not libraries :]
     for i, tuned in enumerate(_TUNED):
         for openmp in ways:
             made = folder / f"{i}{len(openmp[0])}.so"  # what is loaded once is not loaded anew
-            compiling = [*compiler, *_FLAGS, *tuned, *openmp[0], "-c", str(SOURCE), "-o", part]
+            compiling = [*compiler, *_FLAGS, *tuned, *openmp[0], "-c", source, "-o", part]
             linking = [*compiler, "-shared", part, *map(str, openmp[1]), "-lm", "-o", str(made)]
             yield made, [compiling, linking]
 

@@ -19,7 +19,8 @@ from redrafter.fetch import fetch
 from redrafter.heads.load import load_head
 from redrafter.tables.bigrams import open_bigrams, open_probed
 from redrafter.tables.reference import reference_texts
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 
 def gather(

@@ -70,7 +70,8 @@ from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.processes import hide_bars
 from redrafter.targets.inflation import Shape, inflate
-from redrafter.targets.model import Target, load_model_config, load_target
+from redrafter.targets.load import load_model_config, load_target
+from redrafter.targets.model import Target
 from redrafter.training.feed import Batch
 from redrafter.training.step import StepLoss, total_weight
 

@@ -42,7 +42,8 @@ from redrafter.fetch import fetch
 from redrafter.heads.load import load_trainable
 from redrafter.targets.adapters import probe_tokens
 from redrafter.targets.inflation import Shape, said
-from redrafter.targets.model import Target, load_model_config, load_target
+from redrafter.targets.load import load_model_config, load_target
+from redrafter.targets.model import Target
 
 _TOKENS = 16  # that both models are compared on
 _SAME = 0.05  # relative error of logits that rounding to bfloat16 in every layer may come to

@@ -44,7 +44,8 @@ from redrafter.data.answers import check_same_text
 from redrafter.data.rows import Rows, batches_by_length, offsets_of, right_padded
 from redrafter.data.store import Store
 from redrafter.files import new_folder, plain_values, provenance, write_json
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.training.loop import learning_rate, make_optimizer
 from redrafter.training.losses import SOFT, acceptance, kl, mixed
 

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of commands that tests st
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; nothing is measured
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,25 @@ def _own_cache(tmp_path_factory) -> None:
     os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     # As loading a target does, so that no test's numbers depend on one before it.
     use_kernels(torch.device("cpu"))
+
+
+def _state() -> dict[str, object]:
+    """Of this process, what the numbers of a later test might depend on."""
+    return {
+        "the kernels that products use": products.kernels,
+        "the kernels that are loaded": kernels.load(),
+        "torch's threads": torch.get_num_threads(),
+        "torch's default dtype": torch.get_default_dtype(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_state() -> Iterator[None]:
+    """A test that changed something for all that follow is the one that fails."""
+    before = _state()
+    yield
+    left = [name for name, value in _state().items() if value != before[name]]
+    assert not left, f"the test leaves {' and '.join(left)} changed: restore what it sets"
 
 
 @pytest.fixture

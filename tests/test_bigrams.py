@@ -29,7 +29,7 @@ from redrafter.drafters.bigram import (
 from redrafter.files import write_tensors
 from redrafter.tables.bigrams import bigrams_of_store, open_bigrams, table_identity
 from redrafter.targets.identity import text_identity
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 # (ids, first supervised position) of a store's rows; pairs that count stand behind.
 ROWS = [

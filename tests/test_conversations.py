@@ -16,7 +16,7 @@ from redrafter.data.build_rows import report
 from redrafter.data.conversations import build_conversations, cut_turns
 from redrafter.decode.plain import plain
 from redrafter.drafters.lookup import PromptLookup
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.data import load_training_data
 
 NEW = 24

@@ -16,7 +16,7 @@ from redrafter.data.store import Store
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.records import store as records_store
 from redrafter.records.store import read_records
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 DRAFTER = "head:2x3"
 

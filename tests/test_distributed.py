@@ -27,7 +27,7 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.processes import join
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.engine import check_engine
 from redrafter.training.feed import Batch, Feed, owners
 from redrafter.training.loop import Training, make_optimizer

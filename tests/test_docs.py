@@ -14,7 +14,7 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]

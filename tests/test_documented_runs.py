@@ -10,7 +10,7 @@ import pytest
 from test_documented_lines import DOCUMENTS, ROOT, shown, start_of
 
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 #: what stands for something of the reader's -> what the quickstart has made of that kind
 OURS = {

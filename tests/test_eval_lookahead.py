@@ -42,7 +42,7 @@ from redrafter.lookahead.oracle import OracleLookahead
 from redrafter.lookahead.static import StaticLookahead
 from redrafter.records.make import walk_texts
 from redrafter.records.policies import Records, oracle, static
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -60,7 +60,7 @@ from redrafter.evaluation.speed import (
 from redrafter.evaluation.votes import vote
 from redrafter.files import write_config
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 # ---------------------------------------------------------------- figures
 

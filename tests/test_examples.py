@@ -17,7 +17,7 @@ from redrafter import generate
 from redrafter.config import TargetConfig
 from redrafter.export.golden import file_faults, read_golden
 from redrafter.heads.load import load_head
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 HEAD = EXAMPLES / "smollm2-135m" / "head"

@@ -21,7 +21,7 @@ from redrafter.contracts import InputError
 from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
 from redrafter.data.states import StateMaker, build_states
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training import checkpoint
 from redrafter.training.feed import Feed
 from redrafter.training.loop import Training

@@ -23,7 +23,8 @@ from redrafter.products import _available
 from redrafter.targets import fused, passed
 from redrafter.targets.fused import KNOWN, FusedForward
 from redrafter.targets.fused_steps import KernelSteps, TorchSteps
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 #: every family that is fused, and what of a configuration takes another way
 CASES = {

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.targets import gguf as ours
-from redrafter.targets.model import load_target, load_tokenizer
+from redrafter.targets.load import load_target
+from redrafter.targets.text import load_tokenizer
 
 NEEDS = "needs the package gguf, which writes the files that are read here"
 TOKENS = [[0, 5, 9, 300, 41, 17, 2, 250]]

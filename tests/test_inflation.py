@@ -26,7 +26,7 @@ from redrafter.export.inflated_head import inflate_head
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.targets.inflation import Shape, check, inflate
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 SMALL = dict(
     vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2, head_dim=6,

@@ -13,7 +13,7 @@ from redrafter.contracts import InputError
 from redrafter.data.instructions import around_user, build_instructions
 from redrafter.data.template import Template
 from redrafter.decode.plain import plain
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 NEW = 24
 

@@ -26,7 +26,8 @@ from redrafter.targets.fused import choose_forward
 from redrafter.targets.fused_steps import KernelSteps
 from redrafter.targets.identity import target_identity
 from redrafter.targets.invariant import Form, KernelForm, difference, find_form, in_blocks
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 #: by kernels where there are any, and in blocks
 WAYS = (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "model"))

@@ -3,6 +3,7 @@ and torch's own operations where they cannot be had."""
 
 import copy
 import ctypes
+import functools
 import os
 import pickle
 import shutil
@@ -24,7 +25,7 @@ from redrafter.heads.recurrent import RecurrentHead
 from redrafter.kernels import Panels, Sizes
 from redrafter.products import PackedProduct
 from redrafter.targets.fused_steps import KernelSteps, Wide
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.targets.probe import prefilled
 
 needs_compiler = pytest.mark.skipif(
@@ -392,9 +393,10 @@ def anew(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "_FLAGS", ("-O0", *kernels._FLAGS[1:]))
     monkeypatch.setattr(kernels, "_TUNED", ((),))
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
-    kernels.load.cache_clear()
-    yield tmp_path / "cache"
-    kernels.load.cache_clear()
+    load = functools.cache(kernels.load.__wrapped__)  # what this process has loaded stays loaded
+    for module in (kernels, products):
+        monkeypatch.setattr(module, "load", load)
+    return tmp_path / "cache"
 
 
 @needs_compiler
@@ -424,6 +426,16 @@ def test_they_are_compiled_once_and_anew_where_the_file_is_broken(anew, monkeypa
     assert not kernels._is_whole(kept)
     monkeypatch.setattr(kernels, "_FLAGS", ("-O1",))
     assert kernels._key() not in kept.name
+
+
+def test_each_of_their_files_is_part_of_what_they_are_kept_as(monkeypatch, tmp_path):
+    sources = shutil.copytree(kernels.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(kernels, "SOURCES", sources)
+    keys = [kernels._key()]
+    for file in sorted(sources.iterdir()):
+        file.write_text(file.read_text() + "\n")
+        keys.append(kernels._key())
+    assert len(keys) > 2 and len(set(keys)) == len(keys)
 
 
 def test_whatever_is_the_default_they_are_tried_alike(made):
@@ -469,11 +481,10 @@ def test_without_a_place_to_make_them_there_are_none(anew, monkeypatch, tmp_path
     ("b[i] * c[half + i] +", "b[i] * c[i] +"),
 ])  # fmt: skip
 def test_what_computes_something_else_is_not_used(part, fault, anew, monkeypatch, tmp_path):
-    wrong = tmp_path / "kernels.c"
-    text = kernels.SOURCE.read_text()
-    assert part in text
-    wrong.write_text(text.replace(part, fault))
-    monkeypatch.setattr(kernels, "SOURCE", wrong)
+    wrong = shutil.copytree(kernels.SOURCES, tmp_path / "csrc")
+    (file,) = (file for file in wrong.iterdir() if part in file.read_text())
+    file.write_text(file.read_text().replace(part, fault))
+    monkeypatch.setattr(kernels, "SOURCES", wrong)
     assert kernels.load() is None and not anew.exists()
 
 
@@ -510,8 +521,9 @@ def test_vectors_of_other_processors_compute_the_same(made, tmp_path, monkeypatc
 
 
 def test_sizes_are_the_sources():
-    """The structure that attention reads: longs, a float and an int, in the order of kernels.c."""
-    text = kernels.SOURCE.read_text().split("struct sizes {", 1)[1].split("};", 1)[0]
+    """The structure that attention.c reads: longs, a float and an int, in its order."""
+    text = (kernels.SOURCES / "attention.c").read_text()
+    text = text.split("struct sizes {", 1)[1].split("};", 1)[0]
     lines = [line.split("/*")[0].strip() for line in text.splitlines()]
     names = [
         name.strip(" ;") for line in lines if line.startswith(("long ", "float ", "int "))

@@ -21,7 +21,7 @@ from redrafter.heads.load import head_class, load_head
 from redrafter.hub.card import model_card
 from redrafter.hub.run import read_run
 from redrafter.planning.training_job import plan_training
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.loop import Training
 
 CHANGES = {"optim.steps": 6, "save_steps": 3, "eval.every_steps": 3, "eval.prompts": 2,

@@ -20,7 +20,7 @@ from redrafter.export.layouts import convert
 from redrafter.heads.load import load_head
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 # ------------------------------------------------------- Apple's drafter, from its description
 

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
-from redrafter.targets.loading import _one_report
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.checkpoint import _one_report
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 # ---------------------------------------------------------------- checkpoints with gaps
 

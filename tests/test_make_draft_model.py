@@ -16,7 +16,7 @@ from redrafter.data.build_rows import build_rows
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.model import DraftModel
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--hidden=32", "--layers=1", "--heads=2", "--batch_tokens=512", "--warmup_steps=5"]

@@ -18,7 +18,7 @@ from redrafter.data.rows import batches_by_length
 from redrafter.data.states import StateMaker, build_states, unique_rows
 from redrafter.data.store import Job, Store
 from redrafter.decode.plain import plain
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.engine import check_device
 from redrafter.training.feed import Feed
 from redrafter.training.loop import Training

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, GenerationCo
 from redrafter.config import TargetConfig
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 NEW = 24
 

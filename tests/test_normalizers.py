@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.normalizers import Normalizers, projects_columns
 
 

@@ -1,6 +1,7 @@
 """A target's probe is passed once, for as long as nothing changes that it depends on."""
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -11,7 +12,8 @@ from transformers.models.llama import modeling_llama
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.targets import passed
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 
 @pytest.fixture
@@ -74,7 +76,15 @@ def other_forward(folder, monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: real(self, x))
 
 
-CHANGES = [other_weights, other_configuration, other_version, other_code, other_forward]
+def other_kernels(folder, monkeypatch):
+    sources = shutil.copytree(passed.SOURCES, folder.parent / "csrc")
+    (sources / "vectors.h").write_text("\n" + (sources / "vectors.h").read_text())
+    monkeypatch.setattr(passed, "SOURCES", sources)
+
+
+CHANGES = [
+    other_weights, other_configuration, other_version, other_code, other_forward, other_kernels,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)

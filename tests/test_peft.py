@@ -30,7 +30,8 @@ from redrafter.heads import lora
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.targets.identity import target_identity
-from redrafter.targets.model import Target, load_model_config, load_target
+from redrafter.targets.load import load_model_config, load_target
+from redrafter.targets.model import Target
 from redrafter.targets.skipping import AttentionSkipping
 from redrafter.training import checkpoint
 from redrafter.training.engine import Engine

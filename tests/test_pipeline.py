@@ -17,7 +17,7 @@ from redrafter.data.states import DTYPES, build_states, decoded, wanted_position
 from redrafter.data.store import Job
 from redrafter.decode.plain import plain
 from redrafter.drafters.lookup import PromptLookup
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 N_PROMPTS, NEW = 10, 12
 # At 0.001 sampling says what greedy decoding says: those answers are duplicates.

@@ -46,7 +46,7 @@ from redrafter.planning.speed import bound
 from redrafter.planning.tracing import traced
 from redrafter.planning.training_job import plan_training
 from redrafter.planning.world import World, shares, world_of
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.targets.text import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

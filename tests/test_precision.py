@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from redrafter.config import TargetConfig
 from redrafter.planning.meta import MetaTarget
 from redrafter.targets import precision
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 @pytest.fixture(scope="module")

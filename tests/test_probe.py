@@ -19,7 +19,7 @@ from redrafter.tables.probed import (
     unembedding_distance,
     unigram_of_weights,
 )
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 BOS = 1  # of every tiny target's configuration
 

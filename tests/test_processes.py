@@ -36,7 +36,7 @@ from redrafter.processes import by_main, everyone, join, launched, main_first, m
 from redrafter.records.store import build_records
 from redrafter.tables.probed import probe_bigrams
 from redrafter.targets.devices import pick_device
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 SCRIPT = ROOT / "scripts" / "dev" / "kill_processes.py"
 

@@ -19,7 +19,7 @@ from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.report import write_result
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 def test_seconds_of_a_step():

@@ -17,7 +17,8 @@ from redrafter.contracts import InputError
 from redrafter.data.local import continue_greedily
 from redrafter.decode.plain import plain
 from redrafter.decode.refill import refilled
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.training.loop import Training
 
 FAMILY = "qwen3_next"

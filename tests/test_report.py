@@ -28,7 +28,7 @@ from redrafter.report.origins import KINDS, Tracer
 from redrafter.report.page import page, tokens
 from redrafter.report.svg import bars, lines, ticks
 from redrafter.report.texts import pieces
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.targets.text import continuation, text_of
 
 VOID = {"meta", "rect", "line", "circle", "polyline"}

@@ -11,7 +11,8 @@ from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.dummy import DummyDrafter
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 LOOPS = pytest.mark.parametrize("decode", [plain, speculative])
 

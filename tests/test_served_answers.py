@@ -26,7 +26,7 @@ from redrafter.decode.plain import plain
 from redrafter.evaluation import served_sample
 from redrafter.evaluation.lossless import Reference
 from redrafter.evaluation.served_sample import compare_sample, differences
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.targets.text import text_of, tokens_behind
 
 NEW = 8

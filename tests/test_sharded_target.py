@@ -13,7 +13,7 @@ from redrafter.heads.load import load_head
 from redrafter.planning.items import PlanBuilder
 from redrafter.planning.meta import MetaTarget
 from redrafter.planning.world import World
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.data import check_settings
 from redrafter.training.loop import Training
 

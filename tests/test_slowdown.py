@@ -141,7 +141,7 @@ def test_options_that_do_not_go_together(args, said, capsys):
 
 
 def test_command(tiny_target, tmp_path, capsys):
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     pytest.importorskip("matplotlib")
     table, out = tmp_path / "t.safetensors", tmp_path / "costs.json"

@@ -25,7 +25,7 @@ from redrafter.evaluation.spec_bench.answer_files import (
 from redrafter.evaluation.spec_bench.questions import open_questions
 from redrafter.evaluation.spec_bench.run import Asker, run_questions
 from redrafter.files import read_packed
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 MT_BENCH = {

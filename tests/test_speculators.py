@@ -20,7 +20,7 @@ from redrafter.data.states import build_states
 from redrafter.data.store import Store
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.targets.final_norm import final_norm, undo
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.feed import Feed
 from redrafter.training.step import batch_loss, total_weight
 

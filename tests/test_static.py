@@ -29,7 +29,7 @@ from redrafter.evaluation.static import (
     static_map,
 )
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 DEPTH = 5
 MODES = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 1.0, "top_k": 0}}

@@ -7,7 +7,7 @@ import torch
 from redrafter.cli.args import parse
 from redrafter.config import TargetConfig, TrainConfig
 from redrafter.contracts import InputError
-from redrafter.targets.model import load_model_config
+from redrafter.targets.load import load_model_config
 from redrafter.training.loop import train
 from redrafter.training.losses import top_k_log_p
 

@@ -13,7 +13,7 @@ from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.targets import text as texts
-from redrafter.targets.model import load_model_config, load_target
+from redrafter.targets.load import load_model_config, load_target
 from redrafter.targets.text import TextStream, continuation, encode, load_tokenizer, tokenizer_of
 
 TEMPLATE = (

@@ -31,7 +31,7 @@ from redrafter.data.reading import Stored
 from redrafter.data.states import build_states
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training import checkpoint
 from redrafter.training.feed import Batch, Feed, frequent_ids
 from redrafter.training.loop import Training, learning_rate

@@ -15,7 +15,7 @@ from redrafter.data.build_rows import build_rows
 from redrafter.data.reading import read_weights
 from redrafter.data.states import build_states
 from redrafter.data.store import Job, Store
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 from redrafter.training.data import load_training_data
 from redrafter.training.loop import Training
 

@@ -219,7 +219,7 @@ def test_a_verification_that_is_wrong(head, check, monkeypatch):
 
     monkeypatch.setattr(Target, "forward", planted)
     # which finds it when it is loaded
-    monkeypatch.setattr("redrafter.targets.model.check_once", lambda target, files: None)
+    monkeypatch.setattr("redrafter.targets.load.check_once", lambda target, files: None)
     status, found, last = check(head)
     assert (status, last) == (1, f"{head} differs first in: text")
     assert found["text"][1].startswith("greedy, prompt 0, new token 1: 7 (")

@@ -14,7 +14,7 @@ from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
 from redrafter.data.prompts import load_prompts
 from redrafter.data.states import build_states
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 @pytest.fixture(scope="module")

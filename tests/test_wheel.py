@@ -69,7 +69,7 @@ def test_the_wheel_has_all_of_the_library_and_the_recipes(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     library = {
         p.relative_to(ROOT).as_posix() for p in (ROOT / "redrafter").rglob("*")
-        if p.suffix in (".py", ".css", ".js", ".typed") or p.name == "py.typed"
+        if p.suffix in (".py", ".c", ".h", ".css", ".js", ".typed") or p.name == "py.typed"
     }  # fmt: skip
     assert library <= names
     for what in ("configs", "examples"):

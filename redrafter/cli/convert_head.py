@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ConvertConfig, argv, "scripts/convert_head.py", _DESCRIPTION, alone=True)
     from redrafter.export.layouts import convert
     from redrafter.fetch import fetch
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     target = None if config.target is None else load_target(config.target)
     head = convert(fetch(config.head, "head"), config.to, config.out, target, config.dtype)

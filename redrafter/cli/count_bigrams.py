@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.store import Store
     from redrafter.drafters.bigram import save_bigrams
     from redrafter.tables.bigrams import bigrams_of_store, table_identity
-    from redrafter.targets.model import load_model_config
+    from redrafter.targets.load import load_model_config
 
     def count() -> None:
         store = Store(config.store)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(InstructionsConfig, argv, "data/instructions.py", _DESCRIPTION)
     from redrafter.data.build_rows import report
     from redrafter.data.instructions import build_instructions
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     target = load_target(config.target)
     say(report(build_instructions(target, config, config.output_dir)))

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from redrafter.data.sources import read_source
     from redrafter.data.store import begun
     from redrafter.targets.layers import context_of
-    from redrafter.targets.model import load_eos, load_model_config
+    from redrafter.targets.load import load_eos, load_model_config
     from redrafter.targets.text import load_tokenizer
 
     if config.output_dir is None and not config.show:

@@ -49,7 +49,7 @@ def verify(config: VerifyConfig, folder: Path) -> int:
     from redrafter.evaluation.report import write_result
     from redrafter.export.golden import file_faults, read_facts
     from redrafter.export.verify import NAMES, compare, files_check, first_difference, skipped
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     facts, target = read_facts(folder), None
     faults = file_faults(folder, facts)
@@ -81,7 +81,7 @@ def write(config: VerifyConfig, folder: Path) -> int:
     from redrafter.data.prompts import load_prompts
     from redrafter.export.complete import complete
     from redrafter.export.golden import FACTS, FOLDER
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
     from redrafter.targets.text import tokenizer_of
 
     if folder != Path(config.head):

@@ -21,7 +21,8 @@ from redrafter.heads.load import load_head
 from redrafter.resources import gather
 from redrafter.tables.bigrams import open_bigrams
 from redrafter.targets.inflation import said
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 
 _FEW = 8  # tokens that a step verifies, give or take
 

@@ -37,7 +37,7 @@ from redrafter.planning.speed import bound
 from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_store
 from redrafter.planning.world import world_of
 from redrafter.tables.probed import top_successors
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 _ROW_BYTES = 5  # per token of a row: id and mask
 

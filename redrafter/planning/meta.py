@@ -19,8 +19,10 @@ from redrafter.planning.tracing import storage_bytes
 from redrafter.products import use_kernels
 from redrafter.targets.devices import pick_device
 from redrafter.targets.fused import cannot_fuse, packed_bytes
-from redrafter.targets.model import Target, check_path, load_model_config
+from redrafter.targets.load import load_model_config
+from redrafter.targets.model import Target
 from redrafter.targets.offload import bytes_by_place, layers_to_places, place_of
+from redrafter.targets.paths import check_path
 from redrafter.targets.precision import auto_dtype
 from redrafter.targets.sharding import AHEAD_ELEMENTS
 

@@ -47,7 +47,8 @@ from redrafter.planning.probe import (
 from redrafter.planning.speed import bound
 from redrafter.planning.texts import Texts, assumed, texts_of_source, texts_of_store
 from redrafter.planning.world import Shares, shares, world_of
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.training.data import check_settings, continuation_tokens, data_folder
 from redrafter.training.normalizers import needs_normalizers
 from redrafter.training.refusals import check_depths, check_prefix

@@ -1,7 +1,7 @@
 """What a fused forward does between its products: by torch's operations, or by our kernels.
 
 Both compute the same up to rounding; the kernels' numbers of a row depend on no other row, nor on
-where in the cache keys lie that it may not see (redrafter/kernels.c).
+where in the cache keys lie that it may not see (redrafter/csrc/attention.c).
 """
 
 from __future__ import annotations

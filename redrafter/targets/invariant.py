@@ -14,7 +14,7 @@ order whatever the others hold. M and C are therefore found, not assumed: `find_
 forms on the target itself and compares bit for bit; where none holds the target is refused.
 
 Keys of a tree's node do not lie where they will once they are text, so this is for chains. In
-float32 on a CPU our own kernels (redrafter/kernels.c), where they make every step of the forward,
+float32 on a CPU our own kernels (redrafter/csrc/), where they make every step of the forward,
 need no blocks: each sum goes over k = 0, 1, ..., and a node's ancestors lie in the order of its
 path, so trees hold, too, at no cost. That as well is tried on the target before it is believed.
 Sources: row-wise invariance of fixed-shape products, "Defeating Nondeterminism in LLM Inference"

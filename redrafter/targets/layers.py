@@ -1,4 +1,5 @@
-"""What a configuration says of a model's layers, and which of them can be verified on."""
+"""What a configuration says of a model: its layers, which of them can be verified on, its context
+and what ends its texts."""
 
 from __future__ import annotations
 
@@ -65,3 +66,11 @@ def context_of(config: Any) -> int | None:
         if part.get("rope_type") == "longrope":
             context = part["original_max_position_embeddings"]
     return context
+
+
+def eos_of(settings: Any, config: Any) -> set[int]:
+    """The tokens that end a model's texts. settings: a generation configuration, which comes first;
+    config: the model's"""
+    given = (getattr(c, "eos_token_id", None) for c in (settings, config))
+    eos = next((found for found in given if found is not None), None)
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

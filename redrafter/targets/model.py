@@ -1,5 +1,4 @@
-"""The frozen language model: `load_target`, and the only way to its forward pass, its embedding and
-its lm_head."""
+"""The frozen language model: the only way to its forward pass, its embedding and its lm_head."""
 
 from __future__ import annotations
 
@@ -8,42 +7,30 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.files import digest_json, digest_weights
-from redrafter.products import PackedProduct, use_kernels
+from redrafter.products import PackedProduct
 from redrafter.targets.adapters import (
-    CONFIG,
-    Adapter,
     WeightDigests,
-    apply_adapter,
     digests_of,
-    find_adapter,
     plain_model,
     probe_tokens,
 )
 from redrafter.targets.aux_layers import picked, show_layers, with_layers
 from redrafter.targets.cache import RowCache
-from redrafter.targets.devices import pick_device
-from redrafter.targets.fused import choose_forward
-from redrafter.targets.invariant import Form, KernelForm, make_invariant
-from redrafter.targets.layers import check_layers, context_of, windows_of
-from redrafter.targets.loading import choose_experts, load_complete
+from redrafter.targets.checkpoint import choose_experts
+from redrafter.targets.invariant import Form, KernelForm
+from redrafter.targets.layers import check_layers, context_of, eos_of, windows_of
 from redrafter.targets.masks import additive_masks, for_rows
-from redrafter.targets.offload import check_alone, load_in_places, reader
-from redrafter.targets.passed import check_once, files_of
-from redrafter.targets.paths import OWN_CODE, check_path, said
-from redrafter.targets.precision import auto_dtype, widen_logits
+from redrafter.targets.offload import reader
 from redrafter.targets.probe import check_target
 from redrafter.targets.recurrent import StateCache, find_mixers
-from redrafter.targets.sharding import ShardedBackbone, check_launch, load_split
-from redrafter.targets.text import load_tokenizer
+from redrafter.targets.sharding import ShardedBackbone
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -187,7 +174,7 @@ class Target:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        return _eos_of(self.model.generation_config, self.config)
+        return eos_of(self.model.generation_config, self.config)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., H), as the first layer sees it.
@@ -339,122 +326,3 @@ class Target:
             "logits": logits - logits.mean(-1, keepdim=True),
         }
         return {k: [float(f"{x:.5g}") for x in v.flatten().tolist()] for k, v in some.items()}
-
-
-def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
-    """Load a target and its tokenizer; an adapter's folder gives its base with the adapter merged
-    (see `redrafter.targets.adapters`). Raises InputError naming the path when it is not one.
-
-    may_shard: the caller's processes all make the target's forwards together
-    """
-    config = TargetConfig(path=config) if isinstance(config, str) else config
-    if config.shard != "none" and not may_shard:
-        raise InputError(
-            f"target.shard {config.shard} is for train/redrafter.py alone: here every process "
-            "works at its own pace with the whole target. Leave it out"
-        )
-    adapter = find_adapter(config)
-    whole = config if adapter is None else adapter.base_config(config)
-    path = check_path(whole)
-    device = pick_device(config.device)
-    use_kernels(device)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = auto_dtype(device, lambda: load_model_config(config)) or "auto"
-    kwargs: dict[str, Any] = dict(OWN_CODE)
-    if config.attention != "auto":
-        kwargs["attn_implementation"] = config.attention
-    shard, mapped = config.shard != "none", config.device_map != "none"
-    files = [None if mapped else files_of(path, whole.revision)]
-    files += [] if adapter is None else [files_of(str(adapter.folder))]
-    if shard or mapped:
-        shape = load_model_config(config)
-        known = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, shape.dtype)
-        known = known or torch.float32
-        check_launch(adapter is not None, known) if shard else check_alone(adapter is not None)
-    try:
-        if shard:
-            model, backbone = load_split(
-                path, shape, known, device, revision=whole.revision, **kwargs
-            )
-        elif mapped:
-            model = load_in_places(path, config, shape, known, device, kwargs, whole.revision)
-        else:
-            model = load_complete(path, dtype=dtype, revision=whole.revision, **kwargs)
-    except InputError:
-        raise
-    except Exception as error:
-        # What a bad checkpoint raises depends on what is bad in it (OSError, safetensors'
-        # own class, KeyError, ...): the folder's name is what all of them lack.
-        raise InputError(
-            f"target.path: cannot load {path!r}{_named_by(adapter)} as a causal LM: {said(error)}"
-        ) from error
-    if shard:
-        target = Target(model, name=config.path, backbone=backbone, **_tokenizer(config))
-        target.fingerprint(), target.digests()  # now, while all processes are here
-        return target
-    model = model if mapped else model.to(device)
-    parts = None
-    if adapter is not None:
-        model, parts = apply_adapter(model, adapter)
-    check = partial(choose_forward, wanted=config.forward, check=partial(check_once, files=files))
-    target = Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
-    if config.logits == "float32":
-        widen_logits(target)
-    if config.exact == "invariant":
-        make_invariant(target)
-    return target
-
-
-def _named_by(adapter: Adapter | None) -> str:
-    if adapter is None:
-        return ""
-    file = adapter.folder / CONFIG
-    return f", the base of {file} (correct base_model_name_or_path there, or give target.base),"
-
-
-def _tokenizer(config: TargetConfig) -> dict[str, Any]:
-    """A target's tokenizer or, as token ids work without, the error of whoever needs text."""
-    try:
-        return {"tokenizer": load_tokenizer(config)}
-    except InputError as error:
-        return {"tokenizer_error": error}
-
-
-def load_model_config(config: TargetConfig) -> Any:
-    """A target's transformers configuration, without its weights; with an adapter, the base's."""
-    from transformers import AutoConfig
-
-    adapter = find_adapter(config)
-    whole = config if adapter is None else adapter.base_config(config)
-    try:
-        found = AutoConfig.from_pretrained(check_path(whole), revision=whole.revision, **OWN_CODE)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"target.path: {whole.path!r}{_named_by(adapter)} cannot be read ({said(error)})"
-        ) from None
-    if adapter is not None and adapter.vocab_rows is not None:
-        found.get_text_config().vocab_size = adapter.vocab_rows
-    return found
-
-
-def load_eos(config: TargetConfig, model_config: Any) -> set[int]:
-    """The tokens that end a target's texts, without its weights. model_config: its configuration"""
-    from transformers import GenerationConfig
-
-    adapter = find_adapter(config)
-    whole = config if adapter is None else adapter.base_config(config)
-    try:
-        settings = GenerationConfig.from_pretrained(check_path(whole), revision=whole.revision)
-    except OSError:  # a model need not have any
-        settings = None
-    return _eos_of(settings, model_config.get_text_config())
-
-
-def _eos_of(settings: Any, config: Any) -> set[int]:
-    """settings: a generation configuration, which comes first; config: the model's"""
-    given = (getattr(c, "eos_token_id", None) for c in (settings, config))
-    eos = next((found for found in given if found is not None), None)
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

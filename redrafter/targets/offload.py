@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.processes import launched
-from redrafter.targets.loading import load_complete
+from redrafter.targets.checkpoint import load_complete
 
 Place = int | str  # an accelerator's number (or "mps"), "cpu", "disk"
 

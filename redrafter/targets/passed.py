@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.files import cache_folder, digest_json, write_json
+from redrafter.kernels import SOURCES
 from redrafter.products import has_kernels
 from redrafter.targets.probe import check_target
 
@@ -71,7 +72,8 @@ def _mark(target: Any, files: list[Any]) -> Path | None:
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = getattr(target.config, "_attn_implementation", None)
     here = Path(__file__).parent
-    own = [*_stats(here, (".py",)), *_stats(here.parent, ("products.py", "kernels.py", ".c"))]
+    own = [*_stats(here, (".py",)), *_stats(here.parent, ("products.py", "kernels.py"))]
+    own += _stats(SOURCES, (".c", ".h"))
     made_by = [torch.__version__, transformers.__version__, own]
     how = [place, attention, target.fused is not None, has_kernels()]
     key = digest_json([files, made_by, code, str(target.dtype), *how])

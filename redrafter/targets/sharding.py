@@ -23,7 +23,7 @@ from torch import nn
 
 from redrafter.contracts import InputError
 from redrafter.processes import asked_for, everyone
-from redrafter.targets.loading import load_complete
+from redrafter.targets.checkpoint import load_complete
 
 #: DeepSpeed's name of each dtype that it can split
 _SWITCH = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -25,7 +25,8 @@ from redrafter.heads import lora
 from redrafter.heads.base import DraftHead
 from redrafter.heads.load import head_class, load_trainable
 from redrafter.heads.owner import belong_to
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.training import checkpoint
 from redrafter.training.data import (
     check_settings,

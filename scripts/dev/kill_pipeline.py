@@ -32,7 +32,7 @@ from redrafter.data.answers import build_answers
 from redrafter.data.build_rows import build_rows
 from redrafter.data.states import build_states
 from redrafter.files import digest_file
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 def pipeline(target, source: SourceConfig, folder: Path) -> None:

@@ -33,7 +33,7 @@ from kill_pipeline import compared, content, finished, logger, parser_of, pipeli
 
 from redrafter.config import SourceConfig
 from redrafter.processes import everyone, join
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: for all processes to start in, and to end in: a busy machine is slow, a hang lasts for ever

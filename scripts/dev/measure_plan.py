@@ -60,7 +60,7 @@ def make_wide(folder: Path, n_rows: int) -> None:
     from redrafter.data.build_rows import write_rows
     from redrafter.data.rows import TokenRow
     from redrafter.data.states import build_states
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -88,7 +88,7 @@ def make_gemma(folder: Path, n_rows: int) -> None:
     from redrafter.data.build_rows import write_rows
     from redrafter.data.rows import TokenRow
     from redrafter.data.states import build_states
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     torch.manual_seed(0)
     config = Gemma3TextConfig(

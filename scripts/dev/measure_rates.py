@@ -34,7 +34,8 @@ from redrafter.data.rows import batches_by_length, right_padded
 from redrafter.data.states import StateMaker, groups_of, state_columns, unique_rows
 from redrafter.data.store import Job, Store
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.training.engine import Engine
 from redrafter.training.feed import Feed
 from redrafter.training.loop import make_optimizer

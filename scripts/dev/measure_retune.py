@@ -30,7 +30,7 @@ from redrafter.evaluation.figures import bootstrap
 from redrafter.files import git_commit, versions, write_json
 from redrafter.heads.load import load_head
 from redrafter.targets.devices import device_name
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 def tokens_per_step(target, head, rows: list[list[int]], given, temperature: float) -> list[float]:

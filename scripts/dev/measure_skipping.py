@@ -31,7 +31,8 @@ from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.lookahead.draft_exit import DraftExit
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.targets.skipping import AttentionSkipping
 
 CONTEXT, LEVELS = 128, 4  # tokens cached, and tokens drafted, where costs are measured

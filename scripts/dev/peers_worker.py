@@ -36,7 +36,7 @@ def redrafter(settings: Mapping[str, Any]) -> Callable[[str], Decode]:
     from redrafter.config import TargetConfig
     from redrafter.evaluation.methods import PromptBatch, build_method, needed
     from redrafter.resources import gather
-    from redrafter.targets.model import load_target
+    from redrafter.targets.load import load_target
 
     target = load_target(TargetConfig(settings["model"], dtype="float32"))
     config = GenerationConfig(max_new_tokens=settings["new_tokens"], eos_token_id=-1)

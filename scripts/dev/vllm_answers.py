@@ -27,7 +27,8 @@ from redrafter.data.rows import TokenRow
 from redrafter.data.served import ServedAnswers
 from redrafter.data.store import Store
 from redrafter.evaluation.served_sample import compare_sample
-from redrafter.targets.model import Target, load_target
+from redrafter.targets.load import load_target
+from redrafter.targets.model import Target
 from redrafter.targets.text import text_of
 
 

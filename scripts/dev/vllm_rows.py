@@ -21,7 +21,7 @@ from redrafter import load_head, speculative
 from redrafter.config import TargetConfig
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.files import write_json
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 # A short prompt: thousands of requests read it, and vLLM caches whole blocks of 128 tokens only.
 LAW_PROMPT_TOKENS, LAW_TOKENS, LAW_TOP_K = 8, 3, 4

@@ -18,7 +18,7 @@ from vllm_findings import failed, say
 from redrafter.config import TargetConfig
 from redrafter.data.answers import Answer, Asked
 from redrafter.evaluation.served_sample import differences
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 """Loading a causal LM so that it is the one in the checkpoint, and runs in its dtype; called by
-`load_target` (model.py)."""
+`load_target` (load.py)."""
 
 from __future__ import annotations
 
