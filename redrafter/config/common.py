@@ -52,10 +52,11 @@ class TargetConfig:
     fast as it goes; differences by rounding are shown and explained (docs/low-precision.md)."""
     logits: Literal["own", "float32"] = "own"
     """`float32`: the last product in float32, whatever the target computes in: fewer ties."""
-    forward: Literal["auto", "model", "fused"] = "auto"
+    forward: Literal["auto", "model", "fused", "graphs"] = "auto"
     """Of new tokens on a cache: `model` is its class's own forward; `fused` gives the same up to
     rounding in fewer operations (joined weights; Llama, Mistral, Qwen2 and Qwen3); `auto` takes
-    that wherever there is one, once it has been compared with the model's own."""
+    that wherever there is one, once it has been compared with the model's own; `graphs` is that
+    recorded once per shape and replayed (CUDA graphs: one launch a forward)."""
     revision: str | None = None
     """Hub revision."""
     shard: Literal["none", "zero3"] = "none"
@@ -80,7 +81,7 @@ class TargetConfig:
         if self.exact == "invariant":
             if self.attention == "sdpa":
                 raise ValueError("exact invariant brings its own attention: leave attention out")
-            if self.forward == "fused":
+            if self.forward in ("fused", "graphs"):
                 raise ValueError("exact invariant goes with the class's own forward: leave it out")
             if self.shard != "none" or self.device_map != "none":
                 raise ValueError("exact invariant is for targets that are whole on one device")

@@ -26,6 +26,7 @@ from transformers import Cache
 
 from redrafter.contracts import InputError
 from redrafter.products import PackedProduct, copy_bytes, multiplier_for, prefers_columns
+from redrafter.targets.cache import RowCache
 from redrafter.targets.fused_steps import KernelSteps, Tables, TorchSteps, Wide
 
 #: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
@@ -149,6 +150,10 @@ class FusedForward:
         if own is not None and packs and config.hidden_act in KernelSteps.ACTIVATIONS:
             self.own_steps = KernelSteps(own, tables, attention.scaling, self.wide)
 
+    def new_cache(self, n_layers: int, n_rows: int, capacity: int) -> RowCache:
+        """See `Target.new_cache`."""
+        return RowCache(n_layers, n_rows, capacity, self.backbone.embed_tokens.weight.device)
+
     @property
     def widens(self) -> bool:
         """Whether kernels compute in float32 what its class computes in bfloat16, in several times
@@ -221,24 +226,33 @@ class FusedForward:
         return last.to(self.dtype).view(batch, n, -1)
 
 
-def choose_forward(target: Any, wanted: str, check: Callable[[Any], None]) -> None:
+def choose_forward(
+    target: Any,
+    wanted: str,
+    check: Callable[[Any], None],
+    make: Callable[[nn.Module, Any], FusedForward] = FusedForward,
+) -> None:
     """`check` a target and give it the forward that is wanted (`TargetConfig.forward`).
 
     Its class's own is checked whatever is wanted, as it stands in where the fused one steps aside.
-    Raises InputError where `fused` was asked for by name and there is none, or it computes
-    something else; `auto` then leaves the class's own.
+    make: of a backbone and its configuration, that forward
+    Raises InputError where one was asked for by name and there is none, or it computes something
+    else; `auto` then leaves the class's own.
     """
     why = cannot_fuse(target.model, target.backbone, target.config)
-    if wanted == "fused" and why is not None:
-        raise InputError(f"target.forward fused: {target.name} has none, as {why}; leave it out")
+    by_name = wanted not in ("auto", "model")
+    if by_name and why is not None:
+        raise InputError(
+            f"target.forward {wanted}: {target.name} has none, as {why}; leave it out"
+        )
     check(target)
     if wanted == "model" or why is not None:
         return
-    target.fused = FusedForward(target.backbone, target.config)
+    target.fused = make(target.backbone, target.config)
     try:
         check(target)
     except InputError:
-        if wanted == "fused":
+        if by_name:
             raise
         target.fused = None
 

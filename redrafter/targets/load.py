@@ -14,7 +14,8 @@ from redrafter.products import use_kernels
 from redrafter.targets.adapters import CONFIG, Adapter, apply_adapter, find_adapter
 from redrafter.targets.checkpoint import load_complete
 from redrafter.targets.devices import pick_device
-from redrafter.targets.fused import choose_forward
+from redrafter.targets.fused import FusedForward, choose_forward
+from redrafter.targets.graphs import GraphForward
 from redrafter.targets.invariant import make_invariant
 from redrafter.targets.layers import eos_of
 from redrafter.targets.model import Target
@@ -55,7 +56,10 @@ def load_target(config: TargetConfig | str, may_shard: bool = False) -> Target:
     parts = None
     if adapter is not None:
         model, parts = apply_adapter(model, adapter)
-    check = partial(choose_forward, wanted=config.forward, check=partial(check_once, files=files))
+    check = partial(
+        choose_forward, wanted=config.forward, check=partial(check_once, files=files),
+        make=GraphForward if config.forward == "graphs" else FusedForward,
+    )  # fmt: skip
     target = Target(model, name=config.path, parts=parts, check=check, **_tokenizer(config))
     if config.logits == "float32":
         widen_logits(target)

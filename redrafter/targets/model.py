@@ -135,6 +135,8 @@ class Target:
         for copies in (self.lm_product, self.fused):
             if copies is not None:
                 copies.renew()
+        if self.fused is not None:
+            return self.fused.new_cache(self.n_layers, n_rows, capacity)
         kind = StateCache if self.has_states else RowCache
         return kind(self.n_layers, n_rows, capacity, self.device)
 

@@ -75,7 +75,7 @@ def _mark(target: Any, files: list[Any]) -> Path | None:
     own = [*_stats(here, (".py",)), *_stats(here.parent, ("products.py", "kernels.py"))]
     own += _stats(SOURCES, (".c", ".h"))
     made_by = [torch.__version__, transformers.__version__, own]
-    how = [place, attention, target.fused is not None, has_kernels()]
+    how = [place, attention, type(target.fused).__name__, has_kernels()]
     key = digest_json([files, made_by, code, str(target.dtype), *how])
     return cache_folder() / "probed" / f"{key[:32]}.json"
 
