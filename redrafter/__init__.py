@@ -25,7 +25,7 @@ _PUBLIC = {
     "DraftHead": "redrafter.heads.base",
     "RecurrentHead": "redrafter.heads.recurrent",
     "RecurrentHeadConfig": "redrafter.heads.recurrent",
-    "RecurrentDrafter": "redrafter.drafters.recurrent",
+    "HeadDrafter": "redrafter.drafters.head",
     "plain": "redrafter.decode.plain",
     "speculative": "redrafter.decode.speculative",
     "generate": "redrafter.generation",
@@ -37,7 +37,9 @@ _PUBLIC = {
 }
 
 #: names of earlier versions -> what they are called now
-_RENAMED = {"load_plan": "load_strategy", "Partners": "Resources"}
+_RENAMED = {
+    "load_plan": "load_strategy", "Partners": "Resources", "RecurrentDrafter": "HeadDrafter",
+}  # fmt: skip
 
 __all__ = ["__version__", *_PUBLIC]
 

@@ -23,7 +23,7 @@ from redrafter.decode.request import FIELDS, Prompts, as_rows, nearest, sample_s
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import BigramTable
 from redrafter.drafters.build import MISSING, Resources, needs
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.suffix import ReferenceTexts
 from redrafter.drafting import Strategy, build_strategy, foreseen, parse_strategy
 from redrafter.heads.base import DraftHead
@@ -172,7 +172,7 @@ def load_strategy(
     }
     if draft is None:
         found = gather({"head": 1}, target, given)
-        return Strategy(RecurrentDrafter(found.head, target, tree))
+        return Strategy(HeadDrafter(found.head, target, tree))
     wanted = _needs(draft)
     for name in wanted:
         if name in given and given[name] is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,13 @@ FAMILIES = tuple(_FAMILIES)
 _known: dict[Target, dict[tuple, Any]] = {}
 
 
-@functools.cache
+def shared(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes a model that tests share: once, and an ordinary one, though the first to ask be
+    in inference mode."""
+    return functools.cache(torch.inference_mode(False)(make))
+
+
+@shared
 def tiny(family: str, **changes) -> Target:
     """One target per argument list, for the whole test run."""
     torch.manual_seed(1)

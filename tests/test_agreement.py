@@ -22,7 +22,7 @@ from redrafter.data.states import StateMaker
 from redrafter.data.store import Job, Store
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.training.feed import Feed
 from redrafter.training.step import batch_loss, best_five, depth_accuracy, total_weight
 
@@ -98,7 +98,7 @@ def forced(head, depth, part):
 def drafted(head, depth, forced):
     """The same starts: what a chain is accepted of that is drafted behind the row up to t."""
     rows = [texts()[1][r][: t + 1] for r, t in forced]
-    drafter = RecurrentDrafter(head, tiny("llama"), TreeConfig(1, depth))
+    drafter = HeadDrafter(head, tiny("llama"), TreeConfig(1, depth))
     config = settings(eos_token_id=-1, max_new_tokens=depth + 2)
     made = speculative(tiny("llama"), rows, config, drafter=drafter)
     firsts = [lengths[0] - 1 for lengths in made.stats.lengths]
@@ -111,7 +111,7 @@ def drafted(head, depth, forced):
 def on_the_way(head, depth, forced):
     """Those of these starts at which a whole generation happens to draft."""
     given, whole = texts()
-    drafter = RecurrentDrafter(head, tiny("llama"), TreeConfig(1, depth))
+    drafter = HeadDrafter(head, tiny("llama"), TreeConfig(1, depth))
     longer = settings(eos_token_id=-1, max_new_tokens=NEW + depth + 1)  # no step is cut short
     made = speculative(tiny("llama"), given, longer, drafter=drafter)
     found = {}

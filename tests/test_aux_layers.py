@@ -25,7 +25,7 @@ from redrafter.data.store import Job, Store
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.context import HeadContext
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.export.layouts import convert
 from redrafter.heads.load import head_class
 from redrafter.planning.speed import bound
@@ -149,7 +149,7 @@ def test_text_is_plain_decoding(kind, target):
     prefix = {} if kind == "medusa" else {"prefix": "attention"}
     for fields in ({}, prefix):
         head = make_head(target, kind, scale=0.3, **fields)
-        drafter = RecurrentDrafter(head, target, TreeConfig(3, 3))
+        drafter = HeadDrafter(head, target, TreeConfig(3, 3))
         for sampled, texts in wanted.items():
             options = dict(do_sample=True, temperature=1.3, top_k=9) if sampled else {}
             made = speculative(target, rows, settings(**options), seeds=seeds, drafter=drafter)
@@ -166,7 +166,7 @@ def test_each_head_reads_its_own_layers_of_those_that_are_shown(target):
     rows = prompts()[:2]
     heads = [make_head(target, layers=layers) for layers in ((2,), (), (1, 2))]
     for head in heads:
-        drafter = Watching(RecurrentDrafter(head, target, TreeConfig(2, 3)))
+        drafter = Watching(HeadDrafter(head, target, TreeConfig(2, 3)))
         made = speculative(target, rows, settings(), drafter=drafter)
         assert len(drafter.seen) > 4
         for row, known, c in drafter.seen:

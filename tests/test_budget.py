@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import NEW, Recorder, alone, prompts, random_tree, settings, tiny
 from test_draft_model import FREE, SMALL, close_draft, keys_of
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, Truth
@@ -16,8 +16,8 @@ from redrafter.costs import CostMeter
 from redrafter.decode.speculative import speculative
 from redrafter.decode.tree import BUCKETS
 from redrafter.drafters.budget import NodeBudget
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.model import DraftModel
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.report import write_result
 
 MODES = ({}, dict(do_sample=True, temperature=0.7), dict(do_sample=True, temperature=1.5))
@@ -146,7 +146,7 @@ def test_all_levels_where_asked():
 def test_scores_are_compared_with_what_was_accepted():
     target = tiny("llama")
     budget = NodeBudget(SLOPE, LEVELS, 0.3, choose_depth=False)
-    drafter = RecurrentDrafter(make_head(target, "own"), target, TreeConfig(3, 3), budget)
+    drafter = HeadDrafter(make_head(target, "own"), target, TreeConfig(3, 3), budget)
     expected, accepted, tokens, spent = [0.0] * 3, [0.0] * 3, 16.0, 16.0
 
     class Watch(Recorder):
@@ -190,7 +190,7 @@ def make(kind, target, **options):
     table = {1: 1.0, 3: 1.02, 5: 1.05, 9: 1.2, 13: 1.5}
     budget = NodeBudget(table, [0.01, 0.02], **options)
     if kind == "head":
-        return RecurrentDrafter(make_head(target, "own"), target, TreeConfig(3, 4), budget)
+        return HeadDrafter(make_head(target, "own"), target, TreeConfig(3, 4), budget)
     if kind == "nodes":
         return DraftModel(close_draft(target, 0.1), target, 4, 3, nodes=6)
     small = tiny("llama", **SMALL, num_key_value_heads=1)
@@ -287,7 +287,7 @@ def test_best_nodes_of_a_draft_model():
 def measured(tmp_path_factory):
     """The file of eval/costs.py, and its content."""
     target = tiny("llama")
-    head = RecurrentDrafter(make_head(target, "own"), target, TreeConfig(2, 3))
+    head = HeadDrafter(make_head(target, "own"), target, TreeConfig(2, 3))
     table = CostMeter(target, new_tokens=(1, 3, 7), contexts=(8, 16), batches=(1, 2),
                       drafters={"head:2x3": head}).run(3)  # fmt: skip
     path = tmp_path_factory.mktemp("costs") / "costs.json"

@@ -6,15 +6,15 @@ import pytest
 import torch
 from models import Recorder, alone, path_to, prompts, settings, tiny
 from test_draft_model import MODES
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 from test_suffix import STRINGS, random_text
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.consensus import Consensus, SharedTexts
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.mixture import Mixture
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.selector import Selector
 from redrafter.lookahead.confidence import ConfidenceLookahead
 
@@ -247,7 +247,7 @@ def test_it_mixes_and_is_selected():
     target, rows, config = tiny("llama"), family(), settings(do_sample=True)
     want = alone(target, rows, config)
     torch.manual_seed(0)
-    head = RecurrentDrafter(make_head(target, "own"), target, TreeConfig(4, 4))
+    head = HeadDrafter(make_head(target, "own"), target, TreeConfig(4, 4))
     mixed = Mixture({"head": head, "consensus": Watched(8, 2)}, 17)
     clock = itertools.count().__next__
     chosen = Selector({"head": head, "consensus": Watched(8)}, clock=clock)

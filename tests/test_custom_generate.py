@@ -27,7 +27,7 @@ from redrafter.config import KINDS, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.export.complete import complete
 from redrafter.export.custom_generate import vendored_files, write_custom_generate
 from redrafter.heads.load import load_head
@@ -214,9 +214,7 @@ def test_model_is_left_as_it_was(found):
 
 def library(folders, rows, seeds, **options):
     target = tiny("llama")
-    drafter = RecurrentDrafter(
-        load_head(folders / "head", target), target, TreeConfig(width=2, depth=2)
-    )
+    drafter = HeadDrafter(load_head(folders / "head", target), target, TreeConfig(width=2, depth=2))
     config = GenerationConfig(do_sample=True, max_new_tokens=18, eos_token_id=list(EOS), **options)
     return speculative(target, rows, config, seeds=seeds, drafter=drafter).tokens
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from models import VOCAB, alone, prompts, settings, tiny
 from test_draft_model import close_draft
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 
 from redrafter.config import DiscoTrainConfig, TreeConfig
 from redrafter.contracts import InputError, Truth
@@ -19,12 +19,12 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.bigram import CountedBigrams, count_bigrams
 from redrafter.drafters.features import SURE
 from redrafter.drafters.frontier import ModelFrontier
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.lookup import SURE_OF_COPIES, PromptLookup
 from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafters.suffix import SuffixDrafter
@@ -60,7 +60,7 @@ def model(target, width=1):
 
 
 def head(target):
-    return RecurrentDrafter(make_head(target, "own"), target, TreeConfig(3, K))
+    return HeadDrafter(make_head(target, "own"), target, TreeConfig(3, K))
 
 
 def suffix(target):

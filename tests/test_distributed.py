@@ -23,7 +23,7 @@ from redrafter.contracts import InputError
 from redrafter.data.store import Store
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.processes import join
@@ -151,7 +151,7 @@ def test_zero_3_then_zero_2_then_one_process(one, argv, folder, tiny_target):
     lines = (tiny_target / "prompts_train.jsonl").read_text().splitlines()[:4]
     rows = [target.tokenizer(json.loads(line)["text"]).input_ids[:16] for line in lines]
     config = GenerationConfig(max_new_tokens=24, eos_token_id=-1)
-    drafter = RecurrentDrafter(head, target)
+    drafter = HeadDrafter(head, target)
     drafted = speculative(target, rows, config, seeds=range(4), drafter=drafter)
     assert drafted.tokens == plain(target, rows, config, seeds=range(4)).tokens
     assert sum(drafted.stats.emitted) > 1.2 * sum(drafted.stats.steps), "it learned nothing"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from redrafter.config import TreeConfig
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.lookahead.disco import Disco, DiscoConfig, save_disco
@@ -45,7 +45,7 @@ def quickstart(tiny_target, tmp_path_factory) -> Path:
     (base / "quickstart/target").symlink_to(tiny_target)
     target, place = load_target(str(tiny_target)), base / "quickstart/head"
     RecurrentHead.for_target(target).save_pretrained(place)
-    drafter = RecurrentDrafter(load_head(place, target), target, TreeConfig(4, 4))
+    drafter = HeadDrafter(load_head(place, target), target, TreeConfig(4, 4))
     network = DiscoConfig(
         drafter.identity(), target.fingerprint(), drafter.feature_names, 4, hidden=4,
         added_s=(1e-3,) * 4,

@@ -1,6 +1,5 @@
 """A second model as drafter: the text is plain decoding's, and its cache is never wrong."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +16,7 @@ from models import (
     path_to,
     prompts,
     settings,
+    shared,
     tiny,
 )
 from transformers import DynamicCache
@@ -57,7 +57,7 @@ def check(target, rows, config, drafter, **more):
     return want
 
 
-@functools.cache
+@shared
 def close_draft(target: Target, noise: float = 0.05) -> Target:
     """A model that agrees with the target often, not always; everybody's, as `tiny` is."""
     torch.manual_seed(2)

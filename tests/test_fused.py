@@ -16,7 +16,7 @@ from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.evaluation.operations import of_decoding
 from redrafter.products import _available
@@ -102,7 +102,7 @@ def test_texts_are_the_models_own(both, case, mode, n_rows):
 def test_heads_draft_and_are_accepted_alike(both, case, kind):
     made = []
     for target in both(case):
-        drafter = RecurrentDrafter(make_head(target, kind), target, TreeConfig(width=3, depth=3))
+        drafter = HeadDrafter(make_head(target, kind), target, TreeConfig(width=3, depth=3))
         for mode in MODES.values():
             made.append(speculative(target, prompts(), settings(**mode), drafter=drafter))
     half = len(made) // 2

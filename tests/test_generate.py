@@ -320,7 +320,8 @@ def test_options_that_nobody_reads_are_refused(options, said):
 
 
 def test_names_of_earlier_versions_say_what_they_are_called_now():
-    for name, now in (("load_plan", "load_strategy"), ("Partners", "Resources")):
+    names = [("load_plan", "load_strategy"), ("Partners", "Resources")]
+    for name, now in (*names, ("RecurrentDrafter", "HeadDrafter")):
         with pytest.raises(AttributeError, match=f"'{name}'; it is called {now} now"):
             getattr(redrafter, name)
         assert now in redrafter.__all__ and name not in dir(redrafter)

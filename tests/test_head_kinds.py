@@ -11,7 +11,7 @@ import pytest
 import torch
 from head_kinds import CASES, make_head, written_out
 from models import alone, prompts, settings, tiny
-from test_recurrent_drafter import drafted, one_tree
+from test_head_drafter import drafted, one_tree
 from transformers import LlamaConfig
 
 from redrafter.config import (
@@ -29,7 +29,7 @@ from redrafter.contracts import InputError
 from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads import lora
 from redrafter.heads.load import head_class, load_head
 from redrafter.planning import memory
@@ -319,7 +319,7 @@ def test_levels_are_the_best_of_all_children(case, seeded):
     if seeded:
         position = torch.tensor([[5], [8]]) + torch.arange(depth + 1)
         noise = gumbel(torch.tensor([7, 8]), position, target.vocab_size)
-    drafter = RecurrentDrafter(head, target, TreeConfig(width, depth))
+    drafter = HeadDrafter(head, target, TreeConfig(width, depth))
     tree, seqs, hidden = one_tree(target, drafter, noise, temperature=0.7)
     ids = getattr(head, "draft_ids", torch.arange(target.vocab_size)).tolist()
     for row in range(2):
@@ -369,7 +369,7 @@ def test_no_deeper_than_its_maps(case):
     head = make_head(target, case)
     with pytest.raises(InputError, match=f"drafts {head.max_depth} tokens ahead at most"):
         build_drafter(f"head:2x{head.max_depth + 1}", target, Resources(head=head))
-    assert RecurrentDrafter(head, target).max_depth == head.max_depth
+    assert HeadDrafter(head, target).max_depth == head.max_depth
     multi = build_drafter("multi:source=head:children=[2,1,1,1]:how=top", target, Resources(head))
     made = speculative(target, prompts(), settings(eos_token_id=-1), drafter=multi)
     assert not any(made.stats.drafted_at[head.max_depth :])

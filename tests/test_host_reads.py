@@ -9,7 +9,7 @@ from test_prefix import make_head as reading
 from redrafter.config import TreeConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.suffix import SuffixDrafter
 from redrafter.evaluation.operations import of_decoding, per_step
 from redrafter.targets.fused import FusedForward
@@ -21,9 +21,9 @@ MODES = {"greedy": {}, "seeded": dict(do_sample=True, temperature=0.8)}
 def drafters(target):
     texts = endless(target, prompts(), settings())
     return {
-        "head": RecurrentDrafter(make_head(target, "recurrent"), target, TreeConfig(3, 3)),
-        "medusa": RecurrentDrafter(make_head(target, "medusa"), target, TreeConfig(3, 3)),
-        "prefix": RecurrentDrafter(reading(target), target, TreeConfig(3, 3)),
+        "head": HeadDrafter(make_head(target, "recurrent"), target, TreeConfig(3, 3)),
+        "medusa": HeadDrafter(make_head(target, "medusa"), target, TreeConfig(3, 3)),
+        "prefix": HeadDrafter(reading(target), target, TreeConfig(3, 3)),
         "suffix": SuffixDrafter(depth=4),
         "replay": replays(texts)["half"],
     }
@@ -94,8 +94,8 @@ def test_a_step_asks_for_no_more_operations_than_it_did(way, request):
     head = make_head(target, "recurrent").float()
     drafters = {
         "suffix:4": SuffixDrafter(depth=4),
-        "head:1x4": RecurrentDrafter(head, target, TreeConfig(1, 4)),
-        "head:4x4": RecurrentDrafter(head, target, TreeConfig(4, 4)),
+        "head:1x4": HeadDrafter(head, target, TreeConfig(1, 4)),
+        "head:4x4": HeadDrafter(head, target, TreeConfig(4, 4)),
     }
     found = of_decoding(target, prompts()[0], drafters)
     found = {name: counts["launches"] for name, counts in found.items()}

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from redrafter.config import CostsConfig, TargetConfig, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.evaluation.models import load_both
 from redrafter.evaluation.pictures import title_of
 from redrafter.evaluation.report import write_result
@@ -185,7 +185,7 @@ def test_texts_and_acceptance_are_the_small_models(written, tiny_target, publish
     found = []
     for folder, heads in ((tiny_target, published_run), (large, head)):
         target = load_target(str(folder))
-        drafter = RecurrentDrafter(load_head(heads, target), target, TreeConfig(width=3, depth=3))
+        drafter = HeadDrafter(load_head(heads, target), target, TreeConfig(width=3, depth=3))
         lines = (tiny_target / "prompts_heldout.jsonl").read_text().splitlines()[:8]
         ids = [target.tokenizer(json.loads(line)["text"]).input_ids[:24] for line in lines]
         found.append(speculative(target, ids, settings(max_new_tokens=48), drafter=drafter))

@@ -13,8 +13,8 @@ from redrafter.cli.lossless import main as lossless
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.lookup import PromptLookup
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.drafting import Strategy
 from redrafter.evaluation.lossless import check_mode, references
@@ -74,7 +74,7 @@ def test_texts_and_scores_are_those_of_each_row_alone(target, temperature):
     head = RecurrentHead.for_target(target)
     makers = [
         lambda texts: Strategy(PromptLookup(max_ngram=2)),
-        lambda texts: Strategy(RecurrentDrafter(head, target, TreeConfig(width=3, depth=4))),
+        lambda texts: Strategy(HeadDrafter(head, target, TreeConfig(width=3, depth=4))),
     ]
     plain_of = references(target, rows, config, 3)
     for make in makers:

@@ -19,7 +19,7 @@ from redrafter import kernels, products
 from redrafter.config import TargetConfig, TreeConfig
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.kernels import Panels, Sizes
@@ -326,7 +326,7 @@ def test_a_head_in_half_precision_drafts_in_one_call_a_level_whatever_the_target
     head = RecurrentHead.for_target(wide, output="target")
     head.bfloat16().save_pretrained(tmp_path)
     head, rows, config = load_head(tmp_path, wide), prompts()[:2], settings(max_new_tokens=8)
-    drafter = RecurrentDrafter(head, wide, TreeConfig(width=3, depth=3))
+    drafter = HeadDrafter(head, wide, TreeConfig(width=3, depth=3))
     made = speculative(wide, rows, config, drafter=drafter)
     assert head.dtype == torch.float32 and head._ready is not None
     assert made.tokens == plain(wide, rows, config).tokens

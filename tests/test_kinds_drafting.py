@@ -8,7 +8,7 @@ from models import Recorder, alone, prompts, settings, tiny
 from redrafter.config import KINDS, TreeConfig
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.budget import NodeBudget
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.records.make import walk_texts
 from redrafter.records.policies import Prices, Records, simulate, static
 
@@ -18,7 +18,7 @@ SAMPLED = dict(do_sample=True, temperature=0.8, top_k=0)
 def of_kind(kind, target, **options):
     """A drafter of width 3, as deep as the head goes; it is right now and then."""
     head = make_head(target, KIND_CASES[kind], scale=0.3)
-    return RecurrentDrafter(head, target, TreeConfig(3, min(4, head.max_depth or 4)), **options)
+    return HeadDrafter(head, target, TreeConfig(3, min(4, head.max_depth or 4)), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.export.layouts import convert
 from redrafter.heads.load import load_head
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
@@ -185,7 +185,7 @@ def test_our_heads_out_and_in(tmp_path, saved_target, double, case, capsys):
 
 def drafted(target, head):
     """Texts, and tokens accepted by depth: the same drafts are accepted alike."""
-    drafter = RecurrentDrafter(head, target, TreeConfig(4, 4))
+    drafter = HeadDrafter(head, target, TreeConfig(4, 4))
     rows = prompts((9, 3, 14, 8, 5, 11))
     made = speculative(target, rows, settings(eos_token_id=-1), drafter=drafter)
     return made.tokens, made.stats.accepted_at
@@ -221,7 +221,7 @@ def test_a_head_stored_in_half_precision_computes_as_its_target_does(tmp_path, d
         assert torch.equal(now, was.bfloat16().float()), name
     rows = prompts((9, 3, 14))
     made = speculative(double, rows, settings(eos_token_id=-1),
-                       drafter=RecurrentDrafter(small, double, TreeConfig(4, 4)))  # fmt: skip
+                       drafter=HeadDrafter(small, double, TreeConfig(4, 4)))  # fmt: skip
     assert made.tokens == plain(double, rows, settings(eos_token_id=-1)).tokens
 
     with torch.no_grad():

@@ -23,7 +23,7 @@ from redrafter.config import (
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.compose import Wrapped
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafting import Strategy
 from redrafter.evaluation.operations import per_step
 from redrafter.files import digest_weights
@@ -60,7 +60,7 @@ def digest(head):
 def learning(target, head, config=ALWAYS, folder=None, **options):
     """(the learner, decode(rows, **settings) by a drafter of the head that learns)."""
     learner = Learner(head, target, folder, config, **{"clock": Clock(), **options})
-    strategy = learner.watching(Strategy(RecurrentDrafter(head, target, TreeConfig(3, 2))))
+    strategy = learner.watching(Strategy(HeadDrafter(head, target, TreeConfig(3, 2))))
 
     def decode(rows, seeds=0, **changes):
         return speculative(target, rows, settings(**changes), seeds=seeds,
@@ -123,7 +123,7 @@ def drafts():
         strategy = learner.watching(Strategy(drafter))
         speculative(target, rows, settings(), drafter=drafter, lookahead=strategy.lookahead)
 
-    drafter = RecurrentDrafter(head, target, TreeConfig(2, 3))
+    drafter = HeadDrafter(head, target, TreeConfig(2, 3))
     return lambda: heads_of_drafts(decode, drafter, prompts()[:2])
 
 
@@ -241,7 +241,7 @@ def test_learning_keeps_within_its_share(monkeypatch):
     learner, decode = learning(
         target, make_head(target, "recurrent"), replace(ALWAYS, share=0.25), clock=clock
     )
-    learned, start = learner._learn, RecurrentDrafter.start
+    learned, start = learner._learn, HeadDrafter.start
 
     def draft(self):
         clock.now += 1.0
@@ -252,7 +252,7 @@ def test_learning_keeps_within_its_share(monkeypatch):
         learned()
         clock.now += 4.0 * (learner.steps - before)
 
-    monkeypatch.setattr(RecurrentDrafter, "start", draft)
+    monkeypatch.setattr(HeadDrafter, "start", draft)
     monkeypatch.setattr(learner, "_learn", slow)
     for _ in range(4):
         decode(prompts()[:1], eos_token_id=-1)
@@ -295,7 +295,7 @@ def test_what_was_learned_is_gone_on_from(tmp_path):
     head = make_head(target, "recurrent")
     one = Learner(head, target, tmp_path, config, clock=Clock())
     with pytest.raises(RuntimeError), one:
-        strategy = one.watching(Strategy(RecurrentDrafter(head, target, TreeConfig(3, 2))))
+        strategy = one.watching(Strategy(HeadDrafter(head, target, TreeConfig(3, 2))))
         speculative(target, rows, settings(), drafter=strategy.drafter,
                     lookahead=strategy.lookahead)  # fmt: skip
         one.steps += 1  # not saved yet

@@ -8,7 +8,7 @@ import torch
 from chi_square import DISTANCE, follows, n_draws
 from models import VOCAB, alone, endless, paired, prompts, settings, tiny
 from test_draft_model import SMALL, close_draft
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, Lookahead, NoDraft
@@ -19,12 +19,12 @@ from redrafter.drafters.build import DRAFTERS, Resources
 from redrafter.drafters.consensus import Consensus
 from redrafter.drafters.dummy import DummyDrafter
 from redrafter.drafters.frontier import ModelFrontier
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate
 from redrafter.drafters.ngrammys import NGrammys
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
@@ -116,7 +116,7 @@ def of_three(kind, target, texts):
 
 #: kind of `DRAFTERS`[:variant] -> a drafter, from target, texts and bigrams
 KINDS = {
-    "head": lambda t, x, b: RecurrentDrafter(make_head(t, "own"), t, TreeConfig(2, 4)),
+    "head": lambda t, x, b: HeadDrafter(make_head(t, "own"), t, TreeConfig(2, 4)),
     "model": lambda t, x, b: DraftModel(close_draft(t, 0.1), t, 4),
     "model:tree": lambda t, x, b: DraftModel(close_draft(t, 0.1), t, 3, 2),
     "model:itself": lambda t, x, b: DraftModel(t, t, 4),

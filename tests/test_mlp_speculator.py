@@ -15,7 +15,7 @@ from redrafter.config import HeadConfig, TargetConfig, TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.load import load_head, load_trainable, own_class
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
 from redrafter.planning.meta import MetaTarget, meta_head
@@ -160,7 +160,7 @@ def test_its_tree_is_the_best_of_all_children(tmp_path, case):
     config, weights = CASES[case], their_weights(CASES[case])
     target, n, width = tiny("llama"), config["n_predict"], 2
     head = load_head(save(tmp_path, config, weights), target)
-    drafter = RecurrentDrafter(head, target, TreeConfig(width, n))
+    drafter = HeadDrafter(head, target, TreeConfig(width, n))
     ids, length = torch.randint(VOCAB, (1, 9)), torch.tensor([6])
     seqs = RowState(ids, length, length, torch.ones(1, dtype=torch.bool))
     hidden = torch.randn(1, 1, HIDDEN, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_it_drafts_no_further_than_it_was_trained(tmp_path):
     head = load_head(save(tmp_path, IBM, their_weights(IBM)), target)
     with pytest.raises(InputError, match="drafts 3 tokens ahead at most: name it head:2x3"):
         build_drafter("head:2x4", target, Resources(head=head))
-    assert RecurrentDrafter(head, target).max_depth == 3, "what nobody chose is what it can do"
+    assert HeadDrafter(head, target).max_depth == 3, "what nobody chose is what it can do"
     multi = build_drafter("multi:source=head:children=[2,1,1,1]:how=top", target, Resources(head))
     made = speculative(target, prompts(), settings(eos_token_id=-1), drafter=multi)
     assert made.stats.drafted_at[2] > 0

@@ -8,7 +8,7 @@ import torch
 from chi_square import follows, n_draws
 from models import NEW, RandomLookahead, Recorder, alone, path_to, prompts, settings, tiny
 from test_draft_model import BOTH, MODES, SMALL, close_draft, keys_of
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 
 from redrafter.contracts import Drafter, InputError
 from redrafter.decode.ratio import RULES

@@ -25,7 +25,7 @@ from redrafter.config import LoraSettings, OptimConfig, SpeedConfig, TargetConfi
 from redrafter.contracts import InputError
 from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads import lora
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
@@ -108,7 +108,7 @@ def test_everything_works_on_it(base, adapter, in_memory):
     for target in (merged, kept):
         head = RecurrentHead.for_target(target).double()
         rows, config = prompts(), settings()
-        made = speculative(target, rows, config, drafter=RecurrentDrafter(head, target))
+        made = speculative(target, rows, config, drafter=HeadDrafter(head, target))
         texts.append(made.tokens)
         assert made.tokens == alone(target, rows, config)[0]
         with AttentionSkipping(target).without_attention([1]), torch.inference_mode():

@@ -35,7 +35,7 @@ from redrafter.data.rows import TokenRow
 from redrafter.data.states import StateMaker, build_states
 from redrafter.data.store import Store
 from redrafter.decode import noise
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.lora import adapt
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.planning import memory
@@ -260,7 +260,7 @@ def test_states_and_decoding_take_what_real_ones_take(both, monkeypatch):
         fields = {"prefix": prefix or "none"}
         heads = [meta_head(HeadConfig(**fields), meta), RecurrentHead.for_target(real, **fields)]
         for one, head in zip(both, heads, strict=True):
-            drafter = RecurrentDrafter(head.eval(), one, TreeConfig(3, 3)) if prefix else None
+            drafter = HeadDrafter(head.eval(), one, TreeConfig(3, 3)) if prefix else None
             found.append(memory.decode_memory(one, 6, 40, 20, 1.0, drafter))
         assert found[0].cache == found[1].cache
         assert found[0].working == pytest.approx(found[1].working, rel=0.02)
@@ -272,7 +272,7 @@ def test_decoding_is_planned_by_one_step_of_the_shipped_loop(both, which, drafte
     """On tensors with and without content alike: the prompts, then the step that ends the rows."""
     target, seen = both[which], []
     head = meta_head(HeadConfig(), target) if which == 0 else RecurrentHead.for_target(target)
-    drafter = RecurrentDrafter(head.eval(), target, TreeConfig(3, 3)) if drafted else None
+    drafter = HeadDrafter(head.eval(), target, TreeConfig(3, 3)) if drafted else None
     forward = target.forward
 
     def watched(tokens, positions, masks, cache, *kept, **wanted):

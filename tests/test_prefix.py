@@ -1,12 +1,11 @@
 """Heads that read the prefix: the layer's formula, its cache, and what drafts begin from."""
 
-import functools
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import alone, prompts, settings, tiny
+from models import alone, prompts, settings, shared, tiny
 from torch.nn import functional as F
 
 from redrafter.config import LossConfig, StatesConfig, TreeConfig
@@ -18,7 +17,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters import context as drafting_context
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafters.compose import Wrapped
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads import prefix as layers
 from redrafter.heads.load import head_class
 from redrafter.records.make import walk_texts
@@ -182,7 +181,7 @@ def test_drafts_begin_from_what_the_whole_row_gives(n_rows):
     """In steps that accept some, all or nothing, with padded prompts and rows that end early."""
     target, rows = tiny("llama"), prompts()[:n_rows]
     trained = overfitted(target)
-    drafter = Watching(RecurrentDrafter(trained, target, TreeConfig(2, K)))
+    drafter = Watching(HeadDrafter(trained, target, TreeConfig(2, K)))
     width = max(map(len, rows))
     padded = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -201,7 +200,7 @@ def test_a_walk_over_known_texts_gives_the_same():
     """Where lookahead records are made: one token of every row at a time, and no cache."""
     target, rows = tiny("llama"), prompts()[:2]
     head = make_head(target)
-    drafter = Watching(RecurrentDrafter(head, target, TreeConfig(1, 2)))
+    drafter = Watching(HeadDrafter(head, target, TreeConfig(1, 2)))
     walk_texts(target, drafter, rows, settings(), [0, 0])
     answers, _ = alone(target, rows, settings())
     assert len(drafter.seen) > 10
@@ -214,7 +213,7 @@ def test_a_walk_over_known_texts_gives_the_same():
 def test_a_price_counts_what_a_step_reads(monkeypatch):
     """As many positions as a step has depths, behind a context; in `rest`, not in the levels."""
     target, read = tiny("llama"), []
-    drafter = RecurrentDrafter(make_head(target), target, TreeConfig(2, K))
+    drafter = HeadDrafter(make_head(target), target, TreeConfig(2, K))
 
     def contexts(self, target, hidden, tokens, cache):
         read.append((hidden.shape[1], cache.width))
@@ -260,7 +259,7 @@ def greedy_feed(target, **options):
     return rows, config, Feed(target, [Texts(target, rows, answers)], **{**given, **options})
 
 
-@functools.cache
+@shared
 @torch.enable_grad()
 def overfitted(target, row_starts=8, **context):
     """A head that knows these texts, so that its drafts are accepted to every depth. context: what
@@ -303,7 +302,7 @@ def counts_of_training(head, target):
 
 def counts_of_decoding(head, target):
     rows, config, _ = greedy_feed(target)
-    drafter = RecurrentDrafter(head, target, TreeConfig(1, K))
+    drafter = HeadDrafter(head, target, TreeConfig(1, K))
     stats = speculative(target, rows, config, drafter=drafter).stats
     return stats.drafted_at, stats.accepted_at
 
@@ -359,7 +358,7 @@ def test_that_comparison_sees(fault, monkeypatch):
     if fault is not one_late:
         counts.append(counts_of_decoding(head, target))
     fault(monkeypatch)
-    drafter = RecurrentDrafter(head, target, TreeConfig(1, K))
+    drafter = HeadDrafter(head, target, TreeConfig(1, K))
     assert speculative(target, rows, config, drafter=drafter).tokens == wanted
     other = counts_of_decoding if fault is one_late else counts_of_training
     assert other(head, target) != counts[0]

@@ -7,15 +7,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from models import tiny
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 
 from redrafter.cli import costs as costs_cli
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.costs import CostMeter
 from redrafter.drafters import profile
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.profile import StepCosts, profile_of, profile_path, step_costs
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.report import write_result
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
@@ -41,7 +41,7 @@ def measured(tmp_path_factory):
     """A file of eval/costs.py with two drafters, its content, and the target."""
     target = tiny("llama")
     drafters = {
-        f"head:{w}x3": RecurrentDrafter(make_head(target, "own"), target, TreeConfig(w, 3))
+        f"head:{w}x3": HeadDrafter(make_head(target, "own"), target, TreeConfig(w, 3))
         for w in (1, 2)
     }
     table = CostMeter(target, new_tokens=(1, 3, 7), contexts=(8, 16), batches=(1, 2),

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from families import TABLE, build
-from models import make_tree, prompts
+from models import make_tree, prompts, shared
 from transformers import GenerationConfig
 
 from redrafter.contracts import InputError
@@ -32,7 +32,7 @@ CONFIGS = {
 }
 
 
-@functools.cache
+@shared
 def target_of(family: str) -> Target:
     return Target(build(family))
 

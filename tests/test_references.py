@@ -1,10 +1,9 @@
 """Transformers' own assisted generation as methods: equal to plain, and steps counted honestly."""
 
 import copy
-import functools
 
 import pytest
-from models import prompts, settings, tiny
+from models import prompts, settings, shared, tiny
 
 from redrafter.contracts import InputError
 from redrafter.evaluation.methods import Loop, PromptBatch, Resources, build_method, plain_answers
@@ -19,7 +18,7 @@ def method(name, config, draft=None, family="llama"):
     return build_method(name, target, config, Resources(draft=draft or twin(family)))
 
 
-@functools.cache
+@shared
 def twin(family):
     """The same weights in another module: forwards of drafts must not be taken for the target's."""
     return Target(copy.deepcopy(tiny(family).model))

@@ -23,7 +23,7 @@ import redrafter.serve
 from redrafter.cli import vllm_serve
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.mlp_speculator import MLPSpeculator, SpeculatorConfig
 from redrafter.heads.recurrent import RecurrentHead
 from redrafter.serve.chain import draft_chain
@@ -210,12 +210,12 @@ def test_a_head_in_half_precision_drafts_as_it_does_here(engine_modules, monkeyp
 
 
 def own_chain(head, target, prompt: list[int]) -> list[int]:
-    """What `RecurrentDrafter` proposes after the first token of an answer."""
+    """What `HeadDrafter` proposes after the first token of an answer."""
     hidden = target.states(torch.tensor([prompt]))[:, -1:]
     first = target.project(hidden).argmax(-1)
     ids = torch.cat((torch.tensor([prompt]), first), 1)
     length = torch.tensor([ids.shape[1]])
-    drafter = RecurrentDrafter(head, target, TreeConfig(width=1, depth=DEPTH))
+    drafter = HeadDrafter(head, target, TreeConfig(width=1, depth=DEPTH))
     drafter.begin(RowState(ids, length, length - 1, torch.ones(1, dtype=torch.bool)))
     drafter.observe(Truth(first, torch.ones(1, dtype=torch.long), hidden))
     drafter.start()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import prompts, settings, tiny
 from test_draft_model import close_draft
-from test_recurrent_drafter import make_head
+from test_head_drafter import make_head
 from test_table import launched_by
 
 from redrafter.cli import costs as costs_cli
@@ -15,9 +15,9 @@ from redrafter.cli.args import parse
 from redrafter.config import StaticConfig, TreeConfig
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.profile import StepCosts
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.evaluation.static import (
     Clocked,
     accepted_depths,
@@ -40,7 +40,7 @@ def model(target, depth, width):
 
 
 def head(target, depth, width):
-    return RecurrentDrafter(make_head(target, "own"), target, TreeConfig(width, depth))
+    return HeadDrafter(make_head(target, "own"), target, TreeConfig(width, depth))
 
 
 # ------------------------------------------------------------------------------ acceptance

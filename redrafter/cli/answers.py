@@ -99,12 +99,12 @@ def drafter_of(
     config: MakeAnswersConfig, target: Target, head: Module | None
 ) -> Callable[[], Drafter] | None:
     """Makes the drafter; None where nothing drafts."""
+    from redrafter.drafters.head import HeadDrafter
     from redrafter.drafters.lookup import PromptLookup
-    from redrafter.drafters.recurrent import RecurrentDrafter
 
     makers = {
         "none": None,
         "lookup": PromptLookup,
-        "head": lambda: RecurrentDrafter(head, target, config.tree),
+        "head": lambda: HeadDrafter(head, target, config.tree),
     }
     return makers[config.drafter]

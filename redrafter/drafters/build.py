@@ -20,13 +20,13 @@ from redrafter.drafters.bigram import BigramTable, CountedBigrams
 from redrafter.drafters.budget import NodeBudget
 from redrafter.drafters.consensus import Consensus
 from redrafter.drafters.frontier import Frontier, HeadFrontier, ModelFrontier
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.lookup import PromptLookup
 from redrafter.drafters.mixture import Mixture
 from redrafter.drafters.model import DraftModel
 from redrafter.drafters.multi import MultiCandidate, n_nodes
 from redrafter.drafters.ngrammys import NGrammys
 from redrafter.drafters.options import Name, describe, options_of, parse_name
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.drafters.recycling import TokenRecycling
 from redrafter.drafters.replay import ReplayDrafter
 from redrafter.drafters.selector import Selector
@@ -83,7 +83,7 @@ def head(
     nodes: int | None = None,
     seeded: bool | None = None,
     budget: bool = False,
-) -> RecurrentDrafter:
+) -> HeadDrafter:
     """The trained head.
 
     What is not given is --tree's; a size alone means the shape `levels`.
@@ -103,10 +103,10 @@ def head(
     tree = replace(tree, **{key: value for key, value in given.items() if value is not None})
     if nodes is not None and tree.shape != "best":
         raise InputError(f"head: nodes {nodes} is for the shape best, not {tree.shape}")
-    drafter = RecurrentDrafter(resources.head, target, tree)
+    drafter = HeadDrafter(resources.head, target, tree)
     if not budget:
         return drafter
-    return RecurrentDrafter(resources.head, target, tree, resources.price(drafter))
+    return HeadDrafter(resources.head, target, tree, resources.price(drafter))
 
 
 def lookup(

@@ -44,7 +44,7 @@ from redrafter.contracts import InputError
 from redrafter.decode.request import NOT_FINITE, not_finite
 from redrafter.decode.speculative import speculative
 from redrafter.decode.warp import without_padding
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.base import DraftHead as Head  # an export has the class of its own kind here
 from redrafter.heads.load import given_to
 from redrafter.targets.model import Target
@@ -150,7 +150,7 @@ class _Decoder:
         tree = self.tree or _usual_tree(rows, target.device, loaded.head.max_depth)
         result = speculative(
             target, input_ids, wanted, attention_mask=mask, seeds=seeds, streamer=self.streamer,
-            drafter=RecurrentDrafter(loaded.head, target, tree),
+            drafter=HeadDrafter(loaded.head, target, tree),
             logits_processor=processors, stopping_criteria=criteria,
         )  # fmt: skip
         if NOT_FINITE in result.finish:

@@ -17,8 +17,8 @@ from redrafter.config import (
 )
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.options import parse_name
-from redrafter.drafters.recurrent import RecurrentDrafter
 from redrafter.planning.items import (
     PlanBuilder,
     answers_items,
@@ -70,7 +70,7 @@ def plan_answers(config: MakeAnswersConfig, wanted: PlanConfig) -> Plan:
     drafter, items = None, []
     if config.head is not None:
         head = load_meta_head(config.head, target)
-        drafter, items = RecurrentDrafter(head, target, config.tree), head_items(head, target)
+        drafter, items = HeadDrafter(head, target, config.tree), head_items(head, target)
         builder.plan.tail = bound_lines(bound(head, target, config.tree.depth), target)
     served = how.server is not None
     batch = 1 if served else how.batch_size  # of a server's answers a sample is compared here

@@ -15,7 +15,7 @@ from redrafter.config import (
 from redrafter.data.reading import read_weights
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.export import golden
 from redrafter.heads.base import DraftHead
 from redrafter.heads.load import load_trainable
@@ -234,7 +234,7 @@ class TrainingPlan:
         # The shape `beams` reads how many nodes are left; it never has more than `levels`.
         tree = measured.tree
         tree = replace(tree, shape="levels") if tree.shape == "beams" else tree
-        drafter = RecurrentDrafter(self.head.eval(), self.target, tree)
+        drafter = HeadDrafter(self.head.eval(), self.target, tree)
         prompt = self.prompts.longest if self.prompts else self.wanted.prompt_tokens
         self.builder.phase("measuring", *self._kept(), *answers_items(
             self.target, min(measured.batch_size, measured.prompts), prompt,
@@ -247,7 +247,7 @@ class TrainingPlan:
         if target.wanted.shard != "none":  # then there is none
             return
         tree = TreeConfig(width=golden.WIDTH, depth=golden.drafted_depth(self.head))
-        drafter = RecurrentDrafter(self.head.eval(), target, tree)
+        drafter = HeadDrafter(self.head.eval(), target, tree)
         rows, new = golden.PROMPTS, golden.NEW_TOKENS
         prompt = golden.PROMPT_TOKENS if self.config.eval.prompts else new
         # Logits of one decoding, then the scores of both.

@@ -15,7 +15,7 @@ from redrafter.data.reading import Fresh
 from redrafter.data.states import StateMaker
 from redrafter.data.store import Store
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 from redrafter.training.feed import Batch, Feed
@@ -91,7 +91,7 @@ class Measure:
                     batch,
                     config,
                     seeds=[self.config.seed + row for row in rows],
-                    drafter=RecurrentDrafter(head, self.target, measured.tree),
+                    drafter=HeadDrafter(head, self.target, measured.tree),
                 )
                 emitted += sum(made.stats.emitted)
                 steps += sum(made.stats.steps)

@@ -25,7 +25,7 @@ from redrafter.config import TreeConfig
 from redrafter.data.answers import generation_config
 from redrafter.data.prompts import load_prompts
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.evaluation.figures import bootstrap
 from redrafter.files import git_commit, versions, write_json
 from redrafter.heads.load import load_head
@@ -38,7 +38,7 @@ def tokens_per_step(target, head, rows: list[list[int]], given, temperature: flo
     config = generation_config(temperature, given.max_new_tokens)
     tree = TreeConfig(width=given.width, depth=given.depth)
     made = speculative(
-        target, rows, config, seeds=range(len(rows)), drafter=RecurrentDrafter(head, target, tree)
+        target, rows, config, seeds=range(len(rows)), drafter=HeadDrafter(head, target, tree)
     )
     found = bootstrap(
         lambda tokens, steps: tokens.sum(-1) / steps.sum(-1), made.stats.emitted, made.stats.steps

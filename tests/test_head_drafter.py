@@ -1,4 +1,4 @@
-"""The recurrent drafter: its trees against a slow search, its text against plain decoding."""
+"""The drafter of heads: its trees against a slow search, its text against plain decoding."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.decode.noise import gumbel
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.recurrent import RecurrentHead
 
 HEADS = {
@@ -82,7 +82,7 @@ def test_levels_are_the_best_of_all_children(name, seeded):
     if seeded:
         position = torch.tensor([[5], [8]]) + torch.arange(DEPTH + 1)
         noise = gumbel(torch.tensor([7, 8]), position, target.vocab_size)
-    drafter = RecurrentDrafter(head, target, TreeConfig(WIDTH, DEPTH))
+    drafter = HeadDrafter(head, target, TreeConfig(WIDTH, DEPTH))
     tree, seqs, hidden = one_tree(target, drafter, noise, temperature=0.7)
     for row in range(2):
         row_noise = None if noise is None else noise[row]
@@ -93,15 +93,27 @@ def test_levels_are_the_best_of_all_children(name, seeded):
             assert found == pytest.approx(dict(beams), abs=1e-9)
 
 
+def test_models_that_tests_share_are_ordinary_ones_whoever_asks_first():
+    with torch.inference_mode():
+        target = tiny.__wrapped__("llama")
+    assert not target.lm_head.weight.is_inference()
+
+
+def test_lookaheads_trained_for_it_know_it_by_the_name_that_it_had():
+    target = tiny("llama")
+    identity = HeadDrafter(make_head(target, "own"), target, TreeConfig(WIDTH, DEPTH)).identity()
+    assert identity["kind"] == "RecurrentDrafter"
+
+
 @torch.inference_mode()
 def test_noise_is_left_alone_where_asked():
     target = tiny("llama")
     head = make_head(target, "own")
     noise = gumbel(torch.tensor([7, 8]), torch.arange(5).expand(2, -1), target.vocab_size)
-    blind = RecurrentDrafter(head, target, TreeConfig(WIDTH, DEPTH, seeded=False))
+    blind = HeadDrafter(head, target, TreeConfig(WIDTH, DEPTH, seeded=False))
     tokens = one_tree(target, blind, noise)[0].tokens
     assert torch.equal(tokens, one_tree(target, blind)[0].tokens)
-    seeing = RecurrentDrafter(head, target, TreeConfig(WIDTH, DEPTH))
+    seeing = HeadDrafter(head, target, TreeConfig(WIDTH, DEPTH))
     assert not torch.equal(tokens, one_tree(target, seeing, noise)[0].tokens)
 
 
@@ -111,7 +123,7 @@ def test_shapes_are_parts_of_the_whole_tree():
     head = make_head(target, "own")
 
     def paths(shape, nodes=None):
-        drafter = RecurrentDrafter(head, target, TreeConfig(WIDTH, DEPTH, shape, nodes))
+        drafter = HeadDrafter(head, target, TreeConfig(WIDTH, DEPTH, shape, nodes))
         tree = one_tree(target, drafter)[0]
         assert tree.n_nodes <= drafter.max_nodes
         kept = [n for n in range(tree.n_nodes) if tree.valid[0, n]]
@@ -136,9 +148,7 @@ WAYS = ({}, dict(do_sample=True, temperature=1.3), dict(do_sample=True, top_k=6)
 def test_text_is_plain_decoding(name, shape, way):
     """Every head with every shape, and either in every way to choose."""
     target, rows, seeds = tiny("llama"), prompts(), [3, 4, 5, 6]
-    drafter = RecurrentDrafter(
-        make_head(target, name), target, TreeConfig(WIDTH, DEPTH, shape, nodes=8)
-    )
+    drafter = HeadDrafter(make_head(target, name), target, TreeConfig(WIDTH, DEPTH, shape, nodes=8))
     config = settings(**WAYS[way])
     made = speculative(target, rows, config, seeds=seeds, drafter=drafter)
     assert (made.tokens, made.finish) == alone(target, rows, config, seeds)
@@ -152,4 +162,4 @@ def test_text_is_plain_decoding(name, shape, way):
 def test_impossible_trees_are_refused(tree, named):
     target = tiny("llama")
     with pytest.raises(InputError, match=named):
-        RecurrentDrafter(make_head(target, "own"), target, tree)
+        HeadDrafter(make_head(target, "own"), target, tree)

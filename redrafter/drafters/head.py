@@ -27,11 +27,14 @@ from redrafter.drafters.features import MODEL_FEATURES, model_features
 from redrafter.heads.base import DraftHead
 from redrafter.targets.model import Target
 
+#: in the identities of lookaheads and records, the first of which are older than the class's name
+_KIND = "RecurrentDrafter"
 
-class RecurrentDrafter(Drafter):
+
+class HeadDrafter(Drafter):
     """W beams of depth K from a head, as a tree of one of `TreeConfig`'s shapes.
 
-    head: of any kind; it has its name from the first of them
+    head: of any kind
     budget: chooses in every step how many of the W x K nodes are verified, the best ones, at most
         `tree.nodes`, and how many levels are drafted, at most K; instead of `tree.shape`
     """
@@ -87,8 +90,8 @@ class RecurrentDrafter(Drafter):
     def identity(self) -> dict[str, Any]:
         tree = self.shape
         return super().identity() | {
-            "head": self.head.fingerprint(), "width": self.width, "shape": tree.shape,
-            "nodes": tree.nodes, "seeded": tree.seeded,
+            "kind": _KIND, "head": self.head.fingerprint(), "width": self.width,
+            "shape": tree.shape, "nodes": tree.nodes, "seeded": tree.seeded,
         }  # fmt: skip
 
     def start(self) -> None:
