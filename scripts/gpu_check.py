@@ -14,6 +14,8 @@ themselves). Part by part, each written to --out as soon as it is known:
   tokens         tokens per step, beside the same on the CPU in float32
   costs          t(n) of the target inflated to the shape of --like (scripts/inflate_target.py)
   speed          stock generate, plain, the head's trees and suffix, interleaved, on that target
+  graphs         plain and the trees there by `target.forward graphs`, beside the same without, in
+                 turns; a CPU has no CUDA graphs: there what would be replayed is run again
   states         hidden states per second, what distilling from that target takes
   training       a step at --train_vocab and --train_hidden: seconds, and memory beside the plan's
   ddp            gradients under DDP of one process (NCCL, on a CPU gloo) beside those without
@@ -41,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from redrafter.config import (
     LossConfig,
@@ -50,11 +53,12 @@ from redrafter.config import (
     StatesConfig,
     TargetConfig,
 )
-from redrafter.contracts import InputError
+from redrafter.contracts import Drafter, InputError
 from redrafter.costs import NEW_TOKENS, CostMeter
 from redrafter.data.answers import generation_config
 from redrafter.data.prompts import load_prompts
 from redrafter.data.states import StateMaker
+from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.build import Resources, build_drafter
 from redrafter.drafting import strategy_maker
@@ -69,9 +73,12 @@ from redrafter.files import plain_values, provenance, write_json
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead, RecurrentHeadConfig
 from redrafter.processes import hide_bars
+from redrafter.targets.fused import choose_forward
+from redrafter.targets.graphs import GraphForward
 from redrafter.targets.inflation import Shape, inflate
 from redrafter.targets.load import load_model_config, load_target
 from redrafter.targets.model import Target
+from redrafter.targets.probe import check_target
 from redrafter.training.feed import Batch
 from redrafter.training.step import StepLoss, total_weight
 
@@ -142,7 +149,8 @@ class Check:
         dtype = getattr(torch, args.dtype)
         name = f"{Path(small.name).name} in the shape of {Path(args.like).name}"
         model = inflate(small.model, shape, Path(small.name).name, dtype, small.device)
-        target = Target(model, small.tokenizer, name)
+        check = functools.partial(choose_forward, wanted="auto", check=check_target)
+        target = Target(model, small.tokenizer, name, check=check)
         return target, self._head_of(target)
 
     def _head_of(self, target: Target) -> RecurrentHead:
@@ -224,6 +232,46 @@ class Check:
         batches, answers = make_batches(target, self.prompts, config)
         return {"target": target.name, **measure_speed(target, methods, batches, answers, config)}
 
+    def graphs(self) -> dict[str, Any]:
+        target, head = self.large
+        if target.fused is None:
+            raise InputError(f"{target.name} has no fused forward that could be recorded")
+        again = None if target.device.type == "cuda" else lambda run: run
+        target.fused = GraphForward(target.backbone, target.config, again)
+        settings = generation_config(0.0, self.args.max_new_tokens)
+        settings.eos_token_id = None
+        drafters = {"plain": None} | {
+            name: build_drafter(name, target, Resources(head=head)) for name in self.trees
+        }
+        found: dict[str, Any] = {name: {"seconds": [], "graphs_s": []} for name in drafters}
+        for timed in (False, True, True, True):
+            for name, drafter in drafters.items():
+                texts = []
+                for enabled, kept in ((False, "seconds"), (True, "graphs_s")):
+                    target.fused.enabled = enabled
+                    text, seconds = self._timed(target, settings, drafter)
+                    texts.append(text)
+                    if timed:
+                        found[name][kept].append(seconds)
+                pairs = zip(*texts, strict=True)
+                found[name]["equal_rows"] = sum(one == other for one, other in pairs)
+        for of in found.values():
+            of["speedup"] = min(of["seconds"]) / min(of["graphs_s"])
+        return {"recordings": target.fused.n_recorded, "methods": found}
+
+    def _timed(
+        self, target: Target, settings: GenerationConfig, drafter: Drafter | None
+    ) -> tuple[list[list[int]], float]:
+        """Every prompt by itself: the texts, and seconds without the prefills."""
+        texts, seconds = [], 0.0
+        for prompt in self.prompts:
+            made = speculative(target, [prompt], settings, drafter=drafter) if drafter else plain(
+                target, [prompt], settings
+            )  # fmt: skip
+            texts += made.tokens
+            seconds += made.stats.seconds["total"] - made.stats.seconds["prefill"]
+        return texts, seconds
+
     def states(self) -> dict[str, Any]:
         from redrafter.planning.probe import states_seconds  # needs accelerate
 
@@ -288,7 +336,7 @@ class Check:
 
 
 PARTS = ("environment", "operations", "exact_fp32", "exact_bf16", "tokens", "costs", "speed",
-         "states", "training", "ddp")  # fmt: skip
+         "graphs", "states", "training", "ddp")  # fmt: skip
 
 
 def _new_head(args: argparse.Namespace) -> RecurrentHead:
@@ -348,6 +396,13 @@ def show(body: dict[str, Any]) -> str:
     if (costs := done.get("costs")) is not None:
         rows = [[e["n"], milliseconds(e["cost"]["q1_s"])] for e in costs["target"]]
         lines += ["", table(["new tokens", "t(n) ms"], rows)]
+    if (graphs := done.get("graphs")) is not None:
+        rows = [
+            [name, m["speedup"], f"{m['equal_rows']}/{body['provenance']['config']['n_prompts']}"]
+            for name, m in graphs["methods"].items()
+        ]
+        said = table(["method", "graphs: x without", "= without"], rows)
+        lines += ["", said, f"{graphs['recordings']} recordings"]
     for name in ("exact_fp32", "exact_bf16"):
         if name in done:
             ties = sum(r["near_ties"] for m in done[name]["methods"].values() for r in m.values())

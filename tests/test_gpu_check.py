@@ -68,12 +68,16 @@ def test_every_part_runs_and_says_what_it_found(script, toy, capsys):
     assert {e["n"] for e in found["costs"]["target"]} >= {1, 2, 3, 5, 9, 17}
     speed = found["speed"]
     assert set(speed["methods"]) == {"stock", "plain", *methods} and speed["exact"]
+    graphs = found["graphs"]
+    assert set(graphs["methods"]) == {"plain", *TREES} and graphs["recordings"] > 0
+    assert all(of["equal_rows"] == speed["n_prompts"] for of in graphs["methods"].values())
     assert found["states"]["tokens_per_second"] > 0
     assert found["training"]["step_s"] > 0 and found["training"]["planned_bytes"] > 300 * 32 * 16
     assert found["training"]["measured_bytes"] is None  # of CUDA alone
     assert found["ddp"] == {"backend": "gloo", "largest_difference": 0.0}
     said = capsys.readouterr().out
     assert "(inflated)" in said and "x stock" in said and "exact_bf16" in said
+    assert "graphs: x without" in said
 
 
 #: hides packages as if they were not installed

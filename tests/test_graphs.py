@@ -20,7 +20,7 @@ from redrafter.config import TargetConfig, TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.drafters.skipping import LayerSkipping
 from redrafter.heads.load import head_class
 from redrafter.targets import graphs
@@ -87,7 +87,7 @@ def test_texts_are_those_without(case, mode):
     own, tapes = tiny.__wrapped__(case.split("-")[0], **CASES[case]), []
     target, rows, config = graphed(own.model, tapes), prompts(), settings(**MODES[mode])
     want = plain(own, rows, config)
-    drafter = RecurrentDrafter(head_of(own), target, TreeConfig(2, 3))
+    drafter = HeadDrafter(head_of(own), target, TreeConfig(2, 3))
     for n_rows in (4, 4, 1):
         for made in (
             plain(target, rows[:n_rows], config),

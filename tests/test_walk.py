@@ -8,7 +8,7 @@ from test_prefix import greedy_feed, overfitted
 from redrafter.config import TreeConfig
 from redrafter.contracts import InputError
 from redrafter.decode.speculative import speculative
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.evaluation.walk import walk
 
 
@@ -21,7 +21,7 @@ def test_a_head_accepts_along_a_text_what_decoding_accepts(context):
     answers, _ = alone(target, rows, config)
     texts = [[*row, *answer][:-1] for row, answer in zip(rows, answers, strict=True)]
     states = [target.states(torch.tensor([text]))[0] for text in texts]
-    drafter = RecurrentDrafter(head, target, TreeConfig(2, 3))
+    drafter = HeadDrafter(head, target, TreeConfig(2, 3))
     walked = walk(drafter, rows, answers, config.max_new_tokens, states=states)
     single = [speculative(target, [row], config, drafter=drafter).stats for row in rows]
     assert walked.steps == [one.steps[0] for one in single]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 
 from redrafter.config import SpecBenchConfig, TargetConfig, TreeConfig
-from redrafter.drafters.recurrent import RecurrentDrafter
+from redrafter.drafters.head import HeadDrafter
 from redrafter.evaluation.figures import bootstrap, pooled
 from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.spec_bench.answer_files import tasks_of
@@ -51,7 +51,7 @@ def main() -> int:
     )  # fmt: skip
     chat, questions, _ = open_questions(target, config, begun)
     drafters = {
-        name: RecurrentDrafter(load_head(name, target, True), target, TreeConfig(width, depth))
+        name: HeadDrafter(load_head(name, target, True), target, TreeConfig(width, depth))
         for name in given.heads
     }
     out = Path(given.out)
