@@ -32,16 +32,29 @@ class Draws:
             draws of a node come first: behind a -1 there are only more
     mode:   `iid`: each from its own distribution, by itself; `without_replacement`: all from one
             distribution, each without those before it; `deterministic`: distinct, not drawn at all
-    log_q:  (B, M, Q, V) log-probabilities that the draws below each of the first M nodes were made
+    log_q:  (B, M, Q, Vd) log-probabilities that the draws below each of the first M nodes were made
             from, Q drafters' (one, but for SpecInfer's); the nodes behind them are leaves. None
             where `deterministic`
     source: (B, N, R) int64, which of the Q each draw was made from; None where Q = 1
+    ids:    (Vd,) int64, the tokens that the columns of `log_q` are, all others having no
+            probability; None: Vd = V
     """
 
     order: Tensor
     mode: Literal["iid", "without_replacement", "deterministic"]
     log_q: Tensor | None = None
     source: Tensor | None = None
+    ids: Tensor | None = None
+
+    def q(self, row: Any, node: Any, vocab_size: int) -> Tensor:
+        """(..., Q, V) float64, what the draws below one of the first M nodes were made from.
+
+        row, node: (...) int64, or a number each
+        """
+        drawn = self.log_q[row, node].double().exp()
+        if self.ids is None:
+            return drawn
+        return drawn.new_zeros((*drawn.shape[:-1], vocab_size)).index_copy_(-1, self.ids, drawn)
 
 
 @dataclass

@@ -306,6 +306,57 @@ def test_acceptance_is_what_the_distance_says():
     assert 0.2 < rate < 0.95 and rate == pytest.approx(expected, abs=0.06)
 
 
+# ------------------------------------------------------------------- a pruned vocabulary
+
+
+class Scattered(HeadFrontier):
+    """A head's logits over the whole vocabulary, as any frontier's may be."""
+
+    ids = None
+
+    def _read(self, tokens):
+        logits = super()._read(tokens)
+        whole = torch.full((*logits.shape[:-1], self.vocab_size), -torch.inf, dtype=logits.dtype)
+        whole[..., self.head.draft_ids] = logits
+        return whole
+
+
+PRUNED = {
+    # name: mode, rule, how, children (of 9 tokens), several drafters
+    "greedy": ("greedy", "seeded", "seeded", (3, 2), False),
+    "seeded": ("t1.5", "seeded", "seeded", (3, 2), False),
+    "more children than tokens": ("t1.5", "seeded", "top", (12,), False),
+    "more draws than tokens": ("t1.5", "ratio", "without", (12,), False),
+    **{name: ("t1.5", *case) for name, case in RATIO.items() if case[1] in ("iid", "without")},
+}
+
+
+@pytest.mark.parametrize("case", PRUNED)
+def test_drafted_columns_alone_make_the_trees_of_the_whole_vocabulary(case):
+    mode, rule, how, children, several = PRUNED[case]
+    target, rows, config = tiny("llama"), prompts(), settings(**MODES[mode])
+    seen, texts = [], []
+    for kind in (HeadFrontier, Scattered):
+        fronts = [kind(make_head(target, "pruned"), target)]
+        fronts += [model(target, children=children)] if several else []
+        seen.append(Recorder(MultiCandidate(fronts, children, how)))
+        made = speculative(target, rows, config, seeds=range(4), drafter=seen[-1], rule=rule)
+        texts.append((made.tokens, made.finish, made.stats.emitted))
+    assert texts[0] == texts[1] and seen[0].steps
+    assert any(tree.draws is not None for tree, *_ in seen[0].steps) == (how in ("iid", "without"))
+    for (tree, *_), (whole, *_) in zip(seen[0].steps, seen[1].steps, strict=True):
+        for name in ("valid", "depth", "parent"):
+            assert torch.equal(getattr(tree, name), getattr(whole, name))
+        assert torch.equal(tree.tokens[tree.valid], whole.tokens[whole.valid])
+        torch.testing.assert_close(tree.log_q, whole.log_q)
+        assert (tree.draws is None) == (whole.draws is None)
+        if tree.draws is not None:
+            assert torch.equal(tree.draws.order, whole.draws.order)
+            place = slice(None), slice(None), target.vocab_size
+            torch.testing.assert_close(tree.draws.q(*place), whole.draws.q(*place))
+            assert tree.draws.log_q.shape[-1] == (target.vocab_size if several else 9)
+
+
 # ------------------------------------------------------------------- errors
 
 

@@ -118,7 +118,7 @@ class _Node:
         self.row = torch.arange(len(node), device=p.device)
         if draws.log_q is not None:
             inner = node.clamp(max=draws.log_q.shape[1] - 1)  # behind them there are only leaves
-            self.q = draws.log_q[self.row, inner].double().exp()  # (B, Q, V)
+            self.q = draws.q(self.row, inner, p.shape[-1])  # (B, Q, V)
             if draws.source is not None:
                 self.source = draws.source[self.row, node]  # (B, R)
         self.kseq = None

@@ -28,6 +28,9 @@ class Frontier(ABC):
     """
 
     needs: frozenset[str] = frozenset()
+    vocab_size: int  # V
+    #: (Vd,) int64, the tokens that its logits are of; None: all of the vocabulary, Vd = V
+    ids: Tensor | None = None
     #: most levels that any live row can draft in this step, known after `start`
     levels: float = math.inf
 
@@ -41,16 +44,23 @@ class Frontier(ABC):
 
     @abstractmethod
     def start(self) -> Tensor | None:
-        """(B, 1, V) logits of what follows the root; None where `levels` is 0."""
+        """(B, 1, Vd) logits of what follows the root; None where `levels` is 0."""
 
     @abstractmethod
     def advance(self, tokens: Tensor, place: Tensor) -> Tensor:
         """Read the next level. tokens: (B, w) int64; place: (B, w) int64, each one's parent in the
-        level before. Returns (B, w, V) logits of what follows them."""
+        level before. Returns (B, w, Vd) logits of what follows them."""
 
     def room(self) -> Tensor | None:
         """(B,) int64: levels that each row can draft, likewise; None: any."""
         return None
+
+    def over_vocabulary(self, log_q: Tensor) -> Tensor:
+        """(..., Vd) log-probabilities -> (..., V)."""
+        if self.ids is None:
+            return log_q
+        whole = log_q.new_full((*log_q.shape[:-1], self.vocab_size), float("-inf"))
+        return whole.index_copy_(-1, self.ids, log_q)
 
     def observe(self, truth: Truth) -> None:  # noqa: B027 - a model reads the text itself
         """Learn what the target said."""
@@ -66,6 +76,10 @@ class HeadFrontier(Frontier):
         self.vocab_size = target.vocab_size
         if head.max_depth is not None:
             self.levels = head.max_depth
+
+    @property
+    def ids(self) -> Tensor | None:
+        return None if self.head.config.draft_vocab_size is None else self.head.draft_ids
 
     def fingerprint(self) -> str:
         return self.head.fingerprint()
@@ -91,11 +105,7 @@ class HeadFrontier(Frontier):
         self.states, logits = self.head.read(
             self.target, tokens, self.context, self.states, self._level
         )
-        if self.head.config.draft_vocab_size is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
-        full[..., self.head.draft_ids] = logits
-        return full
+        return logits
 
 
 class ModelFrontier(Frontier):
@@ -261,7 +271,7 @@ class ModelFrontier(Frontier):
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """(..., V) log q at a temperature above 0, in float32 or float64."""
+    """(..., Vd) log q at a temperature above 0, in float32 or float64."""
     return (logits.to(score_dtype(logits.dtype)) / temperature).log_softmax(-1)
 
 

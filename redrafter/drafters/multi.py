@@ -101,7 +101,12 @@ class MultiCandidate(Drafter):
         rooms = [room for f in self.frontiers if (room := f.room()) is not None]
         self._room = torch.stack(rooms).amin(0) if rooms else None
         self._now = "top" if self.seqs.seeds is None else self.how
-        self._q: list[Tensor] = []  # per level (B, w, Q, V), of the nodes above it
+        #: tokens that the columns of q are of; q of several drafters is over the whole vocabulary
+        self._ids = self.frontiers[0].ids if len(self.frontiers) == 1 else None
+        self._noise = self.seqs.noise if self._now == "seeded" else None
+        if self._noise is not None and self._ids is not None:
+            self._noise = self._noise[..., self._ids]
+        self._q: list[Tensor] = []  # per level (B, w, Q, Vd), of the nodes above it
         self._order: list[Tensor] = []  # per level (B, w, k)
         self._tokens, self._parent = [root], [torch.zeros_like(root)]
         self._valid, self._first = [torch.ones_like(root, dtype=torch.bool)], [0]
@@ -110,9 +115,13 @@ class MultiCandidate(Drafter):
         self._next = self._log_q(logits) if self._levels > 0 else None
 
     def _log_q(self, logits: list[Tensor]) -> Tensor:
-        """(B, w, Q, V) log-probabilities of all frontiers."""
+        """(B, w, Q, Vd) log-probabilities of all frontiers."""
         temperature = self.temperature or self.seqs.temperature
-        return torch.stack([log_probabilities(x, temperature) for x in logits], 2)
+        found = [log_probabilities(x, temperature) for x in logits]
+        if len(found) == 1:
+            return found[0][:, :, None]
+        whole = zip(self.frontiers, found, strict=True)
+        return torch.stack([frontier.over_vocabulary(log_q) for frontier, log_q in whole], 2)
 
     def extend(self, level: int) -> None:
         if level > self._levels:  # no row has room in the draft model's context
@@ -120,12 +129,13 @@ class MultiCandidate(Drafter):
         if level > 1:
             logits = [f.advance(self._tokens[-1], self._place) for f in self.frontiers]
             self._next = self._log_q(logits)
-        log_q, k = self._next, self.children[level - 1]  # (B, w, Q, V)
-        tokens, exists = self._choose(log_q, k, level)  # (B, w, k)
+        log_q, k = self._next, self.children[level - 1]  # (B, w, Q, Vd)
+        columns, exists = self._choose(log_q, k, level)  # (B, w, k)
+        tokens = columns if self._ids is None else self._ids[columns]
         w = tokens.shape[1]
         source = torch.arange(k, device=tokens.device) % len(self.frontiers)
         row, above = (torch.arange(n, device=tokens.device) for n in tokens.shape[:2])
-        own = log_q[row[:, None, None], above[:, None], source, tokens]
+        own = log_q[row[:, None, None], above[:, None], source, columns]
         total = self._total[-1][:, :, None] + own
         valid = exists & self._valid[-1][:, :, None]
         if self._room is not None:
@@ -150,12 +160,12 @@ class MultiCandidate(Drafter):
         return model_features(log_q, scores, names=names).float()
 
     def _choose(self, log_q: Tensor, k: int, level: int) -> tuple[Tensor, Tensor]:
-        """Children (B, w, k) of every node of the level above, and which of them exist."""
+        """Columns (B, w, k) of the children of every node of the level above, and which exist."""
         batch, w = log_q.shape[:2]
         if self._now in ("top", "seeded"):
             scores = log_q[:, :, 0]
             if self._now == "seeded":
-                scores = scores + self.seqs.noise[:, level - 1 : level].to(scores.dtype)
+                scores = scores + self._noise[:, level - 1 : level].to(scores.dtype)
             best, tokens = scores.topk(min(k, scores.shape[-1]), dim=-1)
             missing = (0, k - tokens.shape[-1])
             tokens = torch.nn.functional.pad(tokens, missing)
@@ -225,4 +235,4 @@ class MultiCandidate(Drafter):
         if len(self.frontiers) > 1:
             turn = torch.arange(rounds, device=order.device) % len(self.frontiers)
             source = turn.expand_as(order)
-        return Draws(order, _MODES[self._now], torch.cat(self._q, 1), source)
+        return Draws(order, _MODES[self._now], torch.cat(self._q, 1), source, self._ids)

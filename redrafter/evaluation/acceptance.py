@@ -111,7 +111,7 @@ class Watcher(Wrapped):
             return
         self.drawn = True
         p = (truth.tree_logits[row, node].double() / self.temperature).softmax(-1)
-        q = draws.log_q[row, node, 0].double().exp()
+        q = draws.q(row, node, len(p))[0]
         k = int((draws.order[row, node] >= 0).sum())
         self.overlap += float(torch.minimum(p, q).sum())
         self.optimum += best_acceptance(p, q, k)
