@@ -43,7 +43,8 @@ WORKER = str(Path(__file__).resolve().parent / "peers_worker.py")
 GROUPS: dict[str, list[dict[str, str]]] = {
     "redrafter": [{
         "redrafter plain": "plain", "redrafter suffix:3x1": "suffix:3x1",
-        "redrafter head:1x2": "head:1x2", "redrafter model:1x2": "model:1x2",
+        "redrafter head:1x1": "head:1x1", "redrafter model:1x2": "model:1x2",
+        "redrafter head + suffix": "mix(head:1x2,suffix:3x1):nodes=3",
     }],
     "transformers": [{
         "transformers stock": "stock", "transformers prompt lookup": "lookup",
