@@ -38,6 +38,9 @@ print(hashlib.sha256(b"\0".join([*parts, os.getcwd().encode()])).hexdigest())')"
   fi
 }
 
+# Without byte code whatever imports torch and transformers compiles them for ten seconds, each time.
+# Containers like to ask for none, to keep an image small: here it is kept, in .venv and the clone.
+unset PYTHONDONTWRITEBYTECODE
 setup_venv
 export PATH="$PWD/.venv/bin:$PATH"
 # Nothing is fetched from here on; without this a mistyped path is looked up on the Hub for minutes.

@@ -11,17 +11,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; no
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from filelock import FileLock
-from launching import run_copy
-from published import make_run
 
-from redrafter import kernels, products
-from redrafter.products import use_kernels
+# What takes seconds to import is imported by who needs it: of pytest-xdist's processes the first
+# reads this file as well, runs no test, and starts the others only then.
+if TYPE_CHECKING:
+    from redrafter.kernels import Kernels
 
-torch.set_num_threads(1)
 gc.disable()  # until all tests are read, none of whose objects is garbage
 
 
@@ -35,13 +34,22 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory) -> None:
     """What commands keep for later runs (`redrafter.files.cache_folder`) is not the user's own."""
+    import torch
+
+    from redrafter.products import use_kernels
+
     os.environ["REDRAFTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)
     # As loading a target does, so that no test's numbers depend on one before it.
     use_kernels(torch.device("cpu"))
 
 
 def _state() -> dict[str, object]:
     """Of this process, what the numbers of a later test might depend on."""
+    import torch
+
+    from redrafter import kernels, products
+
     return {
         "the kernels that products use": products.kernels,
         "the kernels that are loaded": kernels.load(),
@@ -60,8 +68,10 @@ def _leaves_no_state() -> Iterator[None]:
 
 
 @pytest.fixture
-def made() -> kernels.Kernels:
+def made() -> "Kernels":
     """The kernels of this machine."""
+    from redrafter import kernels
+
     found = kernels.load()
     if found is None:
         pytest.skip("no kernels could be made on this machine")
@@ -71,6 +81,8 @@ def made() -> kernels.Kernels:
 @pytest.fixture
 def no_kernels(monkeypatch) -> None:
     """As on a machine without a compiler."""
+    from redrafter import products
+
     monkeypatch.setattr(products, "load", lambda: None)
     monkeypatch.setattr(products, "kernels", None)
 
@@ -106,6 +118,8 @@ def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]],
 def tiny_target(once) -> Path:
     """Folder of a small trained Llama with tokenizer, chat template and prompt files."""
 
+    from launching import run_copy
+
     def make(folder: Path) -> None:
         argv = ["--size", "test", "--output_dir", folder]
         status, said = run_copy("scripts/make_tiny_target.py", argv, folder.with_suffix(".log"))
@@ -117,6 +131,8 @@ def tiny_target(once) -> Path:
 @pytest.fixture(scope="session")
 def published_run(tiny_target, once) -> Path:
     """A training run that was measured: the folder that people publish. Not to be written to."""
+    from published import make_run
+
     return once("published", lambda folder: make_run(tiny_target, folder / "run")) / "run"
 
 

@@ -26,6 +26,7 @@ CONTEXT = 64
 WINDOW = 8  # shorter than the texts made here
 NARROW = 3  # shorter than a drafted path: a node does not see all of its ancestors
 NEW = 20  # tokens per text; the windows are passed and some rows meet an EOS
+SHORT = 16  # where many texts are made; test_exactness.py says that every branch still occurs
 EOS = (5, 17)
 
 _COMMON = dict(
@@ -93,6 +94,11 @@ def prompts(lengths: Sequence[int] = (9, 3, 14, 8), seed: int = 0) -> list[list[
 def settings(**changes) -> GenerationConfig:
     values = {"max_new_tokens": NEW, "eos_token_id": list(EOS), **changes}
     return GenerationConfig(**values)
+
+
+def shorter(**changes) -> GenerationConfig:
+    """`settings` of texts of `SHORT` tokens."""
+    return settings(**{"max_new_tokens": SHORT, **changes})
 
 
 def alone(target: Target, rows: list[list[int]], config: GenerationConfig, seeds=None, **more):

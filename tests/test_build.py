@@ -192,6 +192,18 @@ def test_objects_are_no_options():
         options_of("made:state=x", ["state=x"], made)
 
 
+def listed(*, levels: list[int], depth: int = 2) -> None:
+    """A maker that could change what it is given."""
+
+
+def test_who_changes_the_options_of_a_name_changes_nobody_elses():
+    found = options_of("listed:levels=[1]", ["levels=[1]"], listed)
+    found["levels"].append(2)
+    found["depth"] = 9
+    again = options_of("listed:levels=[1]", ["levels=[1]"], listed)
+    assert again == {"levels": [1], "depth": 2}
+
+
 # ---------------------------------------------------------------- errors
 
 

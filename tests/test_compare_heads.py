@@ -12,6 +12,7 @@ from redrafter.cli import answers, compare_heads, prepare, states
 from redrafter.cli.args import parse
 from redrafter.config import KINDS, CompareConfig, HeadConfig, TargetConfig, TrainConfig
 from redrafter.contracts import InputError
+from redrafter.evaluation import pictures
 from redrafter.planning.meta import MetaTarget
 from redrafter.studies import measure, report
 from redrafter.studies import train as trainings
@@ -80,6 +81,7 @@ def test_a_killed_study_goes_on_where_it_stopped(argv, tmp_path, monkeypatch, ca
     assert all(f"`{name}`" in shown for name in [*ROWS, "plain", "bigram:2x2", "replay:2x2"])
     assert (tmp_path / "whole/tokens.png").stat().st_size > 0
 
+    monkeypatch.setattr(pictures, "save_figure", lambda *a: [])  # seconds, and seen above
     began, real = [], trainings.Training
 
     class Killed(real):

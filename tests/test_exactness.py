@@ -14,9 +14,9 @@ from models import (
     path_to,
     prompts,
     replays,
-    settings,
     tiny,
 )
+from models import shorter as settings
 from transformers import GenerationConfig
 
 from redrafter.contracts import Drafter, Lookahead

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redrafter import generate
+from redrafter.cli.main import main
 from redrafter.config import TargetConfig
 from redrafter.export.golden import file_faults, read_golden
 from redrafter.heads.load import load_head
@@ -95,29 +96,35 @@ def test_the_chat_says_what_was_accepted(published_run, tiny_target, monkeypatch
     assert generate(target, messages=first, max_new_tokens=24).extra["texts"][0] in said
 
 
+def lines_of(folder: Path, name: str, *words: object) -> list[list[str]]:
+    """What a script asks `redrafter` for, kept by what stands for the command: a process that
+    imports the library costs seconds, and that the command is one, other tests say."""
+    kept = folder / "redrafter"
+    kept.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {folder}/lines\n')
+    kept.chmod(0o755)
+    done = shell(name, *words, first=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split(" ") for line in (folder / "lines").read_text().splitlines()]
+
+
 def test_own_prompts_are_evaluated(run, tiny_target, tmp_path):
-    """The script's own lines, kept by what stands for the command and then run."""
+    """The script's own lines."""
     for name in ("lossless.json", "speed.json"):
         (run / name).unlink()
-    kept = tmp_path / "redrafter"
-    kept.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/lines\n')
-    kept.chmod(0o755)
     prompts = tiny_target / "prompts_heldout.jsonl"
-    done = shell("evaluate_own_prompts.sh", tiny_target, run, prompts, 2, 8, "--cost_rounds=1",
-                 first=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    for line in (tmp_path / "lines").read_text().splitlines():
-        command, *words = line.split(" ")
+    given = (tiny_target, run, prompts, 2, 8, "--cost_rounds=1")
+    for command, *words in lines_of(tmp_path, "evaluate_own_prompts.sh", *given):
         assert not import_module(f"redrafter.cli.{command}").main(words)
     for name in ("lossless.json", "speed.json", "report.html"):
         assert (run / name).is_file()
     assert "redrafter speed" not in (run / "report.html").read_text(), "it was measured"
 
 
-def test_what_would_be_served_is_said(published_run, tiny_target):
-    done = shell("serve_vllm.sh", tiny_target, published_run, "--dry-run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "vllm" in done.stdout and str(tiny_target) in done.stdout
+def test_what_would_be_served_is_said(published_run, tiny_target, tmp_path, capsys):
+    (words,) = lines_of(tmp_path, "serve_vllm.sh", tiny_target, published_run, "--dry-run")
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "vllm" in said and str(tiny_target) in said and str(published_run) in said
     for script in ("serve_vllm.sh", "evaluate_own_prompts.sh"):
         assert shell(script).returncode == 2 and "MODEL HEAD" in shell(script).stderr
 

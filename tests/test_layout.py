@@ -439,3 +439,24 @@ def test_no_path_of_a_machine():
             f"{path.relative_to(ROOT)}:{i}" for i, s in enumerate(lines, 1) if pattern.search(s)
         ]
     assert not found, "absolute paths of one machine"
+
+
+# ---------------------------------------------------------------- what tests cost
+
+
+def test_who_only_starts_the_workers_imports_nothing_heavy():
+    """pytest-xdist's first process reads conftest.py as well, before there are any workers."""
+    body = ast.parse((ROOT / "tests/conftest.py").read_text()).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    outside = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert outside == {"pytest", "filelock"}
+
+
+def test_byte_code_is_kept_where_the_environment_asks_for_none():
+    code = "source <(grep ^unset scripts/setup.sh) && python -c 'import sys; print(sys.flags)'"
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "dont_write_bytecode=0" in done.stdout, done.stderr

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chi_square import follows, n_draws
-from models import NEW, RandomLookahead, Recorder, alone, path_to, prompts, settings, tiny
+from models import NEW, SHORT, RandomLookahead, Recorder, alone, path_to, prompts, tiny
+from models import shorter as settings
 from test_draft_model import BOTH, MODES, SMALL, close_draft, keys_of
 from test_head_drafter import make_head
 
@@ -398,4 +399,4 @@ def test_rows_that_outgrow_the_draft_model():
         assert got.tokens == alone(target, rows, config)[0]
         for rule in RULES if how == "iid" else ("ratio",):  # to the last step, which drafts nothing
             got = speculative(target, rows, config, seeds=range(4), drafter=draft, rule=rule)
-            assert all(len(t) == NEW for t in got.tokens)
+            assert all(len(t) == SHORT for t in got.tokens)

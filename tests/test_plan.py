@@ -404,22 +404,28 @@ def test_on_a_cpu_everything_is_one_memory():
 
 
 def test_a_configuration_is_enough_and_nothing_is_written(target, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    (there := tmp_path / "model").mkdir()
+    (here := tmp_path / "here").mkdir()
+    # Two of its layers: all 32 would be traced six times, for seconds.
+    config = json.loads((LLAMA / "llama-3.1-8b/config.json").read_text())
+    (there / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    left_out = (config["num_hidden_layers"] - 2) * 218_112_000
+    monkeypatch.chdir(here)
     args = ["--plan", "--target.device=cuda", "--plan_for.host_bytes=64000000000",
             "--plan_for.disk_bytes=200000000000", "--eval.prompts=0"]  # fmt: skip
     with pytest.raises(SystemExit) as ended:
-        train([*args, f"--target.path={LLAMA / 'llama-3.1-8b'}", "--data.text=source",
+        train([*args, f"--target.path={there}", "--data.text=source",
                "--plan_for.memory_bytes=141000000000"])  # fmt: skip
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "8,030,261,248 parameters, 16.1 GB in bfloat16" in shown
+    assert f"{8_030_261_248 - left_out:,} parameters, 2.97 GB in bfloat16" in shown
     assert "no weights here" in shown and "breaks even at" in shown
     with pytest.raises(SystemExit) as ended:
         train([*args, f"--target.path={target}", "--plan_for.memory_bytes=2000000",
                "--data.states.forward_tokens=64"])  # fmt: skip
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "cuda has 2 MB" in said and "data.answers.batch_size" in said
-    assert not list(tmp_path.iterdir())
+    assert not list(here.iterdir())
 
 
 def test_the_store_is_as_large_as_planned_and_its_time_is_probed(target, tmp_path, capsys):

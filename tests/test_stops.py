@@ -8,6 +8,7 @@ from models import (
     VOCAB,
     alone,
     endless,
+    paired,
     prompts,
     replays,
     settings,
@@ -237,8 +238,11 @@ def test_text_streamer_prints_the_text(free, spoken, capsys):
     assert capsys.readouterr().out.strip() == spell(text[0])
 
 
-@pytest.mark.parametrize("pad", [0, EOS[0], VOCAB - 1])
-def test_padding_is_known_by_the_mask_alone(pad):
+@pytest.mark.parametrize(
+    ("pad", "side", "kind"),
+    paired([0, EOS[0], VOCAB - 1], ["left", "right"], [torch.long, torch.bool]),
+)
+def test_padding_is_known_by_the_mask_alone(pad, side, kind):
     """The pad id may be a real token, the EOS included, in prompts and in texts."""
     target, rows = tiny("llama"), prompts()
     rows[0][0] = rows[0][-1] = rows[1][1] = pad
@@ -249,15 +253,12 @@ def test_padding_is_known_by_the_mask_alone(pad):
         assert pad in {t for text in want for t in text}
     texts = endless(target, rows, config)
     width = max(map(len, rows)) + 2  # no row is without padding
-    for side in ("left", "right"):
-        ids = torch.full((4, width), pad)
-        mask = torch.zeros(4, width, dtype=torch.long)
-        for b, row in enumerate(rows):
-            where = slice(width - len(row), width) if side == "left" else slice(len(row))
-            ids[b, where], mask[b, where] = torch.tensor(row), 1
-        for kind in (torch.long, torch.bool):
-            m = mask.to(kind)
-            check(target, ids, config, want, finish, texts, attention_mask=m)
+    ids = torch.full((4, width), pad)
+    mask = torch.zeros(4, width, dtype=kind)
+    for b, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[b, where], mask[b, where] = torch.tensor(row), 1
+    check(target, ids, config, want, finish, texts, attention_mask=mask)
 
 
 def test_a_tensor_without_a_mask_has_no_padding(free):

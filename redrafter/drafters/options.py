@@ -19,6 +19,7 @@ import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def options_of(
     size: the options that a part AxB (or A) sets; more: those set by the positional parts behind it
     Raises InputError naming the name, the key and what there is.
     """
-    parser, known = _parser(make)
+    _, known = _parser(make)
     given, place = {}, 0
     for part in parts:
         key, equals, value = part.partition("=")
@@ -105,7 +106,7 @@ def options_of(
         if key not in given:
             raise InputError(f"{name!r}: {key} must be given")
     try:
-        return vars(parser.parse_args([f"--{key}={value}" for key, value in given.items()]))
+        return deepcopy(_read(make, *(f"--{key}={value}" for key, value in given.items())))
     except ArgumentError as error:
         named = re.search(r'"(\w+)"', str(error))
         if not named or named[1] not in given:
@@ -152,6 +153,13 @@ def _parser(make: Callable[..., Any]) -> tuple[ArgumentParser, dict[str, Any]]:
         skip |= objects
 
 
+@functools.cache
+def _read(make: Callable[..., Any], *words: str) -> dict[str, Any]:
+    """The values of all options. A command asks for the same ones dozens of times."""
+    return vars(_parser(make)[0].parse_args(list(words)))
+
+
+@functools.cache
 def _required(make: Callable[..., Any]) -> list[str]:
     """Options without a default."""
     parser, kinds = _parser(make)
