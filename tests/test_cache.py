@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from redrafter.decode.plain import plain
 from redrafter.decode.speculative import speculative
 from redrafter.drafters.replay import ReplayDrafter
+from redrafter.targets import fused as fused_module
 from redrafter.targets import model as model_module
 from redrafter.targets.cache import RowCache
 
@@ -44,7 +45,8 @@ def caches(monkeypatch):
             self.rounds.append((self.width, self.bytes_moved, path is not None, before))
             self.pointers.append(self.data_ptrs())
 
-    monkeypatch.setattr(model_module, "RowCache", Watched)
+    for module in (model_module, fused_module):  # who makes a target's caches
+        monkeypatch.setattr(module, "RowCache", Watched)
     return made
 
 
