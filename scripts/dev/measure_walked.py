@@ -28,7 +28,7 @@ from redrafter.evaluation.spec_bench.questions import Question, open_questions
 from redrafter.evaluation.walk import walk
 from redrafter.files import provenance, write_json
 from redrafter.heads.load import load_head
-from redrafter.targets.model import load_target
+from redrafter.targets.load import load_target
 
 
 def main() -> int:
