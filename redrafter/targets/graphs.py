@@ -111,10 +111,10 @@ class _Recorded:
         batch, n = tokens.shape
         self.tokens, self.positions, self.places = (torch.zeros_like(tokens) for _ in range(3))
         self.each = torch.arange(n, device=tokens.device)
-        several = isinstance(masks, dict)
-        named = masks if several else {"": masks}
-        self.masks = {name: mask.new_zeros(batch, 1, n, width) for name, mask in named.items()}
-        given = self.masks if several else self.masks[""]
+        self.masks = {
+            name: mask.new_zeros(batch, 1, n, width) for name, mask in _named(masks).items()
+        }
+        given = self.masks if isinstance(masks, dict) else self.masks[""]
         #: read by address, and replaced by the forward where a longer text comes
         self.tables = forward.steps.tables.up_to(cache.capacity, tokens.device)
 
@@ -130,7 +130,7 @@ class _Recorded:
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
         torch.add(cache.length[:, None], self.each, out=self.places)
-        for name, mask in (masks if isinstance(masks, dict) else {"": masks}).items():
+        for name, mask in _named(masks).items():
             keys, own = mask.shape[-1], self.masks[name]
             own[..., :keys].copy_(mask)
             own[..., keys:].fill_(torch.finfo(own.dtype).min)
@@ -186,8 +186,7 @@ class GraphForward(FusedForward):
         if not self._replays(tokens, cache):
             return self.eager(tokens, positions, masks, cache, shown)
         width = width_of(cache.width)
-        named = tuple(masks) if isinstance(masks, dict) else ()
-        key = (*tokens.shape, width, named, tuple(shown))
+        key = (*tokens.shape, width, *_named(masks), tuple(shown))
         recorded = cache.memory.recorded
         found = recorded.get(key)
         if found is None:
@@ -207,6 +206,11 @@ class GraphForward(FusedForward):
     def eager(self, *args: Any) -> Tensor:
         """Without a recording."""
         return super().__call__(*args)
+
+
+def _named(masks: Masks) -> dict[str, Tensor]:
+    """By name, where there is one mask alone as well."""
+    return masks if isinstance(masks, dict) else {"": masks}
 
 
 def _give_back(free: list[_Memory], memory: _Memory) -> None:

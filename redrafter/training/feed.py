@@ -132,8 +132,10 @@ class Feed:
         kept = None if draft_ids is None else draft_ids.cpu()
         self._to_draft = draft_columns(kept, target.vocab_size)
         needed = needs_normalizers(target, draft_ids is not None, teacher)
-        stores = [p.store.digest if isinstance(p, Stored) else None for p in self.parts]
-        self._normalizers = Normalizers(target, stores) if needed else None
+        self._normalizers: Normalizers | None = None
+        if needed:
+            stores = [p.store.digest if isinstance(p, Stored) else None for p in self.parts]
+            self._normalizers = Normalizers(target, stores)
         self._epochs: dict[int, _Epoch] = {}
         self._first_step = [0]  # of each epoch known so far
         self._loaded: tuple[tuple[int, int], dict[str, Tensor], Tensor] | None = None
