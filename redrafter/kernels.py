@@ -42,7 +42,9 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC")
 _TUNED = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_S = 60
 _CHECKED = 1 << 10  # rows of a matrix that are looked at together: it may be as large as memory
-_FLOAT = 4  # bytes
+#: kinds of entries, as products.c has them
+PAIRS, HALVES, FLOATS = 1, 2, 4
+_NO_MEMORY = 2
 _DIGEST = ".sha256"
 #: multiplications below which one thread is enough
 _SMALL = 1 << 18
@@ -66,14 +68,15 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "w", "add", "onto", "at", "y")),
         *((name, ctypes.c_long) for name in (
             "inputs", "out", "x_stride", "y_stride", "known", "each",
-        )), *((name, ctypes.c_int) for name in ("bytes", "silu", "threads")),
+        )), *((name, ctypes.c_int) for name in ("kind", "silu", "threads")),
     ]  # fmt: skip
 
 
 class Kernels:
     """The compiled functions, for contiguous float32 tensors on the CPU where nothing else is said.
 
-    panel: outputs of a product that lie together; threads: whether they can use several
+    panel: outputs of a product that lie together; threads: whether they can use several; pairs:
+    whether the processor multiplies bfloat16 in pairs
     """
 
     sizes = Sizes
@@ -95,10 +98,11 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
-        for function in (self._take_steps, self._attention, self._rotate):
+        for function in (self._product, self._take_steps, self._attention, self._rotate):
             function.restype = number
         library.panel_width.restype = size
         self.panel, self.threads = library.panel_width(), bool(library.has_threads())
+        self.pairs = bool(library.has_pairs())
 
     def __reduce__(self) -> tuple:
         return load, ()  # a copy, in whatever process, has functions of its own
@@ -178,13 +182,13 @@ class Kernels:
         each: rows of x that one of add is for, 0: all; at: of int64, which of the `known` rows of
             add is for each of x; x_stride, y_stride: floats from row to row, 0: they lie together
         """
-        inputs, place, size, threads = 0, y, _FLOAT, 1
+        inputs, place, kind, threads = 0, y, FLOATS, 1
         if panels is not None:
-            inputs, out, place, size = panels.width, panels.out, panels.place, panels.bytes
+            inputs, out, place, kind = panels.width, panels.out, panels.place, panels.kind
             threads = panels.threads_for(rows)
         return Step(
             x or y, place, add, onto, at, y, inputs, out, x_stride or inputs, y_stride or out,
-            known, each or rows, size, silu, threads,
+            known, each or rows, kind, silu, threads,
         )  # fmt: skip
 
     def steps(self, steps: list[Step]) -> ctypes.Array:
@@ -194,7 +198,10 @@ class Kernels:
     def take(self, steps: ctypes.Array, rows: int) -> None:
         """Steps one after the other, each for as many rows. Whoever lays them out answers for what
         they read and write. Raises IndexError where a row is to be added that is not known."""
-        if self._take_steps(ctypes.addressof(steps), len(steps), rows):
+        failed = self._take_steps(ctypes.addressof(steps), len(steps), rows)
+        if failed == _NO_MEMORY:
+            raise MemoryError(f"no memory for {rows} rows in bfloat16")
+        if failed:
             raise IndexError(f"a token is none of {max(step.known for step in steps)}")
 
     def best_children(
@@ -222,20 +229,31 @@ class Kernels:
 
 class Panels:
     """A matrix W (out, in) of float32 or bfloat16 on the CPU, as `product` reads it: a copy, of two
-    bytes an entry where all of them are bfloat16 numbers, as those of most checkpoints are."""
+    bytes an entry where all of them are bfloat16 numbers, as those of most checkpoints are.
+
+    One of bfloat16 is in pairs where the processor multiplies those: x is then rounded to bfloat16,
+    as it is wherever such matrices are multiplied, and sums are in float32.
+    """
 
     def __init__(self, kernels: Kernels, matrix: Tensor):
         out, width = matrix.shape
         missing = -out % kernels.panel
         matrix = matrix.detach()
         half = matrix.dtype is torch.bfloat16
+        self.kind = PAIRS if half and kernels.pairs else HALVES
         if not half and all(part.equal(part.bfloat16().float()) for part in matrix.split(_CHECKED)):
             matrix, half = matrix.bfloat16(), True
-        padded = F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
-        panels = padded.view(-1, 2, kernels.panel // 2, width)
-        # (panels, in, 2, panel / 2), or (panels, in, panel / 2, 2): see `load` in products.c
-        order = (0, 3, 2, 1) if half else (0, 3, 1, 2)
-        self.values = panels.permute(order).contiguous()
+        if not half:
+            self.kind = FLOATS
+        odd = width % 2 if self.kind == PAIRS else 0
+        padded = F.pad(matrix, (0, odd, 0, missing)) if missing or odd else matrix
+        if self.kind == PAIRS:  # (panels, in / 2, panel, 2)
+            panels = padded.view(-1, kernels.panel, (width + odd) // 2, 2).transpose(1, 2)
+        else:
+            # (panels, in, 2, panel / 2), or (panels, in, panel / 2, 2): see `load` in products.c
+            order = (0, 3, 2, 1) if half else (0, 3, 1, 2)
+            panels = padded.view(-1, 2, kernels.panel // 2, width).permute(order)
+        self.values = panels.contiguous()
         self.place, self.bytes = self.values.data_ptr(), self.values.itemsize
         self.out, self.width = out, width
         self.product = kernels._product
@@ -270,10 +288,12 @@ class Panels:
             onto_place = onto.data_ptr()
             if onto.numel() != rows * out:
                 raise ValueError(f"{tuple(onto.shape)} to be added to {rows} rows of {out}")
-        self.product(
-            x.data_ptr(), self.place, self.bytes, place, each, onto_place, silu, result.data_ptr(),
+        failed = self.product(
+            x.data_ptr(), self.place, self.kind, place, each, onto_place, silu, result.data_ptr(),
             rows, width, out, self.threads_for(rows),
         )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for {rows} rows of {width} in bfloat16")
         return result
 
     def threads_for(self, rows: int) -> int:

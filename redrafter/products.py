@@ -15,8 +15,9 @@ and where they could not, by what torch brings:
 (One thread of an EPYC without AVX-512, W not in its caches; docs/results/costs.md.) Which is taken
 depends on the product's size alone, so that the same product has the same last digits in every run.
 Each is a copy of W, made when it is first needed. Small matrices are left as they are. They are for
-float32; panels also for a W in bfloat16, where the CPU has no matrix units for it: torch's own
-products take longer there than in float32, the kernels', which compute in float32, half as long.
+float32; panels also for a W in bfloat16, where the CPU has no tiles for it (AMX): torch's own
+products take longer there than in float32, the kernels', which sum in float32, half as long, and
+where the CPU multiplies bfloat16 in pairs (AVX512-BF16), 17 rows a quarter.
 Source: ours; what packs is what inductor's freezing emits.
 """
 
@@ -194,7 +195,14 @@ def use_kernels(device: torch.device) -> None:
 @functools.cache
 def has_matrix_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return has_tiles() or torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether it does so a tile at a time, which torch's own products use well. Of pairs alone they
+    do not: 17 rows took SmolLM2 84 ms in bfloat16 and 53 for one, the kernels half and a third."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def has_kernels() -> bool:
@@ -209,8 +217,8 @@ def kernels_for(matrix: Tensor) -> Kernels | None:
 
 def multiplier_for(matrix: Tensor) -> Kernels | None:
     """The kernels that products with a matrix may be made by: what they read of it may be bfloat16,
-    where the CPU has no units for such products."""
-    halves = has_kernels() and not has_matrix_units() and _is_plain(matrix, torch.bfloat16)
+    where the CPU has no tiles for such products."""
+    halves = has_kernels() and not has_tiles() and _is_plain(matrix, torch.bfloat16)
     return kernels if halves else kernels_for(matrix)
 
 
@@ -223,7 +231,7 @@ def copy_bytes(entries: int, dtype: torch.dtype, always: bool = False) -> int:
     whose entries are all bfloat16 numbers the kernels' is half as large."""
     panels = has_kernels()
     if dtype is torch.bfloat16:
-        packs = panels and not has_matrix_units()
+        packs = panels and not has_tiles()
     else:
         packs = dtype is torch.float32 and (panels or _available())
     return dtype.itemsize * entries if packs and entries >= _least(panels, always) else 0

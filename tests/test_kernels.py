@@ -9,6 +9,7 @@ import pickle
 import shutil
 import stat
 import tempfile
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -23,7 +24,7 @@ from redrafter.decode.speculative import speculative
 from redrafter.drafters.head import HeadDrafter
 from redrafter.heads.load import load_head
 from redrafter.heads.recurrent import RecurrentHead
-from redrafter.kernels import Panels, Sizes
+from redrafter.kernels import HALVES, PAIRS, Panels, Sizes
 from redrafter.products import PackedProduct
 from redrafter.targets.fused_steps import KernelSteps, Wide
 from redrafter.targets.load import load_target
@@ -32,12 +33,16 @@ from redrafter.targets.probe import prefilled
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler on this machine"
 )
-ROWS = (1, 2, 5, 6, 7, 12, 13, 50)
+ROWS = (*range(1, 14), 24, 25, 50)  # of tiles of 6 and of 12
 MASKED = torch.finfo(torch.float32).min
 
 
 def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matches(found, wanted):
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=0, atol=0)
 
 
 def near(found, wanted, close=1e-5):
@@ -64,6 +69,25 @@ def test_products_are_right_and_rows_are_alone(made, width, out, small):
     residual = drawn(len(x), out, seed=2)
     assert torch.equal(panels(x, residual), every + residual)
     assert torch.equal(panels(x.view(5, 10, width)), every.view(5, 10, out))
+
+
+@pytest.mark.parametrize(("width", "out"), [(33, 16), (64, 50), (97, 131)])
+def test_pairs_are_products_of_rounded_rows_which_are_alone(made, width, out):
+    """What a bfloat16 matrix is multiplied by where the processor has an instruction for it."""
+    matrix, bias = drawn(out, width).bfloat16(), drawn(out)
+    panels, x = Panels(made, matrix), drawn(max(ROWS), width, seed=1)
+    assert panels.bytes == 2 and panels.kind == (PAIRS if made.pairs else HALVES)
+    every = panels(x)
+    near(every, (x.bfloat16() if made.pairs else x).double() @ matrix.double().t())
+    for n in ROWS:
+        assert torch.equal(panels(x[:n]), every[:n])
+        assert torch.equal(panels(x[-n:]), every[-n:])
+    assert torch.equal(panels(x, bias), every + bias)
+    bad = x.clone()
+    bad[3, width - 1] = torch.nan
+    found = panels(bad)
+    assert found[3].isnan().all() and torch.equal(found[4:], every[4:])
+    assert panels(x[:0]).shape == (0, out)
 
 
 def test_bfloat16_numbers_take_half_the_room_and_change_nothing(made):
@@ -122,22 +146,24 @@ def test_copies_multiply_alike(made):
     assert copy.deepcopy(made) is made
 
 
-@pytest.mark.parametrize("units", [False, True])
-def test_bfloat16_is_multiplied_where_the_processor_has_no_units_for_it(made, monkeypatch, units):
-    monkeypatch.setattr(products, "has_matrix_units", lambda: units)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_is_multiplied_where_the_processor_has_no_tiles_for_it(made, monkeypatch, tiles):
+    monkeypatch.setattr(products, "has_tiles", lambda: tiles)
     matrix, x, bias = drawn(200, 100).bfloat16(), drawn(3, 100, seed=1), drawn(200)
     product, wide = PackedProduct(matrix, always=True), PackedProduct(matrix.float())
-    assert product.copied_bytes == (0 if units else matrix.nbytes)
+    assert product.copied_bytes == (0 if tiles else matrix.nbytes)
     half = x.bfloat16()
     with torch.inference_mode():
         found = product(half, bias.bfloat16())
-        if units:
+        if tiles:
             assert torch.equal(found, F.linear(half, matrix, bias.bfloat16()))
         else:
-            assert torch.equal(product(x, bias), wide(x, bias)) and product.panels.bytes == 2
-            assert torch.equal(found, wide(half.float(), bias.bfloat16().float()).bfloat16())
+            same = partial(near, close=1e-5) if made.pairs else matches
+            assert product.panels.bytes == 2
+            same(product(x, bias), wide(half.float() if made.pairs else x, bias))
+            assert torch.equal(found, product(half.float(), bias.bfloat16().float()).bfloat16())
             matrix += 1
-            assert torch.equal(product(x), PackedProduct(matrix.float())(x))
+            same(product(half).float(), PackedProduct(matrix.float())(half.float()).bfloat16())
     assert torch.equal(product(half), F.linear(half, matrix)), "where gradients may pass"
 
 
@@ -289,8 +315,8 @@ def wide(request, tmp_path_factory):
     target = load_target(TargetConfig(path=str(place), device="cpu", dtype=dtype))
     if products.kernels is None:
         pytest.skip("no kernels could be made on this machine")
-    if dtype == "bfloat16" and products.has_matrix_units():
-        pytest.skip("this CPU multiplies bfloat16 itself")
+    if dtype == "bfloat16" and products.has_tiles():
+        pytest.skip("this CPU multiplies tiles of bfloat16 itself")
     assert target.fused.own_steps is not None and target.fused.widens == (dtype == "bfloat16")
     return target
 
@@ -466,9 +492,9 @@ def test_without_a_place_to_make_them_there_are_none(anew, monkeypatch, tmp_path
 @needs_compiler
 @pytest.mark.parametrize(("part", "fault"), [
     ("sum[r][p][1] += b * w1;", "sum[r][p][1] += b * w0;"),
-    ("case 4: block(4, 1, BYTES, x,", "case 4: block(4, 1, BYTES, x + 1,"),  # so many rows alone
-    ("block(2, 3, 4, x,", "block(2, 3, 4, x + 1,"),  # several panels of floats,
-    ("block(1, 4, 2, x,", "block(1, 4, 2, x + 1,"),  # and of bfloat16
+    ("N: block(N, 1, kind, x,", "N: block(N, 1, kind, x + (N == 5),"),  # so many rows alone
+    ("block(N, TOGETHER(N), kind, x,", "block(N, TOGETHER(N), kind, x + (N == 2),"),  # together
+    ("N: block(N, TOGETHER(N), kind, x,", "N: block(N, TOGETHER(N), kind, x + (kind < FLOATS),"),
     ("g + groups * (per - 1);", "g;"),  # what is left over
     ("(uint32_t)half << 16", "(uint32_t)half << 15"),  # bfloat16 keys
     ("+= *(const vec *)(mask + j)", "+= 0"),
@@ -492,6 +518,19 @@ def test_what_computes_something_else_is_not_used(part, fault, anew, monkeypatch
     monkeypatch.setattr(kernels, "is_right", lambda made: (tried.append(made), right(made))[1])
     assert kernels.load() is None and not anew.exists()
     assert tried, "it was compiled"
+
+
+@needs_compiler
+@pytest.mark.parametrize(("part", "fault"), [
+    ("_mm512_loadu_ps(x + WIDTH)", "_mm512_loadu_ps(x)"),  # the second half of them
+    ("made[r * each + each - 1] = round_pairs(last)", "made[r * each + each - 1] = (bits){0}"),
+    ("paired.in = (s->in + 1) / 2", "paired.in = s->in / 2"),  # an odd width
+])  # fmt: skip
+def test_pairs_of_something_else_are_not_used(made, part, fault, anew, monkeypatch, tmp_path):
+    if not made.pairs:
+        pytest.skip("this processor does not multiply bfloat16 in pairs")
+    monkeypatch.setattr(kernels, "_TUNED", (("-march=native",),))
+    test_what_computes_something_else_is_not_used(part, fault, anew, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["off", "no compiler", "one that fails"])

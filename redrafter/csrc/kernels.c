@@ -19,6 +19,9 @@
 
 long panel_width(void) { return PANEL; }
 
+/* Whether this processor multiplies bfloat16 in pairs. */
+int has_pairs(void) { return HAS_PAIRS; }
+
 int has_threads(void) {
 #ifdef _OPENMP
   return 1;

@@ -2,8 +2,10 @@
 
 On a CPU that is float32, for most have no fast products in half precision. Those with matrix units
 for bfloat16 (AMX, AVX512-BF16) are the exception that makes drafting pay: there, verifying 17
-tokens costs little more than reading the weights, of which bfloat16 has half. Whether it is so is
-measured, not believed: some such units are slower than plain float32 at these sizes, or emulated.
+tokens costs little more than reading the weights, of which bfloat16 has half. Those with
+AVX512-BF16 alone multiply it in pairs, by the library's kernels (`products.py`). Whether it is so
+is measured, not believed: some such units are slower than plain float32 at these sizes, or
+emulated.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from redrafter.contracts import InputError
 from redrafter.processes import launched
-from redrafter.products import has_matrix_units
+from redrafter.products import PackedProduct, has_matrix_units
 
 ROWS = 17  # of a 4x4 tree: what drafting verifies at once
 #: part of float32's time below which bfloat16 is taken: far from 1, so that a noisy clock decides
@@ -60,17 +61,16 @@ def auto_dtype(device: torch.device, config: Callable[[], Any]) -> torch.dtype |
 def measured_ratio(hidden: int, inner: int) -> float:
     """Time of a product of 17 rows with a layer's matrix, bfloat16 over float32; medians of
     interleaved calls, tens of milliseconds in all."""
-    shape = (min(inner, _MOST), min(hidden, _MOST))
-    pairs = [
-        (torch.randn(ROWS, shape[1], dtype=dtype), torch.randn(*shape, dtype=dtype))
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    rows = torch.randn(ROWS, min(hidden, _MOST)).bfloat16()
+    matrix = torch.randn(min(inner, _MOST), rows.shape[1]).bfloat16()
+    with torch.inference_mode(False):
+        pairs = [(rows, PackedProduct(matrix)), (rows.float(), PackedProduct(matrix.float()))]
     times: list[list[float]] = [[], []]
     with torch.inference_mode():
         for turn in range(8):
-            for found, (rows, matrix) in zip(times, pairs, strict=True):
+            for found, (rows, product) in zip(times, pairs, strict=True):
                 begin = time.perf_counter()
-                F.linear(rows, matrix)
+                product(rows)
                 if turn:  # the first one sets up
                     found.append(time.perf_counter() - begin)
     half, full = (sorted(found)[len(found) // 2] for found in times)
