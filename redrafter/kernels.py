@@ -79,7 +79,7 @@ class Kernels:
     whether the processor multiplies bfloat16 in pairs
     """
 
-    sizes = Sizes
+    sizes, small = Sizes, _SMALL
 
     def __init__(self, library: ctypes.CDLL):
         place, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -88,6 +88,7 @@ class Kernels:
                 place, place, number, place, size, place, number, place, size, size, size, number,
             ],
             "take_steps": [place, size, size],
+            "pass_layers": [place, place, place],
             "attention": [place, place, place, place, place, place, number],
             "rms_norm": [place, place, ctypes.c_float, place, size, size, number],
             "silu_gated": [place, place, size, size, number],
@@ -98,8 +99,9 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
-        for function in (self._product, self._take_steps, self._attention, self._rotate):
-            function.restype = number
+        failing = "product", "take_steps", "pass_layers", "attention", "rotate"
+        for name in failing:
+            getattr(library, name).restype = number
         library.panel_width.restype = size
         self.panel, self.threads = library.panel_width(), bool(library.has_threads())
         self.pairs = bool(library.has_pairs())
@@ -203,6 +205,17 @@ class Kernels:
             raise MemoryError(f"no memory for {rows} rows in bfloat16")
         if failed:
             raise IndexError(f"a token is none of {max(step.known for step in steps)}")
+
+    def pass_layers(self, decoder: ctypes.Structure, layers: ctypes.Array, x: Tensor) -> None:
+        """See layers.c; whoever lays them out answers for what they read and write. Raises
+        IndexError where a position has no rotation."""
+        failed = self._pass_layers(
+            ctypes.addressof(decoder), ctypes.addressof(layers), x.data_ptr()
+        )
+        if failed == _NO_MEMORY:
+            raise MemoryError(f"no memory for {len(x)} rows of {len(layers)} layers")
+        if failed:
+            raise IndexError(f"positions are not all among {decoder.known}")
 
     def best_children(
         self, scores: Tensor, log_q: Tensor, width: int

@@ -15,6 +15,7 @@
 #include "products.c"
 #include "attention.c"
 #include "rows.c"
+#include "layers.c"
 #include "beams.c"
 
 long panel_width(void) { return PANEL; }

@@ -90,6 +90,31 @@ class RowCache(Cache):
     def __repr__(self) -> str:
         return f"RowCache({self.n_layers} layers, {self.capacity} entries, lengths {self.lengths})"
 
+    # -- what kernels that go through all layers ask of it ----------------------------------
+
+    def views(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values of each layer, (B, heads, M, d); None where they are not all of one shape
+        in one tensor, or before the first forward has made them."""
+        if len(self._groups) != 1 or None in self._views:
+            return None
+        return self._views
+
+    def slots(self, n: int) -> Tensor:
+        """(B, n) int64, contiguous: where the next forward's tokens go."""
+        if not self._uniform:
+            return self._slots.contiguous()
+        row = torch.arange(self._start, self._start + n, device=self.device)
+        return row.expand(len(self.lengths), n).contiguous()
+
+    @property
+    def padding(self) -> Tensor | None:
+        """(B, n) bool, contiguous: of which of them zeros are kept."""
+        return None if self._padding is None else self._padding.contiguous()
+
+    def count(self, entries: int) -> None:
+        """So many were written beside `update`."""
+        self.bytes_moved += entries * self._groups[0].element_size()
+
     # -- what the loop does ----------------------------------------------------------------
 
     @property

@@ -27,6 +27,7 @@ from transformers import Cache
 from redrafter.contracts import InputError
 from redrafter.products import PackedProduct, copy_bytes, multiplier_for, prefers_columns
 from redrafter.targets.cache import RowCache
+from redrafter.targets.fused_layers import LayersInOneCall
 from redrafter.targets.fused_steps import KernelSteps, Tables, TorchSteps, Wide
 
 #: model_type of the classes whose layers are h + attention(norm(h)), then h + mlp(norm(h)), with
@@ -149,6 +150,9 @@ class FusedForward:
         own = multiplier_for(backbone.embed_tokens.weight)
         if own is not None and packs and config.hidden_act in KernelSteps.ACTIVATIONS:
             self.own_steps = KernelSteps(own, tables, attention.scaling, self.wide)
+            self.in_one_call = LayersInOneCall(
+                own, self.layers, self.wide, self.heads, self.kv_heads, self.head_dim
+            )
 
     def new_cache(self, n_layers: int, n_rows: int, capacity: int) -> RowCache:
         """See `Target.new_cache`."""
@@ -202,7 +206,8 @@ class FusedForward:
         steps = (self.own_steps if own else self.steps).begin(tokens, positions, masks, cache)
         masks = steps.masks
         kept = []
-        for i, layer in enumerate(self.layers):
+        done = own and not shown and self.in_one_call(x, steps, masks, cache)
+        for i, layer in enumerate(() if done else self.layers):
             if i in shown:
                 kept.append(x)
             mask = masks[layer.mask] if isinstance(masks, dict) else masks
