@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from models import tiny
 from torch import nn
 from transformers import GenerationConfig
 
@@ -245,6 +246,20 @@ def test_a_fault_beside_the_kernels_is_seen(fault, by_kernels, tiny_target, monk
     assert difference(by_kernels) is not None
     again = loaded(tiny_target, "float32")  # then blocks are what is left
     assert isinstance(again.invariant, Form) and again.fused is None
+
+
+def test_activations_of_no_whole_vectors_are_computed_in_blocks(tmp_path, monkeypatch):
+    """findings/silu-depends-on-place.sh: else rows behind it would change a row."""
+    made = tiny.__wrapped__("llama", intermediate_size=44, max_position_embeddings=512)
+    made.model.float().save_pretrained(tmp_path)
+    held = loaded(tmp_path, "float32", forward="model")
+    assert isinstance(held.invariant, Form) and difference(held) is None
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("without vectors nothing depends on a place")
+    for layer in held.model.model.layers:
+        assert "forward" in vars(layer.mlp.act_fn)
+        monkeypatch.delattr(layer.mlp.act_fn, "forward")
+    assert difference(held) is not None
 
 
 # ------------------------------------------------------------------------------ refusals

@@ -40,6 +40,7 @@ from redrafter.targets.probe import prefilled, read_chain, tolerance
 
 ATTENTION = "redrafter_invariant"  # the name by which transformers knows it
 ROWS = (4, 8, 16, 32, 64)
+_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 _USUAL = 16  # rows of a tile of matrix units, and of a chain of a root and 15 drafted tokens
 _FACTOR = 4.0  # times what rounding usually changes logits by
 _DECISIVE = 0.75  # part of its time below which other rows are taken: a noisy clock decides nothing
@@ -166,7 +167,7 @@ def make_invariant(target: Any) -> Form | KernelForm:
         usual = target.project(target.states(ids))
     target.model.set_attn_implementation(ATTENTION)
     target.lm_product = None  # packed for every shape alike; the lm_head is one of the products
-    products = list(_products(target))
+    products = list(_parts(target))
     whole = [m.forward for m in products]
 
     def use(form: Form) -> None:
@@ -190,11 +191,14 @@ def make_invariant(target: Any) -> Form | KernelForm:
     return form
 
 
-def _products(target: Any) -> Iterator[nn.Module]:
+def _parts(target: Any) -> Iterator[nn.Module]:
+    """What is computed in blocks: products, and activations, whose last digits depend on where in
+    a tensor a number lies (torch's silu has another form for what fills no whole vectors)."""
     from transformers.pytorch_utils import Conv1D
 
     for module in [*target.model.modules(), target.wide_head]:
-        if isinstance(module, (nn.Linear, Conv1D)):
+        activates = type(module).__module__ in _ACTIVATIONS and not any(module.parameters())
+        if isinstance(module, (nn.Linear, Conv1D)) or activates:
             yield module
 
 
