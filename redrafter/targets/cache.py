@@ -99,7 +99,7 @@ class RowCache(Cache):
             return None
         return self._views
 
-    def slots(self, n: int) -> Tensor:
+    def places(self, n: int) -> Tensor:
         """(B, n) int64, contiguous: where the next forward's tokens go."""
         if not self._uniform:
             return self._slots.contiguous()

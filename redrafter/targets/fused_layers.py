@@ -101,7 +101,7 @@ class LayersInOneCall:
             )  # fmt: skip
             layer.mask_row = mask.stride(0) if mask.shape[0] > 1 else 0
             layer.mask_query = mask.stride(2) if mask.shape[2] > 1 else 0
-        slots, padding = cache.slots(sizes.queries), cache.padding
+        slots, padding = cache.places(sizes.queries), cache.padding
         common = Decoder(
             steps.positions.data_ptr(), slots.data_ptr(), steps.cos.data_ptr(),
             steps.sin.data_ptr(), None if padding is None else padding.data_ptr(), x.shape[1],
