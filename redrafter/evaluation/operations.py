@@ -113,7 +113,7 @@ def per_step(
     Returns the fields of `Counts`, and `steps`, how many the means are over.
     """
     found = []
-    decode(settings(min(tokens)))
+    decode(settings(max(tokens)))  # tables of positions grow with a text, too
     for n in tokens:
         with CountOperations() as counter:
             made = decode(settings(n))
