@@ -1,5 +1,6 @@
 """All layers in one call: what the kernels compute step by step, to the last bit."""
 
+import copy
 import ctypes
 
 import pytest
@@ -113,6 +114,14 @@ def test_weights_in_another_place_are_read_there(target, monkeypatch):
     finally:
         norm.weight = kept
         target.fused.renew(surely=True)
+
+
+@torch.inference_mode()
+def test_a_copy_has_addresses_of_its_own(target, monkeypatch):
+    forwards(target, monkeypatch, stepwise=False)
+    assert target.fused.in_one_call._made is not None
+    copied = copy.deepcopy(target.fused.in_one_call)
+    assert copied._made is None and copied._products[0] is not target.fused.layers[0].qkv.product
 
 
 @torch.inference_mode()

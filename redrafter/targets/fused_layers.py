@@ -75,7 +75,6 @@ class LayersInOneCall:
         self._made: ctypes.Array | None = None
         self._panels: list[Panels | None] = []
         self._vectors: list[Tensor | None] = []
-        self._widths = 0, 0  # of the masks' last ones: no address of those is kept
 
     def __call__(self, x: Tensor, steps: KernelSteps, masks: Any, cache: RowCache) -> bool:
         """x (B * N, W) float32 becomes what the last layer gives, the cache holds the new keys and
@@ -111,6 +110,10 @@ class LayersInOneCall:
         self.kernels.pass_layers(common, layers, x)
         cache.count(len(x) * self.kv_heads * self.dim * len(layers) * 2)
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's weights lie elsewhere.
+        return {**vars(self), "_made": None, "_panels": [], "_vectors": []}
 
     def _layers(self, panels: list[Panels]) -> ctypes.Array:
         """Anew where a weight is another one: what it is read from is kept with it."""
