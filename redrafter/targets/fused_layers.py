@@ -10,6 +10,7 @@ cache, layers that are shown, biases behind a product). Source: ours.
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from redrafter.kernels import Kernels, Panels, Sizes
 from redrafter.targets.cache import RowCache
-from redrafter.targets.fused_steps import KernelSteps, Wide
+from redrafter.targets.fused_steps import KernelSteps, Wide, mask_strides, set_strides
 
 
 class Map(ctypes.Structure):
@@ -89,8 +90,7 @@ class LayersInOneCall:
             self.heads, self.kv_heads, self.dim, cache.width,
         )  # fmt: skip
         keys, values = views[0]
-        sizes.k_row, sizes.k_head, sizes.k_key, _ = keys.stride()
-        sizes.v_row, sizes.v_head, sizes.v_key, _ = values.stride()
+        set_strides(sizes, keys, values)
         sizes.bytes = keys.itemsize
         several = isinstance(masks, dict)
         for layer, (keys, values), name in zip(layers, views, self.masks, strict=True):
@@ -98,8 +98,7 @@ class LayersInOneCall:
             layer.keys, layer.values, layer.mask = (
                 keys.data_ptr(), values.data_ptr(), mask.data_ptr(),
             )  # fmt: skip
-            layer.mask_row = mask.stride(0) if mask.shape[0] > 1 else 0
-            layer.mask_query = mask.stride(2) if mask.shape[2] > 1 else 0
+            layer.mask_row, layer.mask_query = mask_strides(mask)
         slots, padding = cache.places(sizes.queries), cache.padding
         common = Decoder(
             steps.positions.data_ptr(), slots.data_ptr(), steps.cos.data_ptr(),
@@ -121,7 +120,7 @@ class LayersInOneCall:
         vectors += [self.wide(joined.bias) for four in self._joined for joined in four]
         same = (
             self._made is not None
-            and all(map(_is, panels, self._panels))
+            and all(map(operator.is_, panels, self._panels))
             and all(map(_is_at, vectors, self._vectors))
         )
         if not same:
@@ -146,10 +145,6 @@ class LayersInOneCall:
                 Map(p.place, add, p.width, p.out, p.kind) for p, add in zip(four, adds, strict=True)
             )
         return made
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other
 
 
 def _is_at(one: Tensor | None, other: Tensor | None) -> bool:

@@ -134,6 +134,18 @@ class TorchSteps:
         return activation(gate).mul_(up)
 
 
+def set_strides(sizes: Sizes, keys: Tensor, values: Tensor) -> None:
+    """Of keys and values (B, key heads, S, dim), as kernels read them."""
+    sizes.k_row, sizes.k_head, sizes.k_key, _ = keys.stride()
+    sizes.v_row, sizes.v_head, sizes.v_key, _ = values.stride()
+
+
+def mask_strides(mask: Tensor) -> tuple[int, int]:
+    """Entries from row to row and from query to query, 0 where one is for all."""
+    rows, _, queries, _ = mask.shape
+    return mask.stride(0) if rows > 1 else 0, mask.stride(2) if queries > 1 else 0
+
+
 class KernelSteps:
     """By our kernels: in float32 on a CPU, in inference mode, of the one activation that they have;
     keys and values may be bfloat16. wide: of the model's vectors"""
@@ -183,10 +195,8 @@ class KernelSteps:
         _, _, s.heads, s.dim = q.shape
         s.q_stride = q.stride(1)
         _, s.key_heads, s.keys, _ = keys.shape
-        s.k_row, s.k_head, s.k_key, _ = keys.stride()
-        s.v_row, s.v_head, s.v_key, _ = values.stride()
-        s.mask_row = mask.stride(0) if mask.shape[0] > 1 else 0
-        s.mask_query = mask.stride(2) if mask.shape[2] > 1 else 0
+        set_strides(s, keys, values)
+        s.mask_row, s.mask_query = mask_strides(mask)
         return self.kernels.attention(q, keys, values, mask, s)
 
     def gated(self, activation: Any, x: Tensor) -> Tensor:
