@@ -117,6 +117,21 @@ def test_weights_in_another_place_are_read_there(target, monkeypatch):
 
 
 @torch.inference_mode()
+def test_matrices_that_change_are_read_anew(target, monkeypatch):
+    before, _ = forwards(target, monkeypatch, stepwise=False)
+    matrix = target.model.model.layers[0].mlp.down_proj.weight
+    matrix.data.mul_(2)  # without a trace, as adapters are merged
+    try:
+        wanted, _ = forwards(target, monkeypatch, stepwise=True)
+        found, done = forwards(target, monkeypatch, stepwise=False)
+    finally:
+        matrix.data.mul_(0.5)
+        target.fused.renew(surely=True)
+    assert any(done) and all(map(torch.equal, found, wanted))
+    assert not torch.equal(found[1], before[1])
+
+
+@torch.inference_mode()
 def test_a_copy_has_addresses_of_its_own(target, monkeypatch):
     forwards(target, monkeypatch, stepwise=False)
     assert target.fused.in_one_call._made is not None
