@@ -37,6 +37,7 @@ from redrafter.evaluation.figures import (
     pooled,
     speed_bound,
 )
+from redrafter.evaluation.journal import Journal
 from redrafter.evaluation.methods import (
     Loop,
     Method,
@@ -471,6 +472,38 @@ def test_lossless_command_with_several_methods(files, tmp_path, capsys, monkeypa
     body = json.loads(out.read_text())["methods"]
     wrong = {name for name, modes in body.items() if any(m["unexplained"] for m in modes.values())}
     assert wrong == {names[3]}
+
+
+def test_lossless_goes_on_where_it_stopped(files, tmp_path, capsys, monkeypatch):
+    """Killed behind two of six pieces; what was compared is not decoded again, and the result is
+    that of one run. Other settings are refused."""
+    args = [*files["prompts"], "--methods", "suffix:4x1,bigram:2x2", "--max_new_tokens", "8",
+            "--bigram_prompts", "3", "--batch_sizes", "1"]  # fmt: skip
+    whole, out = tmp_path / "whole.json", tmp_path / "lossless.json"
+    assert lossless_cli.main([*args, "--out", str(whole)]) == 0
+    journal = tmp_path / "lossless.journal.jsonl"
+    real_add = Journal.add
+
+    def killed(self, key, entry):
+        if len(self.entries) == 2:
+            raise RuntimeError("killed")
+        real_add(self, key, entry)
+
+    monkeypatch.setattr(Journal, "add", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        lossless_cli.main([*args, "--out", str(out)])
+    assert len(journal.read_text().splitlines()) == 3 and not out.exists()
+    monkeypatch.setattr(Journal, "add", real_add)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        lossless_cli.main([*args, "--seed", "1", "--out", str(out)])
+    assert "lossless.journal.jsonl was made with another seed" in capsys.readouterr().err
+    runs, real = [], lossless.reference
+    monkeypatch.setattr(lossless, "reference", lambda *a, **o: runs.append(a) or real(*a, **o))
+    assert lossless_cli.main([*args, "--out", str(out)]) == 0
+    assert len(runs) == 4 and not journal.exists() and not list(tmp_path.glob("*.journal*"))
+    one, two = (json.loads(path.read_text())["methods"] for path in (whole, out))
+    assert one == two and one["bigram:2x2"]["seeded"]["prompts"] == 3
 
 
 def test_costs_command(files, tmp_path, capsys):

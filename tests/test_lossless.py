@@ -131,7 +131,8 @@ def test_planted_tie_is_explained():
     greedy = settings(eos_token_id=-1)
     result = check(target, greedy, speculative_target=Planted(target, lambda x: x + nudge))
     assert result.near_ties > 50 and result.unexplained == 0 and result.rows_equal == 0
-    assert len(result.cases) <= lossless.MAX_CASES and {c.gap for c in result.cases} == {0.0}
+    assert {c.gap for c in result.cases} == {0.0}
+    assert len(result.told()["cases"]) == lossless.MAX_CASES < result.near_ties
     # The same preference, but larger than rounding can be.
     result = check(target, greedy, speculative_target=Planted(target, lambda x: x + 1000 * nudge))
     assert result.unexplained > 50 and result.near_ties == 0
@@ -148,6 +149,50 @@ def test_near_tie_rule_on_both_sides(gap, difference, explained):
     result = lossless.ModeResult(0.0, 1)
     lossless.compare_row(result, own, [1], "length", ours, prompt=0, batch_size=1)
     assert (result.near_ties, result.unexplained) == (int(explained), int(not explained))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_prompts_compared_in_parts(sampled):
+    """The counts are those of all at once, and a fault is reported under its prompt's number."""
+    target, config = tiny("llama"), settings(do_sample=sampled)
+    rows, wrong = prompts((9, 3, 14, 8, 5, 4)), 4
+
+    def compared(first, last, seed, planted):
+        some = rows[first:last]
+        plain_of = lossless.references(target, some, config, seed)
+        counted = count_bigrams(rows, target.vocab_size, 2)
+        decoding = target if not planted else Planted(target, lambda x: x.flip(-1))
+        return lossless.check_mode(
+            target, lambda texts: Strategy(CountedBigrams(counted, 2, 2)), some, config, plain_of,
+            (1, 2), seed, speculative_target=decoding, first=first,
+        )  # fmt: skip
+
+    whole = compared(0, 6, 7, False)
+    parts = [compared(i, i + 2, 7 + i, False) for i in (0, 2, 4)]
+    assert lossless.ModeResult.together(parts) == whole
+    assert whole.compared_tokens > 100 and whole.largest_difference > 0
+    parts[2] = compared(wrong, 6, 7 + wrong, True)
+    found = lossless.ModeResult.together(parts)
+    assert {case.prompt for case in found.cases} == {4, 5} and found.unexplained > 0
+    assert found.rows_equal < found.rows_compared == 12
+
+
+def test_parts_are_judged_by_the_most_that_rounding_did():
+    scores = torch.tensor([[1.0 + 1e-5, 1.0, 0.0]], dtype=torch.float64)
+    ours = scores + torch.tensor([[0.0, 0.0, 5e-5]])
+    parts = [lossless.ModeResult(0.0, 1), lossless.ModeResult(0.0, 1)]
+    for part, rounding, token in zip(parts, (1e-5, 1e-4), (1, 0), strict=True):
+        own = lossless.Reference([token], "length", scores, rounding)
+        lossless.compare_row(part, own, [token], "length", ours, prompt=0, batch_size=1)
+    assert (parts[0].unexplained, parts[0].far_logits) == (1, 1)
+    assert (parts[1].near_ties, parts[1].far_logits) == (0, 0)
+    whole = lossless.ModeResult.together(parts)
+    assert (whole.near_ties, whole.unexplained, whole.far_logits) == (1, 0, 0)
+    assert whole.cases[0].rounding == whole.rounding == 1e-4
+    # With `target.exact invariant` rounding explains nothing, however the parts are joined.
+    own = lossless.Reference([1], "length", scores, 1e-4)
+    lossless.compare_row(part := lossless.ModeResult(0.0, 1), own, [1], "length", ours, 0, 1, True)
+    assert lossless.ModeResult.together([part]).unexplained == 1
 
 
 @pytest.mark.parametrize(("tokens", "finish"), [([0], "eos"), ([0, 1], "length"), ([0], "length")])

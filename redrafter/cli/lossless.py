@@ -17,6 +17,9 @@ sampled with a seed; where rounding lets a token differ, it must be a near-tie, 
 
 --temperatures, --batch_sizes and --max_new_tokens say what is decoded. Exit status 1: a difference
 that rounding does not explain, which is a fault of ours.
+
+A run that was stopped goes on when the same command is given again: what was compared is kept in
+OUT's journal (.journal.jsonl), until OUT is written.
 """
 
 
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names="describe_drafting",
         alone=True,
     )
-    from redrafter.evaluation.comparison import measure, show, unexplained
+    from redrafter.evaluation.comparison import journal_path, measure, show, unexplained
     from redrafter.evaluation.methods import check_resources, drafting_methods
     from redrafter.evaluation.models import load_both
     from redrafter.evaluation.prompts import number_list
@@ -50,4 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for said in body["warnings"]:
         print(f"warning: {said}")
     write_result(config.out, config, target, body, head)
+    if config.out is not None:
+        journal_path(config.out).unlink()
     return 1 if unexplained(results) else 0

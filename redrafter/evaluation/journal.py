@@ -1,8 +1,8 @@
-"""What was answered so far, question by question, so that a run goes on where it stopped.
+"""What was done so far, piece by piece, so that a run goes on where it stopped.
 
-JSON lines: the first one holds what the answers depend on, every other one question of one run,
-answered by all methods. A line is on the disk before the next question begins; of a line that a
-kill cut short nothing is kept.
+JSON lines: the first one holds what the pieces depend on, every other one piece (of Spec-Bench, one
+question of one run, answered by all methods). A line is on the disk before the next piece begins;
+of a line that a kill cut short nothing is kept.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from typing import Any
 from redrafter.contracts import InputError
 from redrafter.files import plain_values, write_bytes
 
-Key = tuple[int, int | str]  # run, question id
+Key = tuple[int, int | str]  # as `names` says
+RUN_AND_QUESTION = ("run", "question_id")
 
 
 class Journal:
-    """entries: what `add` was given, by (run, question id), of earlier processes too."""
+    """entries: what `add` was given, by its key, of earlier processes too."""
 
-    def __init__(self, path: str | Path, identity: dict[str, Any]):
-        """identity: JSON-able. Raises InputError where the file was written under another one, or
-        is damaged."""
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, identity: dict[str, Any],
+        names: tuple[str, str] = RUN_AND_QUESTION,
+    ):  # fmt: skip
+        """identity: JSON-able; names: of a key's two parts, in the file. Raises InputError where
+        the file was written under another identity, or is damaged."""
+        self.path, self.names = Path(path), names
         self.entries: dict[Key, dict[str, Any]] = {}
         identity = json.loads(json.dumps(plain_values(identity)))
         if self.path.exists():
@@ -43,7 +47,7 @@ class Journal:
 
     def add(self, key: Key, entry: dict[str, Any]) -> None:
         with open(self.path, "ab") as file:
-            file.write(_line({"run": key[0], "question_id": key[1], **entry}))
+            file.write(_line({**dict(zip(self.names, key, strict=True)), **entry}))
             file.flush()
             os.fsync(file.fileno())
         self.entries[key] = entry
@@ -60,7 +64,8 @@ class Journal:
                 if number == 1:
                     self._check(identity, entry["identity"])
                 else:
-                    self.entries[entry.pop("run"), entry.pop("question_id")] = entry
+                    first, second = (entry.pop(name) for name in self.names)
+                    self.entries[first, second] = entry
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if isinstance(error, InputError):
                     raise

@@ -20,13 +20,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from redrafter.bars import Bar
 from redrafter.contracts import Drafter, RowState, Truth
 from redrafter.decode.plain import plain
 from redrafter.decode.request import Request
@@ -127,6 +127,12 @@ class Case:
     rounding: float
     explained: bool
 
+    def judged(self, rounding: float) -> Case:
+        """The same under another bound on what rounding can explain."""
+        near = self.gap is not None and self.gap <= 2 * self.difference
+        explained = near and self.difference <= rounding and rounding > 0
+        return replace(self, rounding=rounding, explained=explained)
+
 
 @dataclass
 class ModeResult:
@@ -144,15 +150,43 @@ class ModeResult:
     largest_difference: float = 0.0
     rounding: float = 0.0
     cases: list[Case] = field(default_factory=list)
+    far: list[float] = field(default_factory=list)
+    """The differences that `far_logits` counts."""
 
     def add(self, case: Case) -> None:
         self.near_ties += case.explained
         self.unexplained += not case.explained
-        # Unexplained cases always stay in the list, near-ties while there is room.
-        if not case.explained or len(self.cases) < MAX_CASES:
-            self.cases.append(case)
-            self.cases.sort(key=lambda c: c.explained)
-            del self.cases[MAX_CASES:]
+        self.cases.append(case)
+
+    def add_far(self, differences: Sequence[float]) -> None:
+        self.far += [d for d in differences if d > self.rounding]
+        self.far_logits = len(self.far)
+
+    @classmethod
+    def together(cls, parts: Sequence[ModeResult]) -> ModeResult:
+        """Of one mode's prompts, compared part by part. What rounding can explain is the most that
+        it did in any part, so every case is judged once more."""
+        whole = cls(parts[0].temperature, sum(part.prompts for part in parts))
+        whole.rounding = max(part.rounding for part in parts)
+        whole.largest_difference = max(part.largest_difference for part in parts)
+        for part in parts:
+            for name in ("compared_tokens", "rows_equal", "rows_compared"):
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+            whole.add_far(part.far)
+            for case in part.cases:
+                whole.add(case.judged(whole.rounding))
+        return whole
+
+    def told(self) -> dict[str, Any]:
+        """For JSON: of the cases unexplained ones first, then near-ties, while there is room."""
+        told = {key: value for key, value in asdict(self).items() if key != "far"}
+        told["cases"] = sorted(told["cases"], key=lambda case: case["explained"])[:MAX_CASES]
+        return told
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ModeResult:
+        """What `asdict` gave."""
+        return cls(**{**content, "cases": [Case(**case) for case in content["cases"]]})
 
 
 def processed(
@@ -239,16 +273,15 @@ def compare_row(
     differences = _differences(own.scores[:n], scores[:n])
     result.largest_difference = max(result.largest_difference, _largest(differences))
     result.rounding = rounding = 0.0 if bitwise else max(result.rounding, own.rounding)
-    result.far_logits += int((differences > rounding).sum())
+    result.add_far(differences.tolist())
     for i, (token, choice) in enumerate(
         zip(tokens[:n], choose(own.scores[:n], None).tolist(), strict=True)
     ):
         if token == choice:
             continue
         gap = float(own.scores[i, choice].double() - own.scores[i, token].double())
-        difference = float(differences[i])
-        explained = not bitwise and gap <= 2 * difference and difference <= rounding
-        result.add(Case(prompt, batch_size, i, token, choice, gap, difference, rounding, explained))
+        case = Case(prompt, batch_size, i, token, choice, gap, float(differences[i]), 0.0, False)
+        result.add(case.judged(rounding))
     if tokens != own.tokens or finish != own.finish:
         # Along the same text, plain decoding would have stopped elsewhere or for another reason.
         token = tokens[n] if n < len(tokens) else None
@@ -257,16 +290,16 @@ def compare_row(
 
 
 def references(
-    target: Target, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int = 0
-) -> list[Reference]:
+    target: Target, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int = 0,
+    advance: Callable[[int], Any] = lambda rows: None,
+) -> list[Reference]:  # fmt: skip
     """Plain decoding of every prompt alone; prompt i has seed + i. Every method of a mode is
-    compared with it."""
-    rows = Bar(prompts, desc=f"plain, {_mode(config)}", unit="row", leave=False)
-    return [reference(target, row, config, seed + i) for i, row in enumerate(rows)]
-
-
-def _mode(config: GenerationConfig) -> str:
-    return f"temperature {_temperature(config):g}"
+    compared with it. advance: told of every row when it is done"""
+    found = []
+    for i, row in enumerate(prompts):
+        found.append(reference(target, row, config, seed + i))
+        advance(1)
+    return found
 
 
 def _temperature(config: GenerationConfig) -> float:
@@ -283,7 +316,8 @@ def check_mode(
     batch_sizes: Sequence[int] = (1, 4),
     seed: int = 0,
     speculative_target: Target | None = None,
-    name: str = "",
+    first: int = 0,
+    advance: Callable[[int], Any] = lambda rows: None,
 ) -> ModeResult:
     """Compare speculative with plain decoding on every prompt, at every batch size.
 
@@ -291,15 +325,14 @@ def check_mode(
         ratio rule's sampled text is another one
     config: greedy, or sampling; plain_of: `references` of the same prompts, config and seed
     speculative_target: the target of the speculative run, where a test plants a fault in it
-    name: the method's, for the progress bar
+    first: the number of the first of these prompts among all, for the report; seed is its own
+    advance: told of the rows that are done
     """
     result = ModeResult(_temperature(config), len(prompts))
     if target.invariant is None:
         result.rounding = max(own.rounding for own in plain_of)
     for batch_size in batch_sizes:
-        starts = range(0, len(prompts), batch_size)
-        about = f"{name}, batches of {batch_size}, {_mode(config)}"
-        for start in Bar(starts, desc=about, unit="chunk", leave=False):
+        for start in range(0, len(prompts), batch_size):
             chunk = range(start, min(start + batch_size, len(prompts)))
             strategy = make_strategy([[*prompts[i], *plain_of[i].tokens] for i in chunk])
             decode = functools.partial(
@@ -323,9 +356,10 @@ def check_mode(
                 assert len(logits) == len(tokens), "scores were recorded for other tokens"
                 scores = processed(target, prompts[i], tokens, logits, config, seed + i)
                 compare_row(
-                    result, own, tokens, made.finish[row], scores, i, batch_size,
+                    result, own, tokens, made.finish[row], scores, first + i, batch_size,
                     bitwise=target.invariant is not None,
                 )  # fmt: skip
+            advance(len(chunk))
     return result
 
 
