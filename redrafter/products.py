@@ -18,6 +18,7 @@ Each is a copy of W, made when it is first needed. Small matrices are left as th
 float32; panels also for a W in bfloat16, where the CPU has no tiles for it (AMX): torch's own
 products take longer there than in float32, the kernels', which sum in float32, half as long, and
 where the CPU multiplies bfloat16 in pairs (AVX512-BF16), 17 rows a quarter.
+A draft may be made by W rounded to bfloat16 (`rounds`), as it decides no token.
 Source: ours; what packs is what inductor's freezing emits.
 """
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redrafter.kernels import Kernels, Panels, load
+from redrafter.kernels import FLOATS, Kernels, Panels, load
 
 #: entries of a matrix, and multiplications of a product, below which no copy gains anything
 _LEAST, _WORK = 3 << 17, 1 << 20
@@ -55,13 +56,16 @@ class PackedProduct:
     parts: the tensors whose memory W is, where others change them
     always: whether kernels, if there are any, are to make it however small it is, so that a row's
         result depends on no other row
+    rounds: whether the kernels' copy is of W rounded to bfloat16: half the bytes, and pairs of them
+        where the CPU multiplies those
     """
 
     def __init__(
-        self, matrix: Tensor, packs: bool = True, parts: Sequence[Tensor] = (), always: bool = False
-    ):
+        self, matrix: Tensor, packs: bool = True, parts: Sequence[Tensor] = (),
+        always: bool = False, rounds: bool = False,
+    ):  # fmt: skip
         self.matrix, self.packs, self.parts = matrix, packs, tuple(parts or (matrix,))
-        self.width, self.always = matrix.shape[1], always
+        self.width, self.always, self.rounds = matrix.shape[1], always, rounds
         #: what multiplies by panels; None: torch does what it can
         self.kernels = multiplier_for(matrix) if packs else None
         #: rows from which on it packs
@@ -135,8 +139,14 @@ class PackedProduct:
             return None
         return self.panels or self._lay_out()
 
+    def shrinks(self) -> bool:
+        """Whether a copy of W rounded to bfloat16 would be smaller than the one it has."""
+        panels = self.ready()
+        return panels is not None and panels.kind == FLOATS
+
     def _lay_out(self) -> Panels:
-        self.panels = self.kernels.panels(self.matrix)
+        matrix = self.matrix.detach()
+        self.panels = self.kernels.panels(matrix.bfloat16() if self.rounds else matrix)
         return self.panels
 
     def _look_anew(self, state: list[tuple[int, int]]) -> None:
@@ -175,7 +185,7 @@ class PackedProduct:
 
     def __reduce__(self) -> tuple:
         # opaque tensors have no copies, nor have kernels
-        return PackedProduct, (self.matrix, self.packs, self.parts, self.always)
+        return PackedProduct, (self.matrix, self.packs, self.parts, self.always, self.rounds)
 
 
 def prefers_columns(matrix: Tensor) -> bool:
@@ -283,8 +293,12 @@ def _available() -> bool:
 
 class Linear(nn.Linear):
     """`nn.Linear` of a draft head: up to rounding the same numbers, by a `PackedProduct` while it
-    drafts, where it is large."""
+    drafts, where it is large.
 
+    rounds: see there
+    """
+
+    rounds = False
     _product: PackedProduct | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -296,8 +310,9 @@ class Linear(nn.Linear):
         entries, least = self.in_features * self.out_features, _least(has_kernels(), always=True)
         if entries < least or not gains(self.weight):
             return None
-        if self._product is None or self._product.matrix is not self.weight:
-            self._product = PackedProduct(self.weight, always=True)
+        made = self._product
+        if made is None or made.matrix is not self.weight or made.rounds != self.rounds:
+            self._product = PackedProduct(self.weight, always=True, rounds=self.rounds)
         return self._product
 
     def train(self, mode: bool = True) -> Linear:
@@ -325,12 +340,15 @@ class SplitProduct:
     def __init__(self, linear: Linear, width: int):
         whole = linear.weight
         self.linear, self.place = linear, whole.data_ptr()
-        matrices = whole.detach().tensor_split([width], 1)
-        self.of_c, self.of_s = (PackedProduct(m, True, [whole], always=True) for m in matrices)
+        matrices, self.rounds = whole.detach().tensor_split([width], 1), linear.rounds
+        self.of_c, self.of_s = (
+            PackedProduct(m, True, [whole], always=True, rounds=linear.rounds) for m in matrices
+        )
         self._last: tuple[Tensor, Tensor] | None = None
 
     def is_of(self, linear: Linear) -> bool:
-        return self.linear is linear and self.place == linear.weight.data_ptr()
+        same = self.linear is linear and self.rounds == linear.rounds
+        return same and self.place == linear.weight.data_ptr()
 
     def __call__(self, c: Tensor, s: Tensor, again: bool) -> Tensor:
         """c, s: (..., width of each), c broadcast against s. again: where c is the last call's, its

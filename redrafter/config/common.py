@@ -140,6 +140,9 @@ class TreeConfig:
     """N for shape `best`, the root counted."""
     seeded: bool = True
     """At temperature > 0, propose with the verifier's own noise (accepts more, stays exact)."""
+    rounded: bool = True
+    """Draft by matrices rounded to bfloat16 where this CPU's kernels multiply: half the bytes are
+    read, the draft changes by little, and the text by nothing."""
 
 
 # What commands share is all in this file: jsonargparse looks for the types of inherited fields in

@@ -82,6 +82,7 @@ def head(
     shape: Literal["levels", "beams", "best"] | None = None,
     nodes: int | None = None,
     seeded: bool | None = None,
+    rounded: bool | None = None,
     budget: bool = False,
 ) -> HeadDrafter:
     """The trained head.
@@ -92,6 +93,7 @@ def head(
     shape: which nodes are verified
     nodes: N for the shape `best`, the root counted
     seeded: when sampling, propose with the verifier's own noise
+    rounded: by matrices in bfloat16, where this CPU's kernels multiply
     budget: the best nodes and levels, as many per step as pay by what they cost here
     """
     tree = resources.tree
@@ -99,7 +101,9 @@ def head(
         shape = "levels"
     if shape:
         tree = replace(tree, shape=shape, nodes=None)
-    given = {"width": width, "depth": depth, "nodes": nodes, "seeded": seeded}
+    given = {
+        "width": width, "depth": depth, "nodes": nodes, "seeded": seeded, "rounded": rounded,
+    }  # fmt: skip
     tree = replace(tree, **{key: value for key, value in given.items() if value is not None})
     if nodes is not None and tree.shape != "best":
         raise InputError(f"head: nodes {nodes} is for the shape best, not {tree.shape}")

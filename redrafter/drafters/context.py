@@ -14,14 +14,15 @@ from redrafter.targets.model import Target
 class HeadContext:
     """c for one head, whoever drafts with it: `begin`, then `observe` with every truth.
 
+    rounded: whether the head drafts by matrices in bfloat16, see `DraftHead.round_while_drafting`
     needs: what `observe` must carry; see `Drafter.needs`
     A head that reads the prefix runs its layer over what a step emitted, with keys and values of
     its own for what came before. `Truth` has just these pairs: hidden state i led to token i, the
     one behind it. Rows are as long as they are; a row that has ended reads nothing that matters.
     """
 
-    def __init__(self, head: DraftHead, target: Target):
-        self.head, self.target = head, target
+    def __init__(self, head: DraftHead, target: Target, rounded: bool = True):
+        self.head, self.target, self.rounded = head, target, rounded
         #: a head may compute in more digits than its target
         self.dtype = torch.promote_types(target.dtype, head.dtype)
         self.needs = frozenset({"hidden"})
@@ -30,6 +31,7 @@ class HeadContext:
 
     def begin(self, seqs: RowState) -> None:
         """A new generation starts."""
+        self.head.round_while_drafting(self.rounded)
         self.seqs = seqs
         self._cache: RowCache | None = None
 

@@ -59,7 +59,7 @@ class HeadDrafter(Drafter):
         if budget is None and tree.shape == "best" and not tree.nodes:
             raise InputError("tree.shape 'best' needs tree.nodes, the number of nodes N to verify")
         self.head, self.target, self.shape = head, target, tree
-        self._reader = HeadContext(head, target)
+        self._reader = HeadContext(head, target, tree.rounded)
         self.needs = self._reader.needs
         self.sees_noise = "all" if tree.seeded else "none"
         widest = 1 if target.verifies == "chains" else tree.width

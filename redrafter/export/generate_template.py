@@ -22,6 +22,7 @@ only the loop that chooses tokens is replaced. What differs from plain `generate
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -174,7 +175,8 @@ def _tree(fields: dict[str, Any]) -> TreeConfig:
     try:
         return TreeConfig(**fields)
     except TypeError as error:
-        raise InputError(f"tree: {error}; its fields are width, depth, shape, nodes") from None
+        known = ", ".join(field.name for field in dataclasses.fields(TreeConfig))
+        raise InputError(f"tree: {error}; its fields are {known}") from None
 
 
 def _usual_tree(rows: int, device: torch.device, most: int | None) -> TreeConfig:

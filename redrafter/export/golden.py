@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from redrafter.config import TreeConfig
 from redrafter.contracts import InputError, RowState, Truth
 from redrafter.data.answers import generation_config
 from redrafter.decode.speculative import speculative
@@ -150,6 +151,7 @@ def draft_logits(
 
     Returns (P, K, Vd); [:, k] is about depth k + 1.
     """
+    head.round_while_drafting(False)
     tokens, context = torch.tensor(path, device=target.device), context[:, None]
     states, found = None, []
     for level, read in enumerate(tokens.unbind(1), start=1):
@@ -164,7 +166,8 @@ def decode(
     """Decode all prompts as one batch. how: `drafter`, `temperature`, `seed` (of the first prompt;
     the i-th has i more) and `max_new_tokens`."""
     config = generation_config(how["temperature"], how["max_new_tokens"])
-    recorder = _Recorder(build_drafter(how["drafter"], target, Resources(head=head)))
+    resources = Resources(head=head, tree=TreeConfig(rounded=False))  # numbers are compared
+    recorder = _Recorder(build_drafter(how["drafter"], target, resources))
     seeds = [how["seed"] + i for i in range(len(prompts))]
     made = speculative(target, prompts, config, seeds=seeds, drafter=recorder)
     found = Decoded(made.tokens, made.finish, trees=recorder.trees)

@@ -142,7 +142,9 @@ class DraftHead(PreTrainedModel):
         if self.reads_prefix:
             self.prefix_layer = PrefixLayer(config.hidden_size, config.prefix_heads)
         self._frozen_matrix: Tensor | None = None
-        self._products: dict[int, PackedProduct] = {}  # by where the matrix lies
+        self.rounds = False  # see `round_while_drafting`
+        #: by where the matrix lies, and whether it is rounded
+        self._products: dict[tuple[int, bool], PackedProduct] = {}
 
     # -- what a kind gives -----------------------------------------------------------------
 
@@ -222,7 +224,9 @@ class DraftHead(PreTrainedModel):
 
     def prune(self) -> None:
         """Called by a kind's constructor: the buffer of a pruned draft vocabulary."""
-        if self.config.draft_vocab_size is not None:
+        # Said once: a configuration of transformers answers slowly, and it is asked per level.
+        self._pruned = self.config.draft_vocab_size is not None
+        if self._pruned:
             self.register_buffer("draft_ids", torch.arange(self.config.draft_vocab_size))
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -293,7 +297,7 @@ class DraftHead(PreTrainedModel):
         if self.draws_on_target:
             self._frozen_matrix = self.rows_of(target)
             if shared := getattr(target, "lm_product", None):  # packed once for both
-                self._products[shared.matrix.data_ptr()] = shared
+                self._products[shared.matrix.data_ptr(), False] = shared
         return self
 
     def rows_of(self, target: Any) -> Tensor:
@@ -327,12 +331,27 @@ class DraftHead(PreTrainedModel):
             return F.linear(features, matrix)  # made anew in every call
         return self._product(matrix)(features)
 
+    def round_while_drafting(self, on: bool) -> None:
+        """Whether its matrices, and the target's that it borrows, are rounded to bfloat16 where the
+        CPU's kernels multiply by them: half the bytes are read. It changes a draft, by little, and
+        no text."""
+        if on != self.rounds:
+            self.rounds = on
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.rounds = on
+
     def _product(self, matrix: Tensor) -> PackedProduct:
         """What multiplies by a vocabulary's matrix."""
-        place = matrix.data_ptr()
-        product = self._products.get(place)
-        if product is None or not product.is_of(matrix):
-            product = self._products[place] = PackedProduct(matrix, always=True)
+        place, rounds = matrix.data_ptr(), self.rounds
+        product = self._products.get((place, rounds))
+        if product is not None and product.is_of(matrix):
+            return product
+        there = self._products.get((place, False)) if rounds else None
+        if there is not None and there.is_of(matrix) and not there.shrinks():
+            return there
+        product = PackedProduct(matrix, always=True, rounds=rounds)
+        self._products[place, rounds] = product
         return product
 
     def train(self, mode: bool = True) -> Self:
@@ -368,7 +387,7 @@ class DraftHead(PreTrainedModel):
 
     def to_vocab_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids of the target's vocabulary for columns of `logits` (any shape, int64)."""
-        return draft_ids if self.config.draft_vocab_size is None else self.draft_ids[draft_ids]
+        return self.draft_ids[draft_ids] if self._pruned else draft_ids
 
     def fingerprint(self) -> str:
         """16 hex digits over its own weights; what it borrows from the target is left out."""

@@ -170,12 +170,10 @@ class RecurrentHead(DraftHead):
         self, target: Any, tokens: Tensor, context: Tensor, states: Tensor | None, level: int
     ) -> tuple[Tensor, Tensor]:
         """As every head's; by kernels in one call."""
-        ready, begins = self._ready, states is None
-        if begins or ready is None or ready.context is not context:
-            # A draft of one level, as the last one was, is over before it pays to get ready.
-            pays = self._in_one and (self._goes_on or not begins)
-            ready = self._ready = ReadyLevels.make(self, target, context) if pays else None
-        self._goes_on = not begins
+        ready = self._ready
+        begins = states is None or (ready is not None and ready.context is not context)
+        if begins and self._in_one:
+            ready = self._ready = ReadyLevels.for_draft(ready, self, target, context)
         made = None
         if ready is not None:
             e = None if ready.table is not None else self._scaled(target.embed(tokens))
@@ -230,7 +228,7 @@ class RecurrentHead(DraftHead):
             return None
         weights = [embeddings, self.rnn_w.weight, self.rnn_u.bias]
         weights += [self.inverse_rms] if self._scales else []
-        state = weakref.ref(target), *map(state_of, weights)
+        state = weakref.ref(target), self.rounds, *map(state_of, weights)
         if self._table is None or self._table[0] != state:
             every = torch.arange(self.config.vocab_size, device=self.rnn_w.weight.device)
             read = self.rnn_w(self._scaled(target.embed(every)))
@@ -239,8 +237,7 @@ class RecurrentHead(DraftHead):
 
     def _forget(self) -> None:
         self._first: SplitProduct | None = None
-        self._ready: ReadyLevels | None = None  # of the draft that was begun last
-        self._goes_on = True  # whether a level was read behind that draft's first
+        self._ready: ReadyLevels | None = None  # with the context of the draft that was begun last
         self._table: tuple[tuple, Tensor] | None = None
 
     def train(self, mode: bool = True) -> RecurrentHead:

@@ -1,55 +1,93 @@
 """The levels of a recurrent head's draft, each in one call of the library's kernels.
 
 What `RecurrentHead.advance`, `features` and `logits` compute, up to rounding. Of a few rows each of
-these maps takes some tens of microseconds on a CPU, and to see whether it is what it was, and to
-ask for it, takes as long in Python: so that is done once per draft, and they are asked for
-together. Source: ours.
+these maps takes some tens of microseconds on a CPU, and to ask for it takes as long in Python: so
+they are asked for together, and laid out once for all drafts; each begins with a look at whether
+the head is still what it was. Source: ours.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from redrafter.products import Linear, kernels_for
+from redrafter.products import Linear, PackedProduct, kernels_for
 
 _FLOAT = 4  # bytes
 
 
+class _Room(NamedTuple):
+    """Where the drafts of so many rows keep what depends on c alone.
+
+    c: (B, 1, H); of_c: (B, 1, E), what the first map makes of it; steps: see `_steps_of`
+    """
+
+    c: Tensor
+    of_c: Tensor
+    steps: dict[tuple[bool, int], tuple[Any, Tensor]]
+
+
 class ReadyLevels:
-    """What there is to read with, while one draft lasts: made at its first level by `make`.
+    """What there is to read with, while the head stays as it is: made by `make`, given every
+    draft's context by `take_up`.
 
     context: (B, 1, H) c of each row, by which a draft is known
     table: (V, H) W e + b of every token, or None
-    maps: the first one reads e, the next s before it; the last makes logits; with a bias or without
+    maps: W; U; the first map's part of s; those behind it, the last of which makes logits
     """
 
-    def __init__(
-        self, head: Any, kernels: Any, table: Tensor | None, context: Tensor,
-        maps: list[tuple[Any, Tensor | None]],
-    ):  # fmt: skip
-        (self.of_e, _), (self.of_u, self.bias), (self.of_s, _), *self.behind = maps
-        self.kernels, self.table, self.context = kernels, table, context
-        self.of_c = head._first.of_context(context, torch.float32, False)
-        self.c = context.contiguous()
+    def __init__(self, head: Any, kernels: Any, table: Tensor | None, maps: _Maps):
+        self.of_e, self.of_u, self.of_s, *self.behind = maps.panels
+        _, self.bias, *self.biases = maps.biases
+        self.kernels, self.table, self.maps = kernels, table, maps
         self.adds = not head._projects  # whether the first map is a residual block's
-        self._steps: dict[tuple[bool, int], tuple[Any, Tensor]] = {}
+        self.context: Tensor | None = None
+        self._rooms: dict[int, _Room] = {}
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy of the head has other memory
 
     @staticmethod
-    def make(head: Any, target: Any, context: Tensor) -> ReadyLevels | None:
-        """None where torch's operations are to do it: no kernels, or other maps, shapes, dtypes."""
-        kernels = kernels_for(head.rnn_w.weight) if _is_plain(context) else None
-        if kernels is None or context.shape != (len(context), 1, head.rnn_w.in_features):
+    def for_draft(
+        last: ReadyLevels | None, head: Any, target: Any, context: Tensor
+    ) -> ReadyLevels | None:
+        """`last` where the head is what it was; None where torch's operations are to do it: no
+        kernels, or other maps, shapes, dtypes."""
+        if not _is_plain(context) or context.shape != (len(context), 1, head.rnn_w.in_features):
             return None
-        maps = _maps(head)
-        if maps is None:
-            return None
-        return ReadyLevels(head, kernels, head._read_ahead(target), context, maps)
+        if last is None or not last.is_current(head, target):
+            last = ReadyLevels.make(head, target)
+        if last is not None:
+            last.take_up(context)
+        return last
+
+    @staticmethod
+    def make(head: Any, target: Any) -> ReadyLevels | None:
+        kernels = kernels_for(head.rnn_w.weight)
+        maps = None if kernels is None else _Maps.of(head)
+        return maps and ReadyLevels(head, kernels, head._read_ahead(target), maps)
+
+    def is_current(self, head: Any, target: Any) -> bool:
+        """Whether what was looked up is what would be found now."""
+        kernels = kernels_for(head.rnn_w.weight)
+        return (
+            kernels is self.kernels
+            and self.maps.are_of(head)
+            and head._read_ahead(target) is self.table
+        )
+
+    def take_up(self, context: Tensor) -> None:
+        """The rows of a new draft."""
+        room = self._rooms.get(len(context))
+        if room is None:
+            of_c = context.new_empty((len(context), 1, self.of_s.out))
+            room = self._rooms[len(context)] = _Room(torch.empty_like(context), of_c, {})
+        self.context, self.room = context, room
+        room.c.copy_(context)
+        room.of_c.copy_(self.maps.first.of_context(context, torch.float32, False))
 
     def read(
         self, tokens: Tensor, states: Tensor | None, e: Tensor | None
@@ -67,8 +105,8 @@ class ReadyLevels:
             return None
         tokens, states, e = (x if x is None else x.contiguous() for x in (tokens, states, e))
         rows, begins = batch * width, states is None
-        both = self.c.new_empty((batch, width, 2 * hidden))  # x = [c ; s]
-        logits = self.c.new_empty((batch, width, self.behind[-1][0].out))
+        both = self.room.c.new_empty((batch, width, 2 * hidden))  # x = [c ; s]
+        logits = both.new_empty((batch, width, self.behind[-1].out))
         steps, _ = self._steps_of(begins, rows, width)
         x = both.data_ptr()
         s = x + hidden * _FLOAT
@@ -89,27 +127,27 @@ class ReadyLevels:
     def _steps_of(self, begins: bool, rows: int, width: int) -> tuple[Any, Tensor]:
         """The maps for so many rows, and where they write in between; `read` says where they begin
         and end. begins: there are no states yet"""
-        found = self._steps.get((begins, rows))
+        found = self.room.steps.get((begins, rows))
         if found is not None:
             return found
         hidden = self.of_u.out
-        size = rows * max([hidden, self.of_s.out, *(panels.out for panels, _ in self.behind[:-1])])
-        room = self.c.new_empty((2, size))
+        size = rows * max([hidden, self.of_s.out, *(panels.out for panels in self.behind[:-1])])
+        room = self.room.c.new_empty((2, size))
         here, there = room.data_ptr(), room.data_ptr() + size * _FLOAT
         steps = self._first_steps(begins, rows, width, here)
         step = self.kernels.step
-        for panels, bias in self.behind[:-1]:
+        for panels, bias in zip(self.behind[:-1], self.biases, strict=True):
             block = bias is not None
             add, onto = (bias.data_ptr(), here) if block else (None, None)
             steps.append(step(rows, there, panels, here, add=add, onto=onto, silu=block))
             here, there = there, here
-        steps.append(step(rows, here, self.behind[-1][0], here))
-        self._steps[begins, rows] = found = self.kernels.steps(steps), room
+        steps.append(step(rows, here, self.behind[-1], here))
+        self.room.steps[begins, rows] = found = self.kernels.steps(steps), room
         return found
 
     def _first_steps(self, begins: bool, rows: int, width: int, here: int) -> list[Any]:
         """Up to the first map behind the recurrence, which writes to `here`."""
-        step, hidden, c = self.kernels.step, self.of_u.out, self.c.data_ptr()
+        step, hidden, c = self.kernels.step, self.of_u.out, self.room.c.data_ptr()
         apart = dict(y_stride=2 * hidden, silu=True)
         of_u, bias = None if begins else self.of_u, self.bias.data_ptr()
         if self.table is not None:
@@ -122,30 +160,68 @@ class ReadyLevels:
             steps.append(step(rows, here, of_u, add=here, each=1, **apart))
         if self.adds:
             steps.append(step(rows, here, out=hidden, add=c, each=width, y_stride=2 * hidden))
-        said = dict(add=self.of_c.data_ptr(), each=width, x_stride=2 * hidden, silu=self.adds)
+        said = dict(add=self.room.of_c.data_ptr(), each=width, x_stride=2 * hidden, silu=self.adds)
         return [*steps, step(rows, here, self.of_s, **said)]
+
+
+class _Maps:
+    """A head's maps, and what they were found by.
+
+    panels: W; U; the first map's part of s; those behind it; the vocabulary's
+    biases: of W and U, and of those behind the first up to the vocabulary's; None where one adds
+    none
+    """
+
+    def __init__(
+        self, head: Any, linears: list[nn.Module], made: list[PackedProduct], panels: list[Any]
+    ):
+        self.first, self.matrix, self.rounds = head._first, head.vocab_matrix(), head.rounds
+        self.linears, self.made, self.panels = linears, made, panels
+        self.parts = list(_parts(head))
+        self.biases = [b if (b := linear.bias) is None else b.detach() for linear in linears]
+
+    @staticmethod
+    def of(head: Any) -> _Maps | None:
+        """None where one is no plain matrix."""
+        blocks = range(0 if head._projects else 1, head._n_blocks)
+        linears = [head.rnn_w, head.rnn_u, *(head.lm_head[i].linear for i in blocks)]
+        linears += [head.to_hidden] if head.draws_on_target else []
+        first, matrix = head._split_first(), head.vocab_matrix()
+        # A matrix may be made anew in every call; a map may be adapted.
+        known = isinstance(matrix, nn.Parameter) or matrix is head._frozen_matrix
+        if first is None or not known or any(type(linear) is not Linear for linear in linears):
+            return None
+        made = [linear.product() for linear in linears]
+        made[2:2] = [first.of_s]
+        made.append(head._product(matrix))
+        panels = [p if p is None else p.ready() for p in made]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        plain = all(_is_plain(bias) and bias.is_contiguous() for bias in biases)
+        if any(p is None for p in panels) or not plain:
+            return None
+        return _Maps(head, linears, made, panels)
+
+    def are_of(self, head: Any) -> bool:
+        """Whether `of` would find the same."""
+        return (
+            head.rounds == self.rounds
+            and all(places.get(name) is part for places, name, part in self.parts)
+            and all(type(linear) is Linear for linear in self.linears)
+            and all(p.ready() is q for p, q in zip(self.made, self.panels, strict=True))
+            and all(
+                b is None or linear.bias.data_ptr() == b.data_ptr()
+                for linear, b in zip(self.linears, self.biases, strict=True)
+            )
+        )
+
+
+def _parts(head: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Where every part that a level reads with is kept, its name there, and the part."""
+    for module in head.modules():
+        for places in (module._modules, module._parameters):
+            yield from ((places, name, part) for name, part in places.items())
+    yield head.__dict__, "_frozen_matrix", head._frozen_matrix
 
 
 def _is_plain(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.is_cpu and torch.is_inference_mode_enabled()
-
-
-def _maps(head: Any) -> list[tuple[Any, Tensor | None]] | None:
-    """W; U; the first map's part of s; those behind it, with a bias where they are a residual
-    block's; the vocabulary's. None where one is no plain matrix."""
-    blocks = range(0 if head._projects else 1, head._n_blocks)
-    linears = [head.rnn_w, head.rnn_u, *(head.lm_head[i].linear for i in blocks)]
-    linears += [head.to_hidden] if head.draws_on_target else []
-    first, matrix = head._split_first(), head.vocab_matrix()
-    # A matrix may be made anew in every call; a map may be adapted.
-    known = isinstance(matrix, nn.Parameter) or matrix is head._frozen_matrix
-    if first is None or not known or any(type(linear) is not Linear for linear in linears):
-        return None
-    products = [linear.product() for linear in linears]
-    products[2:2] = [first.of_s]
-    panels = [p if p is None else p.ready() for p in (*products, head._product(matrix))]
-    biases = [b if (b := linear.bias) is None else b.detach() for linear in linears]
-    plain = all(b is None or (_is_plain(b) and b.is_contiguous()) for b in biases)
-    if any(p is None for p in panels) or not plain:
-        return None
-    return list(zip(panels, [*biases[:2], None, *biases[2:], None], strict=True))
