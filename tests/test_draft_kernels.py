@@ -208,9 +208,11 @@ def drafted(head, target, context, rows=slice(None), levels=3, width=3):
 
 @pytest.fixture
 def takes(made, monkeypatch):
-    """How often levels were made in one call."""
+    """How often levels were made in one call (what is made of c is a call of one step)."""
     counted, real = [], made._take_steps
-    monkeypatch.setattr(made, "_take_steps", lambda *a: (counted.append(a), real(*a))[1])
+    monkeypatch.setattr(
+        made, "_take_steps", lambda *a: (counted.extend([a][: a[1] - 1]), real(*a))[1]
+    )
     return counted
 
 
@@ -369,11 +371,17 @@ def put_in_place(head, target, what):
         linear.weight.data = linear.weight.data.flip(0)
     elif what == "kernels":
         products.kernels = None
+    elif what == "renewed":  # as where a text begins, after a change without a trace
+        target.lm_head.weight.data.neg_()
+        target.lm_product.renew()
     else:
         head.double()
 
 
-CHANGES = ["map", "block", "matrix", "embeddings", "data", "weights", "first", "dtype", "kernels"]
+CHANGES = [
+    "map", "block", "matrix", "embeddings", "data", "weights", "first", "dtype", "kernels",
+    "renewed",
+]  # fmt: skip
 
 
 @torch.inference_mode()

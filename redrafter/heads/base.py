@@ -143,6 +143,7 @@ class DraftHead(PreTrainedModel):
             self.prefix_layer = PrefixLayer(config.hidden_size, config.prefix_heads)
         self._frozen_matrix: Tensor | None = None
         self.rounds = False  # see `round_while_drafting`
+        self._pruned = False
         #: by where the matrix lies, and whether it is rounded
         self._products: dict[tuple[int, bool], PackedProduct] = {}
 

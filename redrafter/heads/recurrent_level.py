@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from redrafter.products import Linear, PackedProduct, kernels_for
+from redrafter.products import Linear, PackedProduct, kernels_for, state_of
 
 _FLOAT = 4  # bytes
 
@@ -22,11 +22,13 @@ _FLOAT = 4  # bytes
 class _Room(NamedTuple):
     """Where the drafts of so many rows keep what depends on c alone.
 
-    c: (B, 1, H); of_c: (B, 1, E), what the first map makes of it; steps: see `_steps_of`
+    c: (B, 1, H); of_c: (B, 1, E), what the first map makes of it, by the step `first`; steps: see
+        `_steps_of`
     """
 
     c: Tensor
     of_c: Tensor
+    first: Any
     steps: dict[tuple[bool, int], tuple[Any, Tensor]]
 
 
@@ -71,23 +73,25 @@ class ReadyLevels:
         return maps and ReadyLevels(head, kernels, head._read_ahead(target), maps)
 
     def is_current(self, head: Any, target: Any) -> bool:
-        """Whether what was looked up is what would be found now."""
-        kernels = kernels_for(head.rnn_w.weight)
-        return (
-            kernels is self.kernels
-            and self.maps.are_of(head)
-            and head._read_ahead(target) is self.table
-        )
+        """Whether what was looked up is what would be found now. Asked by every draft."""
+        known = kernels_for(head.rnn_w.weight) is self.kernels and self.maps.are_of(head)
+        return known and (self.table is None or head._read_ahead(target) is self.table)
 
     def take_up(self, context: Tensor) -> None:
         """The rows of a new draft."""
         room = self._rooms.get(len(context))
         if room is None:
-            of_c = context.new_empty((len(context), 1, self.of_s.out))
-            room = self._rooms[len(context)] = _Room(torch.empty_like(context), of_c, {})
+            room = self._rooms[len(context)] = self._room_for(context)
         self.context, self.room = context, room
         room.c.copy_(context)
-        room.of_c.copy_(self.maps.first.of_context(context, torch.float32, False))
+        self.kernels.take(room.first, len(context))
+
+    def _room_for(self, context: Tensor) -> _Room:
+        rows, c = len(context), torch.empty_like(context)
+        of_c, bias = context.new_empty((rows, 1, self.of_s.out)), self.maps.bias_of_c
+        add = None if bias is None else bias.data_ptr()
+        first = self.kernels.step(rows, of_c.data_ptr(), self.maps.of_c, c.data_ptr(), add=add)
+        return _Room(c, of_c, self.kernels.steps([first]), {})
 
     def read(
         self, tokens: Tensor, states: Tensor | None, e: Tensor | None
@@ -170,15 +174,21 @@ class _Maps:
     panels: W; U; the first map's part of s; those behind it; the vocabulary's
     biases: of W and U, and of those behind the first up to the vocabulary's; None where one adds
     none
+    of_c, bias_of_c: the first map's part of c
     """
 
     def __init__(
         self, head: Any, linears: list[nn.Module], made: list[PackedProduct], panels: list[Any]
     ):
-        self.first, self.matrix, self.rounds = head._first, head.vocab_matrix(), head.rounds
-        self.linears, self.made, self.panels = linears, made, panels
+        self.linears, self.made, self.rounds = linears, made, head.rounds
+        self.of_c, *self.panels = panels
         self.parts = list(_parts(head))
         self.biases = [b if (b := linear.bias) is None else b.detach() for linear in linears]
+        self.bias_of_c = head._first.linear.bias
+        #: kept, so that no other memory lies where theirs does
+        self.weights = [part for _, _, part in self.parts if isinstance(part, Tensor)]
+        self.memory = [weight.detach() for weight in self.weights]
+        self.state = [*map(state_of, self.weights)]
 
     @staticmethod
     def of(head: Any) -> _Maps | None:
@@ -191,11 +201,10 @@ class _Maps:
         known = isinstance(matrix, nn.Parameter) or matrix is head._frozen_matrix
         if first is None or not known or any(type(linear) is not Linear for linear in linears):
             return None
-        made = [linear.product() for linear in linears]
-        made[2:2] = [first.of_s]
-        made.append(head._product(matrix))
+        made = [first.of_c, *(linear.product() for linear in linears), head._product(matrix)]
+        made[3:3] = [first.of_s]
         panels = [p if p is None else p.ready() for p in made]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        biases = [map.bias for map in (first.linear, *linears) if map.bias is not None]
         plain = all(_is_plain(bias) and bias.is_contiguous() for bias in biases)
         if any(p is None for p in panels) or not plain:
             return None
@@ -207,11 +216,9 @@ class _Maps:
             head.rounds == self.rounds
             and all(places.get(name) is part for places, name, part in self.parts)
             and all(type(linear) is Linear for linear in self.linears)
-            and all(p.ready() is q for p, q in zip(self.made, self.panels, strict=True))
-            and all(
-                b is None or linear.bias.data_ptr() == b.data_ptr()
-                for linear, b in zip(self.linears, self.biases, strict=True)
-            )
+            and self.state == [*map(state_of, self.weights)]
+            # The target's may have been laid out anew.
+            and self.made[-1].panels is self.panels[-1]
         )
 
 
