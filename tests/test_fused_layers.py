@@ -134,9 +134,9 @@ def test_matrices_that_change_are_read_anew(target, monkeypatch):
 @torch.inference_mode()
 def test_a_copy_has_addresses_of_its_own(target, monkeypatch):
     forwards(target, monkeypatch, stepwise=False)
-    assert target.fused.in_one_call._made is not None
+    assert target.fused.in_one_call._known is not None
     copied = copy.deepcopy(target.fused.in_one_call)
-    assert copied._made is None and copied._products[0] is not target.fused.layers[0].qkv.product
+    assert copied._known is None and copied._products[0] is not target.fused.layers[0].qkv.product
 
 
 @torch.inference_mode()

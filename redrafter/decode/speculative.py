@@ -27,6 +27,7 @@ from redrafter.decode.ratio import RULES, Rule, accepting_noise, verify_ratio
 from redrafter.decode.request import Emitter, Prompts, Request
 from redrafter.decode.stats import StepTimer, count_step
 from redrafter.decode.tree import ancestors, best_path
+from redrafter.decode.turns import turn_of
 from redrafter.decode.verify import Verdict, choose_scored, to_host, verify
 from redrafter.targets.model import Target, TargetOutput
 
@@ -70,7 +71,8 @@ def speculative(
         made.extra["drafter"] = {}
         return made
     request = Request(target, prompts, generation_config, **asked)
-    return speculative_loop(request, drafter, lookahead, rule)
+    with turn_of(drafter, lookahead):
+        return speculative_loop(request, drafter, lookahead, rule)
 
 
 def speculative_loop(

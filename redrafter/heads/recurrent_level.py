@@ -9,6 +9,7 @@ the head is still what it was. Source: ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class _Room(NamedTuple):
 
 class ReadyLevels:
     """What there is to read with, while the head stays as it is: made by `make`, given every
-    draft's context by `take_up`.
+    draft's context by `take_up`. A thread has its own, as two may draft with one head.
 
     context: (B, 1, H) c of each row, by which a draft is known
     table: (V, H) W e + b of every token, or None
@@ -45,6 +46,7 @@ class ReadyLevels:
         self.of_e, self.of_u, self.of_s, *self.behind = maps.panels
         _, self.bias, *self.biases = maps.biases
         self.kernels, self.table, self.maps = kernels, table, maps
+        self.thread = get_ident()
         self.adds = not head._projects  # whether the first map is a residual block's
         self.context: Tensor | None = None
         self._rooms: dict[int, _Room] = {}
@@ -74,7 +76,8 @@ class ReadyLevels:
 
     def is_current(self, head: Any, target: Any) -> bool:
         """Whether what was looked up is what would be found now. Asked by every draft."""
-        known = kernels_for(head.rnn_w.weight) is self.kernels and self.maps.are_of(head)
+        known = self.thread == get_ident() and kernels_for(head.rnn_w.weight) is self.kernels
+        known = known and self.maps.are_of(head)
         return known and (self.table is None or head._read_ahead(target) is self.table)
 
     def take_up(self, context: Tensor) -> None:

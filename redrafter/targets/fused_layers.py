@@ -73,9 +73,8 @@ class LayersInOneCall:
         ]
         #: whether a layer is what layers.c knows
         self.known = all(out.bias is None and down.bias is None for _, out, _, down in self._joined)
-        self._made: ctypes.Array | None = None
-        self._panels: list[Panels | None] = []
-        self._vectors: list[Tensor | None] = []
+        #: the layers, and what they have the addresses of
+        self._known: tuple[ctypes.Array, list[Panels], list[Tensor | None]] | None = None
 
     def __call__(self, x: Tensor, steps: KernelSteps, masks: Any, cache: RowCache) -> bool:
         """x (B * N, W) float32 becomes what the last layer gives, the cache holds the new keys and
@@ -84,7 +83,9 @@ class LayersInOneCall:
         panels = [product.panels for product in self._products]
         if views is None or None in panels:  # nothing is laid out before the first forward
             return False
-        layers = self._layers(panels)
+        # A call has an array of its own, as another thread may decode with the same target.
+        made, *kept = self._layers(panels)
+        layers = type(made).from_buffer_copy(made)
         sizes = steps.sizes
         sizes.heads, sizes.key_heads, sizes.dim, sizes.keys = (
             self.heads, self.kv_heads, self.dim, cache.width,
@@ -107,26 +108,27 @@ class LayersInOneCall:
             self.kernels.small, sizes,
         )  # fmt: skip
         self.kernels.pass_layers(common, layers, x)
+        del kept  # until here: it is what the layers have the addresses of
         cache.count(len(x) * self.kv_heads * self.dim * len(layers) * 2)
         return True
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights lie elsewhere.
-        return {**vars(self), "_made": None, "_panels": [], "_vectors": []}
+        return {**vars(self), "_known": None}
 
-    def _layers(self, panels: list[Panels]) -> ctypes.Array:
-        """Anew where a weight is another one: what it is read from is kept with it."""
+    def _layers(self, panels: list[Panels]) -> tuple[ctypes.Array, list, list]:
+        """And what they have the addresses of. Anew where a weight is another one."""
         vectors = [self._vector(norm) for four in self._norms for norm in four]
         vectors += [self.wide(joined.bias) for four in self._joined for joined in four]
+        known = self._known
         same = (
-            self._made is not None
-            and all(map(operator.is_, panels, self._panels))
-            and all(map(_is_at, vectors, self._vectors))
+            known is not None
+            and all(map(operator.is_, panels, known[1]))
+            and all(map(_is_at, vectors, known[2]))
         )
         if not same:
-            self._made = self._write(panels, vectors)
-            self._panels, self._vectors = panels, vectors
-        return self._made
+            known = self._known = self._write(panels, vectors), panels, vectors
+        return known
 
     def _vector(self, norm: nn.Module | None) -> Tensor | None:
         return None if norm is None else self.wide(norm.weight)
