@@ -55,7 +55,7 @@ def test_the_shipped_head_is_what_was_exported():
 def test_it_says_what_it_was_trained_on_and_how():
     facts = json.loads((HEAD / "provenance.json").read_text())["converted_from"]["provenance"]
     config = facts["config"]
-    assert config["head"]["draft_vocab_size"] == 6144 and config["optim"]["steps"] == 3000
+    assert config["head"]["draft_vocab_size"] == 6144 and config["optim"]["steps"] == 6000
     assert any("self" in store for store in config["data"]["stores"])
 
 
