@@ -47,7 +47,6 @@ from transformers import GenerationConfig
 
 from redrafter.config import (
     LossConfig,
-    LosslessConfig,
     OptimConfig,
     SpeedConfig,
     StatesConfig,
@@ -180,12 +179,12 @@ class Check:
     def _exact(self, target: Target) -> dict[str, Any]:
         resources = Resources(head=self._head_of(target))
         strategies = {name: strategy_maker(name, target, resources) for name in self.methods}
-        config = LosslessConfig(
-            target=self._config(), prompts="", max_new_tokens=self.args.max_new_tokens
-        )
         modes = {"greedy": 0.0, "seeded": 1.0}
         sizes = [1, len(self.prompts)]
-        results, _ = compare(target, strategies, self.prompts, sizes, modes, config)
+        results, _ = compare(
+            target, strategies, self.prompts, sizes, modes,
+            seed=0, max_new_tokens=self.args.max_new_tokens,
+        )  # fmt: skip
         found = {name: {mode: asdict(r) for mode, r in by.items()} for name, by in results.items()}
         return {"unexplained": unexplained(results), "methods": found}
 
