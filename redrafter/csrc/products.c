@@ -52,17 +52,21 @@ INLINE vec plus_pairs(vec sum, vec a, vec w) { return sum + a + w; } /* never ca
 INLINE bits round_pairs(const float *x) { return *(const bits *)x; }
 #endif
 
-/* The pairs of each row of x, the last filled up with a zero; NULL where there is no memory. */
+/* The pairs of n floats, filled up with zeros to whole vectors, one for every PANEL of them; they
+ * may take the place of what they are made from. */
+INLINE void pair_up(const float *from, bits *to, long n) {
+  const long whole = n / PANEL * PANEL;
+  float last[PANEL] = {0};
+  memcpy(last, from + whole, (n - whole) * sizeof(float));
+  for (long i = 0; i < whole; i += PANEL) to[i / PANEL] = round_pairs(from + i);
+  if (whole < n) to[whole / PANEL] = round_pairs(last);
+}
+
+/* The pairs of each row of x; NULL where there is no memory. */
 static bits *as_pairs(const float *x, long rows, long in, long stride) {
-  const long whole = in / PANEL * PANEL, each = (in + PANEL - 1) / PANEL;
+  const long each = (in + PANEL - 1) / PANEL;
   bits *const made = malloc((rows * each + 1) * sizeof(bits));
-  for (long r = 0; made && r < rows; r++) {
-    const float *const row = x + r * stride;
-    float last[PANEL] = {0};
-    memcpy(last, row + whole, (in - whole) * sizeof(float));
-    for (long i = 0; i < whole; i += PANEL) made[r * each + i / PANEL] = round_pairs(row + i);
-    if (whole < in) made[r * each + each - 1] = round_pairs(last);
-  }
+  for (long r = 0; made && r < rows; r++) pair_up(x + r * stride, made + r * each, in);
   return made;
 }
 
