@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from redrafter.config import TargetConfig
 from redrafter.contracts import InputError
 from redrafter.targets import gguf as ours
+from redrafter.targets import gguf_tokenizer
 from redrafter.targets.load import load_target
 from redrafter.targets.text import load_tokenizer
 
@@ -22,7 +23,9 @@ NEEDS = "needs the package gguf, which writes the files that are read here"
 TOKENS = [[0, 5, 9, 300, 41, 17, 2, 250]]
 
 
-def write_gguf(folder: Path, file: Path, architecture: str = "llama", leave_out: str = "") -> Path:
+def write_gguf(
+    folder: Path, file: Path, architecture: str = "llama", leave_out: str = "", pre: str = "gpt-2"
+) -> Path:
     """A llama of `folder` as llama.cpp keeps it, in float32: names and order are its own."""
     gguf = pytest.importorskip("gguf", reason=NEEDS)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -44,7 +47,7 @@ def write_gguf(folder: Path, file: Path, architecture: str = "llama", leave_out:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     special = set(tokenizer.all_special_ids)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if i in special else 1 for _, i in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
@@ -142,6 +145,32 @@ def test_an_accelerator_computes_in_the_files_precision(written, cache, monkeypa
     folder = Path(ours.as_folder(written))
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_text_is_split_as_the_file_says(tiny_target, tmp_path, cache, capsys):
+    """transformers splits as GPT-2 does wherever it does not know the name: two line breaks before
+    a digit are two words, in a model that sets digits apart one."""
+    text = "list:\n\n1. one   22\n  3"
+
+    def words(pre: str, kept: bool = False) -> list[str]:
+        file = write_gguf(tiny_target, tmp_path / f"{pre}.gguf", pre=pre)
+        reader = pytest.importorskip("gguf").GGUFReader(str(file))
+        read = gguf_tokenizer.load_tokenizer(file, reader)
+        tokenizer = load_tokenizer(TargetConfig(path=str(file))) if kept else read
+        split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+        return [word.replace("\u010a", "\n").replace("\u0120", " ") for word, _ in split]
+
+    assert words("gpt-2") == [
+        "list", ":", "\n", "\n", "1", ".", " one", "  ", " 22", "\n ", " 3",
+    ]  # fmt: skip
+    assert "tokenizer.ggml.pre" not in capsys.readouterr().err
+    apart = ["list", ":", "\n\n", "1", ".", " one", "   ", "2", "2", "\n  ", "3"]
+    assert words("smollm", kept=True) == apart == words("starcoder")
+    assert words("llama-bpe")[1:3] == [":\n\n", "1"], "one that transformers knows is left alone"
+    assert "tokenizer.ggml.pre" not in capsys.readouterr().err
+    assert words("of-tomorrow") == words("gpt-2")
+    assert "tokenizer.ggml.pre 'of-tomorrow', is not known" in capsys.readouterr().err
 
 
 def test_which_file_is_meant(tmp_path, cache):

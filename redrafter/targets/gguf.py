@@ -26,9 +26,10 @@ from redrafter.files import (
     remove_leftovers,
     write_json,
 )
+from redrafter.targets.gguf_tokenizer import load_tokenizer
 
 #: raised when other files are to be made of the same GGUF
-_MAKING = 1
+_MAKING = 2
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _FLOAT32_BYTES = 4
 # general.file_type of files whose weights are not quantised, by the number llama.cpp gives them
@@ -165,7 +166,7 @@ def _save(model: Any, file: Path, folder: Path, dtype: str) -> None:
     """dtype: what config.json says that the model is to be computed in, where one may choose; the
     weights are written as they are."""
     model.save_pretrained(folder)
-    tokenizer = _load_tokenizer(file)
+    tokenizer = load_tokenizer(file, _import_gguf(file).GGUFReader(str(file)))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text("utf-8"))
@@ -216,14 +217,3 @@ def _load(file: Path) -> Any:
             f"{', '.join(missing[:3])}; give the model that it was made from"
         )
     return model
-
-
-def _load_tokenizer(file: Path) -> Any:
-    """Its tokenizer; None, and a line that says so, where transformers cannot read it."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except Exception as error:  # as above
-        print(f"{file.name}: its tokenizer cannot be read ({error})", file=sys.stderr, flush=True)
-        return None
