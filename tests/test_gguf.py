@@ -24,8 +24,9 @@ TOKENS = [[0, 5, 9, 300, 41, 17, 2, 250]]
 
 
 def write_gguf(
-    folder: Path, file: Path, architecture: str = "llama", leave_out: str = "", pre: str = "gpt-2"
-) -> Path:
+    folder: Path, file: Path, architecture: str = "llama", leave_out: str = "", pre: str = "gpt-2",
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
     """A llama of `folder` as llama.cpp keeps it, in float32: names and order are its own."""
     gguf = pytest.importorskip("gguf", reason=NEEDS)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -43,6 +44,18 @@ def write_gguf(
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    rope = config.rope_parameters
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "llama3":  # as factors alone, by which frequencies are divided
+        own = model.model.rotary_emb.inv_freq
+        usual = rope["rope_theta"] ** -(torch.arange(len(own)) / len(own))
+        writer.add_tensor("rope_freqs.weight", (usual / own).numpy())
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values.numpy())
     inner = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     special = set(tokenizer.all_special_ids)
@@ -145,6 +158,41 @@ def test_an_accelerator_computes_in_the_files_precision(written, cache, monkeypa
     folder = Path(ours.as_folder(written))
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("rope", "written"), [
+    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}, "rope_freqs.weight"),
+    ({"rope_type": "linear", "factor": 4.0}, "scaling.type"),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, "scaling.type"),
+])  # fmt: skip
+def test_positions_are_stretched_as_the_file_says(tiny_target, tmp_path, cache, rope, written):
+    """transformers leaves out what says so, and computes another model's scores."""
+    stretched = tmp_path / "stretched"
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    usual = model(torch.tensor(TOKENS)).logits
+    AutoTokenizer.from_pretrained(tiny_target).save_pretrained(stretched)
+    model.config.rope_parameters = {"rope_theta": 77_000.0, **rope}
+    model.save_pretrained(stretched)
+    model = AutoModelForCausalLM.from_pretrained(stretched, dtype=torch.float32)
+    file = write_gguf(stretched, tmp_path / "stretched.gguf")
+    assert written.encode() in file.read_bytes()
+    target = load_target(TargetConfig(path=str(file), device="cpu"))
+    found, wanted = (m(torch.tensor(TOKENS)).logits for m in (target.model, model))
+    assert (found - wanted).abs().max() < 1e-6 < 1e-4 < (wanted - usual).abs().max()
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    ("rope_freqs.weight", "factors of its own (rope_freqs.weight)"),
+    ("rope_factors_long.weight", "a way of its own"),
+])  # fmt: skip
+def test_positions_stretched_in_a_way_that_cannot_be_said(tiny_target, tmp_path, cache, name, why):
+    config = AutoModelForCausalLM.from_pretrained(tiny_target).config
+    half = config.hidden_size // config.num_attention_heads // 2
+    factors = {name: torch.linspace(1, 5, half)}
+    file = write_gguf(tiny_target, tmp_path / "own.gguf", tensors=factors)
+    assert why in (said := refusal(TargetConfig(str(file)))) and "own.gguf" in said
+    assert "Give the model that it was made from" in said and not kept(cache)
 
 
 def test_text_is_split_as_the_file_says(tiny_target, tmp_path, cache, capsys):

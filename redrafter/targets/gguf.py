@@ -26,6 +26,7 @@ from redrafter.files import (
     remove_leftovers,
     write_json,
 )
+from redrafter.targets.gguf_config import read_config
 from redrafter.targets.gguf_tokenizer import load_tokenizer
 
 #: raised when other files are to be made of the same GGUF
@@ -157,7 +158,6 @@ def unpack(file: Path, folder: Path, dtype: str) -> None:
     `as_folder` does."""
     import torch
 
-    _import_gguf(file)
     _measure(file)
     _save(_load(file).to(getattr(torch, dtype)), file, folder, dtype)
 
@@ -166,7 +166,7 @@ def _save(model: Any, file: Path, folder: Path, dtype: str) -> None:
     """dtype: what config.json says that the model is to be computed in, where one may choose; the
     weights are written as they are."""
     model.save_pretrained(folder)
-    tokenizer = load_tokenizer(file, _import_gguf(file).GGUFReader(str(file)))
+    tokenizer = load_tokenizer(file, _reader(file))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text("utf-8"))
@@ -180,12 +180,16 @@ def _cannot_keep(file: Path, folder: Path, why: Any) -> InputError:
     )
 
 
+def _reader(file: Path) -> Any:
+    return _import_gguf(file).GGUFReader(str(file))
+
+
 def _measure(file: Path) -> tuple[int, str]:
     """Weights in the file, and the dtype that an accelerator should compute in. Raises InputError
     where the file is damaged."""
-    gguf = _import_gguf(file)
+    _import_gguf(file)
     try:
-        reader = gguf.GGUFReader(str(file))
+        reader = _reader(file)
         kind = reader.get_field("general.file_type")
         kind = None if kind is None else int(kind.parts[-1][0])
         return sum(int(t.n_elements) for t in reader.tensors), _FILE_TYPES.get(kind, "bfloat16")
@@ -203,9 +207,12 @@ def _load(file: Path) -> Any:
     try:
         # Without dequantize=True the weights are as plain, but save_pretrained refuses them.
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True,
+            str(file.parent), gguf_file=file.name, config=read_config(file, _reader(file)),
+            dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True),
         )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # as various as what can be wrong with a file
         raise InputError(
             f"target.path: transformers cannot read {file} ({error}); give the model that it was "
